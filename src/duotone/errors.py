@@ -1,0 +1,58 @@
+"""The errors that Duotone raises: one family, each with the built-in base that its callers expect.
+
+A message says what was got, what is allowed and what to do. The command line prints it as one line and exits with 2.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DuotoneError(Exception):
+    """Base of every error that Duotone raises on purpose."""
+
+
+class FormatError(DuotoneError, ValueError):
+    """A number format or a rounding that does not exist, or an array that cannot be rounded."""
+
+
+class PolicyError(DuotoneError, ValueError):
+    """A policy that cannot be read, is impossible, or would lose updates in silence."""
+
+
+class LossScaleError(DuotoneError, ValueError):
+    """Loss-scale settings that are out of range or not powers of two."""
+
+
+class LossScaleCollapse(DuotoneError, ArithmeticError):
+    """Every step is skipped: the gradients stay non-finite although the loss scale is at its floor."""
+
+
+class NonFiniteLoss(DuotoneError, ArithmeticError):
+    """The loss itself is Inf or NaN, before any scaling and before the backward pass."""
+
+
+class CheckpointError(DuotoneError, RuntimeError):
+    """A checkpoint that is missing, damaged, of another policy, or does not fit the model."""
+
+
+class OptimizerError(DuotoneError, ValueError):
+    """An optimizer whose settings, state or gradients it cannot work with, or that lacks the masters it needs."""
+
+
+class TaskError(DuotoneError, ValueError):
+    """A training task, or a run's settings, that cannot be used."""
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Return a hint that lists the known names nearest to `name`, or all of them if none is near.
+
+    >>> nearest_names("bfloat", ["bfloat16", "float32"])
+    'did you mean bfloat16?'
+    >>> nearest_names("x", ["bf16", "fp16"])
+    'known: bf16, fp16'
+    """
+    known = list(known)
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"known: {', '.join(known)}"

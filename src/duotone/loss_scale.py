@@ -1,0 +1,223 @@
+"""Loss scaling as one pure transition: one source for Python floats and NumPy, torch and JAX arrays.
+
+FP16 gradients underflow, so the loss is multiplied by a scale (scaled = true * scale) that is found by trial:
+the largest power of two whose gradients stay finite (Micikevicius et al., arXiv:1710.03740, section 3.2).
+`update` states the equations. Applying the scale, looking for Inf and NaN, and giving up at the floor are
+left to the callers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from duotone.errors import LossScaleError
+
+# a Python number, or an array or tensor of any framework and any shape
+Number = Any
+
+# every setting must be a normal FP32 number: the scale usually lives on a device as one
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**127
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The settings of a loss scale: dynamic by default; static and none are the same thing standing still.
+
+    Attributes:
+        init_scale: The first scale.
+        growth_factor: What the scale is multiplied by after a clean window; 1 or more.
+        backoff_factor: What it is multiplied by when it backs off; above 0, at most 1.
+        growth_interval: The length of a clean window: steps in a row without overflow.
+        hysteresis: Which overflow since the last clean window is the first to back off; 1 tolerates none.
+        min_scale: The floor.
+        max_scale: The ceiling.
+
+    Raises:
+        LossScaleError: If a scale, factor or bound is not a power of two, or a setting is out of range.
+
+    >>> LossScale.parse("dynamic") == LossScale() == LossScale.dynamic()
+    True
+    >>> LossScale.static(1024).is_dynamic, LossScale.none().is_none
+    (False, True)
+    """
+
+    init_scale: float = 2.0**16
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    hysteresis: int = 1
+    min_scale: float = 1.0
+    max_scale: float = 2.0**32
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("growth_interval", "hysteresis"):
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise LossScaleError(f"{field.name} must be a whole number from 1 on, not {value!r}")
+            else:
+                object.__setattr__(self, field.name, _power_of_two(field.name, value))
+        if self.growth_factor < 1:
+            raise LossScaleError(f"growth_factor must be 1 or more, not {self.growth_factor}")
+        if self.backoff_factor > 1:
+            raise LossScaleError(f"backoff_factor must be at most 1, not {self.backoff_factor}")
+        if not self.min_scale <= self.init_scale <= self.max_scale:
+            raise LossScaleError(
+                f"init_scale {self.init_scale} must lie between min_scale {self.min_scale} "
+                f"and max_scale {self.max_scale}; move it or the bound"
+            )
+
+    @classmethod
+    def dynamic(cls, **overrides: Any) -> LossScale:
+        """Return a scale that finds its own value; `overrides` are settings by name."""
+        return cls(**overrides)
+
+    @classmethod
+    def static(cls, scale: float) -> LossScale:
+        """Return a scale that stays at `scale`, a power of two from 1 to 2**32."""
+        return cls(init_scale=scale, growth_factor=1.0, backoff_factor=1.0)
+
+    @classmethod
+    def none(cls) -> LossScale:
+        """Return the scale that does nothing: 1, for ever."""
+        return cls.static(1.0)
+
+    @classmethod
+    def parse(cls, value: str | float) -> LossScale:
+        """Return the settings for what `Policy.loss_scale` holds: "none", "dynamic" or a static scale.
+
+        >>> LossScale.parse("1024") == LossScale.parse(1024) == LossScale.static(1024)
+        True
+
+        Raises:
+            LossScaleError: If `value` is neither of the two words nor a power of two from 1 to 2**32.
+        """
+        if value == "none":
+            return cls.none()
+        if value == "dynamic":
+            return cls.dynamic()
+        try:
+            return cls.static(float(value))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise LossScaleError(
+                f"loss scale {value!r} is not known; write none, dynamic, or a power of two from 1 to 2**32"
+            ) from error
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the scale can move."""
+        return self.growth_factor != 1 or self.backoff_factor != 1
+
+    @property
+    def is_none(self) -> bool:
+        """Whether scaling by it changes nothing."""
+        return not self.is_dynamic and self.init_scale == 1
+
+
+@dataclass(frozen=True)
+class LossScaleState:
+    """What a loss scale remembers between steps. Leaves are Python numbers, or arrays of one shape.
+
+    Attributes:
+        scale: The factor of the next loss: float, or a float32 array.
+        growth_tracker: Clean steps since the last overflow or full window: int, or an int32 array, as all
+            below.
+        hysteresis_tracker: Overflows that will still be tolerated before one backs off.
+        skipped: Steps skipped in all.
+        skipped_in_a_row: Steps skipped since the last clean one.
+    """
+
+    scale: Number
+    growth_tracker: Number
+    hysteresis_tracker: Number
+    skipped: Number
+    skipped_in_a_row: Number
+
+
+def init_state(settings: LossScale) -> LossScaleState:
+    """Return the state before the first step, in Python numbers.
+
+    >>> init_state(LossScale(hysteresis=2)).hysteresis_tracker
+    1
+    """
+    return LossScaleState(settings.init_scale, 0, settings.hysteresis - 1, 0, 0)
+
+
+def select(condition: Any, if_true: Any, if_false: Any) -> Any:
+    """Return `if_true` or `if_false`: `where` for Python numbers."""
+    return if_true if condition else if_false
+
+
+def update(
+    settings: LossScale,
+    state: LossScaleState,
+    found_inf: Number,
+    *,
+    where: Callable[[Any, Any, Any], Any] = select,
+) -> LossScaleState:
+    """Return the state after one step, which was skipped if its gradients held an Inf or a NaN.
+
+    With scale s, growth tracker g, hysteresis tracker h, and the settings' names for the rest:
+
+        overflow, h > 0:     g' = 0,      h' = h - 1,           s' = s
+        overflow, h = 0:     g' = 0,      h' = 0,               s' = max(s * backoff_factor, min_scale)
+        clean, window full:  g' = 0,      h' = hysteresis - 1,  s' = min(s * growth_factor, max_scale)
+        clean otherwise:     g' = g + 1,  h' = h,               s' = s
+
+    where a clean step fills the window if g + 1 >= growth_interval. A full window restores the tolerance even
+    where the scale is at its ceiling already, so the overflow after it is treated like the first. At
+    hysteresis 1 and away from the bounds this is torch.amp's rule.
+
+    There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where) nothing
+    waits for a device, many scales can share one array, and dtypes are kept.
+
+    Args:
+        settings: The loss scale's settings.
+        state: The state before the step.
+        found_inf: Whether the step overflowed: a bool, or any number or array that is 0 for a clean step; NaN
+            is an overflow. Shape as the state's leaves.
+        where: The framework's element-wise choice; the default is for Python numbers.
+
+    >>> settings = LossScale()
+    >>> after = update(settings, init_state(settings), True)
+    >>> after.scale, after.skipped
+    (32768.0, 1)
+    """
+    overflow = found_inf != 0
+    window_is_full = state.growth_tracker + 1 >= settings.growth_interval
+    tolerated = state.hysteresis_tracker > 0
+
+    shrunk = state.scale * settings.backoff_factor
+    shrunk = where(shrunk < settings.min_scale, settings.min_scale, shrunk)
+    grown = state.scale * settings.growth_factor
+    grown = where(grown > settings.max_scale, settings.max_scale, grown)
+
+    return LossScaleState(
+        scale=where(
+            overflow,
+            where(tolerated, state.scale, shrunk),
+            where(window_is_full, grown, state.scale),
+        ),
+        growth_tracker=where(overflow | window_is_full, 0, state.growth_tracker + 1),
+        hysteresis_tracker=where(
+            overflow,
+            where(tolerated, state.hysteresis_tracker - 1, 0),
+            where(window_is_full, settings.hysteresis - 1, state.hysteresis_tracker),
+        ),
+        skipped=where(overflow, state.skipped + 1, state.skipped),
+        skipped_in_a_row=where(overflow, state.skipped_in_a_row + 1, 0),
+    )
+
+
+def _power_of_two(name: str, value: float) -> float:
+    """Return `value` as a float if it is a power of two that FP32 holds as a normal number, else raise."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if math.frexp(number)[0] != 0.5 or not _SMALLEST <= number <= _LARGEST:
+        raise LossScaleError(f"{name} must be a power of two such as 0.5 or 65536, not {value!r}")
+    return number

@@ -1,0 +1,37 @@
+"""Duotone for PyTorch: casting, loss scaling and master weights.
+
+import duotone.torch as dt
+
+model = dt.cast(model, "fp16")
+optimizer = dt.AdamW(model.parameters(), lr=3e-4)
+scaler = dt.LossScaler("fp16")
+"""
+
+from duotone.policy import Policy, Rule
+from duotone.torch.cast import cast, policy_of
+from duotone.torch.checkpoint import load_checkpoint, save_checkpoint
+from duotone.torch.loss_scaler import LossScaler
+from duotone.torch.master import master_weights
+from duotone.torch.memory import Memory, memory
+from duotone.torch.optim import SGD, AdamW
+from duotone.torch.prepare import Prepared, prepare
+from duotone.torch.step import StepReport, step
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "LossScaler",
+    "Memory",
+    "Policy",
+    "Prepared",
+    "Rule",
+    "StepReport",
+    "cast",
+    "load_checkpoint",
+    "master_weights",
+    "memory",
+    "policy_of",
+    "prepare",
+    "save_checkpoint",
+    "step",
+]

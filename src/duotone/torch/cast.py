@@ -1,0 +1,226 @@
+"""Puts a module into its policy: resident weights in `param`, arithmetic in `compute`, results in `output`.
+
+Weights change their dtype in place and keep every bit: what a 16-bit weight cannot hold waits on it as its tail. They
+are cast once, here, and not in every forward pass. The root module, and each part of it that a rule treats
+differently, gets a `CastForward` in front of its forward. Running statistics and other buffers stay as they are.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
+
+from duotone.errors import PolicyError
+from duotone.policy import Policy
+from duotone.torch import op_rules
+from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
+from duotone.torch.master import read_master, rounding_of, set_storage, tail_of
+from duotone.torch.nested import cast_floating
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_CASTABLE = (torch.float32, *SPLIT_DTYPES)
+# the smallest magnitude that rounds to Inf in FP16
+_FP16_OVERFLOW = 65520.0
+
+
+@dataclass(frozen=True)
+class _Residence:
+    """How one parameter is to be kept."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    rounding: Rounding | None
+
+
+def cast(model: Module, policy: Policy | str) -> Module:
+    """Put a model into a policy, in place.
+
+    Floating-point parameters in FP32, BF16 or FP16 get the policy's `param` dtype, except those of norms that keep
+    running statistics, which stay FP32; FP64, integer and complex parameters, and all buffers, are left alone.
+    Tied parameters stay tied, frozen ones get no tail. Casting again with the same policy changes nothing; casting
+    to another one starts from the FP32 masters.
+
+    Args:
+        model: any module, its lazily shaped parameters initialised.
+        policy: a `Policy`, or its text: a preset such as `"bf16"`, or anything `Policy.parse` reads.
+
+    Returns:
+        The same model, for chaining.
+
+    Raises:
+        PolicyError: the policy cannot be read or is not available in torch yet, a weight is too large for FP16, or
+            rules disagree on a tied parameter. The model is unchanged then.
+
+    >>> model = cast(nn.Linear(2, 1), "bf16")
+    >>> model.weight.dtype, model(torch.ones(1, 2)).dtype
+    (torch.bfloat16, torch.float32)
+    """
+    policy = Policy.parse(policy)
+    residences = _plan(model, policy)
+    for _, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), CastForward):
+            del module.forward
+    for param, residence in residences:
+        _settle(param, residence)
+    for path, module in list(model.named_modules()):
+        forward = _forward_for(module, path, policy)
+        if forward is not None:
+            module.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def policy_of(model: nn.Module) -> Policy | None:
+    """Return the policy that a model was cast to, or None if it was not.
+
+    >>> policy_of(cast(nn.Linear(2, 1), "bf16")).name
+    'bf16'
+    """
+    forward = model.__dict__.get("forward")
+    return forward.policy if isinstance(forward, CastForward) else None
+
+
+class CastForward:
+    """A module's forward in its policy: inputs cast, operations under their rules, outputs cast.
+
+    Attributes:
+        policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
+    """
+
+    def __init__(self, module: nn.Module, policy: Policy, output: torch.dtype) -> None:
+        self.policy = policy
+        self._module = module
+        self._forward = module.forward
+        self._compute = torch_dtype(policy.compute)
+        # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
+        self._casts_inputs = torch_dtype(policy.param) == self._compute
+        self._output = output
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._casts_inputs:
+            args, kwargs = cast_floating(args, self._compute), cast_floating(kwargs, self._compute)
+        with op_rules.region(_device_type(self._module, args), self._compute):
+            result = self._forward(*args, **kwargs)
+        return cast_floating(result, self._output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # torch copies a parameter without what is noted on it; the module's own dict holds them before this forward
+        for param in self._module.parameters():
+            twin = memo.get(id(param))
+            if isinstance(twin, Tensor):
+                set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
+                if param.is_floating_point():
+                    twin.grad_dtype = param.grad_dtype
+        return copied
+
+
+def torch_dtype(format_name: str) -> torch.dtype:
+    """Return torch's dtype of a format.
+
+    >>> torch_dtype("bfloat16")
+    torch.bfloat16
+    """
+    return getattr(torch, format_name)
+
+
+def _plan(model: nn.Module, policy: Policy) -> list[tuple[nn.Parameter, _Residence]]:
+    plans: dict[nn.Parameter, tuple[str, _Residence]] = {}
+    for path, module in model.named_modules():
+        effective = policy.for_module(path)
+        _check_available(effective)
+        for name, param in module.named_parameters(recurse=False):
+            full_name = f"{path}.{name}" if path else name
+            if isinstance(param, UninitializedParameter):
+                raise PolicyError(f'parameter "{full_name}" has no shape yet; run one batch, then cast')
+            if param.dtype not in _CASTABLE:
+                continue
+            residence = _residence(module, param, effective)
+            other_name, other = plans.setdefault(param, (full_name, residence))
+            if other != residence:
+                raise PolicyError(
+                    f'"{other_name}" and "{full_name}" are one tied parameter, but the rules keep it in {other.param} '
+                    f"and {residence.param}; write a rule that covers both"
+                )
+            _check_range(full_name, param, residence)
+    return [(param, residence) for param, (_, residence) in plans.items()]
+
+
+def _residence(module: nn.Module, param: nn.Parameter, policy: Policy) -> _Residence:
+    if isinstance(module, _NormBase):
+        return _Residence(torch.float32, torch.float32, None)
+    rounding = None
+    if policy.param != "float32" and policy.master is None:
+        rounding = Rounding(policy.rounding)
+    return _Residence(torch_dtype(policy.param), torch_dtype(policy.grad), rounding)
+
+
+def _check_available(policy: Policy) -> None:
+    if policy.compute.startswith("float8"):
+        raise PolicyError(f"compute={policy.compute} is not available in torch yet; use bfloat16 or float16")
+    if policy.state != "float32":
+        raise PolicyError(f"state={policy.state} is not available in torch yet; use state=float32")
+
+
+def _check_range(name: str, param: nn.Parameter, residence: _Residence) -> None:
+    if residence.param != torch.float16 or param.is_meta:
+        return
+    largest = read_master(param).abs().nan_to_num(posinf=0.0).amax().item() if param.numel() else 0.0
+    if largest >= _FP16_OVERFLOW:
+        raise PolicyError(
+            f'parameter "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or keep '
+            "its module in FP32 by a rule: param=float32, compute=float32"
+        )
+
+
+def _settle(param: nn.Parameter, residence: _Residence) -> None:
+    tail = tail_of(param)
+    has_tail = residence.param in SPLIT_DTYPES and residence.rounding is None and param.requires_grad
+    if param.dtype != residence.param or has_tail != (tail is not None):
+        weight, tail = read_master(param), None
+        if residence.param in SPLIT_DTYPES:
+            weight, tail = encode(weight, residence.param)
+        grad, param.grad = param.grad, None
+        param.data = weight
+        param.grad_dtype = residence.grad
+        param.grad = None if grad is None else grad.to(residence.grad)
+    elif param.grad is None:
+        param.grad_dtype = residence.grad
+    set_storage(param, tail if has_tail else None, residence.rounding)
+
+
+def _forward_for(module: nn.Module, path: str, policy: Policy) -> CastForward | None:
+    effective = policy.for_module(path)
+    if path == "":
+        return CastForward(module, policy, torch_dtype(effective.output))
+    around = policy.for_module(path.rpartition(".")[0])
+    if (effective.param, effective.compute, effective.output) == (
+        around.param,
+        around.compute,
+        around.output,
+    ):
+        return None
+    # a part returns what its surroundings compute in, unless a rule says what it is to return
+    says = any(rule.holds_for(path) and "output" in dict(rule.roles) for rule in policy.rules)
+    output = effective.output if says else around.compute
+    return CastForward(module, effective, torch_dtype(output))
+
+
+def _device_type(module: nn.Module, args: tuple[Any, ...]) -> str:
+    return next(_tensors(module, args)).device.type
+
+
+def _tensors(module: nn.Module, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    yield from (arg for arg in args if isinstance(arg, Tensor))
+    yield from module.parameters()
+    yield from module.buffers()
+    yield torch.empty(0)

@@ -1,0 +1,236 @@
+"""Bit-exact save and resume of everything that the next step depends on.
+
+A checkpoint is a folder (`checkpoint_folder`) of weights, tails, buffers, optimizer, scaler, schedule, random states
+and the policy. Loading checks all of it against the model before a single weight changes, and refuses another policy's
+checkpoint unless asked to convert, which goes through the FP32 masters.
+"""
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from duotone.errors import CheckpointError
+from duotone.policy import Policy
+from duotone.torch.cast import policy_of
+from duotone.torch.checkpoint_folder import read_folder, read_manifest, write_folder
+from duotone.torch.kernels import decode
+from duotone.torch.loss_scaler import LossScaler
+from duotone.torch.master import needs_tail, tail_of, write_master
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: LossScaler | None = None,
+    *,
+    scheduler: Any = None,
+    progress: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save everything that the next step depends on into a folder.
+
+    Args:
+        path: the folder; one that is there already is replaced, and only once the new one is complete.
+        model: weights, tails and persistent buffers are saved; tied ones once.
+        optimizer: its state, Duotone's or torch's.
+        scaler: its settings and state.
+        scheduler: anything with a `state_dict` of JSON values and tensors.
+        progress: the caller's own position, as JSON values and tensors: step, epoch, ...
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        CheckpointError: a state holds what is neither a tensor nor JSON, or writing failed. What was at `path`
+            before is untouched.
+
+    >>> import tempfile, duotone.torch as dt
+    >>> model = dt.cast(nn.Linear(2, 1), "bf16")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_checkpoint(Path(folder, "last"), model, progress={"step": 3})
+    ...     load_checkpoint(path, model)
+    {'step': 3}
+    """
+    path = Path(path)
+    policy = policy_of(model)
+    contents = {
+        "policy": None if policy is None else policy.to_json(),
+        "model": _model_tensors(model),
+        "tails": _tails(model),
+        "optimizer": None if optimizer is None else optimizer.state_dict(),
+        "optimizer_parameters": None if optimizer is None else _parameter_names(model, optimizer),
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "random": _random_states(),
+        "progress": dict(progress or {}),
+    }
+    write_folder(path, contents)
+    return path
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scaler: LossScaler | None = None,
+    *,
+    scheduler: Any = None,
+    convert: bool = False,
+) -> dict[str, Any]:
+    """Restore what `save_checkpoint` saved, bit for bit, random states included.
+
+    Args:
+        path: the folder.
+        model: the model, cast to the policy that the checkpoint was saved under.
+        optimizer: to be restored; it must have been saved. Left out, it is not restored; so for the next two.
+        scaler: as `optimizer`.
+        scheduler: as `optimizer`.
+        convert: take a checkpoint of another policy: the FP32 masters and moments are kept, weights and tails are
+            made anew for the model's policy, and the scaler stays as it is.
+
+    Returns:
+        The `progress` that was saved.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, of another policy, or does not fit the model, the optimizer
+            or the scheduler. Weights are unchanged then.
+    """
+    path = Path(path)
+    contents = read_folder(path)
+    converting = _check_policy(path, _policy_in(contents), model, convert)
+    _check_model(path, contents["model"], model, converting)
+    for name, part in (("optimizer", optimizer), ("scaler", scaler), ("scheduler", scheduler)):
+        if part is not None and contents[name] is None:
+            raise CheckpointError(f"{path} holds no {name}; load it without one")
+    if optimizer is not None and _parameter_names(model, optimizer) != contents["optimizer_parameters"]:
+        raise CheckpointError(f"{path} was saved with other parameters in its optimizer, or in another order")
+    try:
+        if optimizer is not None:
+            state = contents["optimizer"]
+            optimizer.load_state_dict(_with_own_tails(state, optimizer) if converting else state)
+        if scheduler is not None:
+            scheduler.load_state_dict(contents["scheduler"])
+        if scaler is not None and not converting:
+            scaler.load_state_dict(contents["scaler"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not fit: {error}") from error
+    _restore_model(contents["model"], contents["tails"], model, converting)
+    _restore_random_states(contents["random"])
+    return contents["progress"]
+
+
+def read_policy(path: str | os.PathLike[str]) -> Policy | None:
+    """Return the policy that a checkpoint was saved under, or None if its model was not cast.
+
+    Raises:
+        CheckpointError: the folder is missing or its manifest damaged.
+    """
+    return _policy_in(read_manifest(Path(path)))
+
+
+def _policy_in(contents: Mapping[str, Any]) -> Policy | None:
+    return None if contents["policy"] is None else Policy.from_json(contents["policy"])
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name, tied ones under their first name only."""
+    seen: set[int] = set()
+    unique = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f'"{name}" in the model\'s state is a {type(value).__name__}; only tensors are saved')
+        if id(value) not in seen:
+            seen.add(id(value))
+            unique[name] = value
+    return unique
+
+
+def _tails(model: nn.Module) -> dict[str, Tensor]:
+    tails = {name: tail_of(param) for name, param in model.named_parameters()}
+    return {name: tail for name, tail in tails.items() if tail is not None}
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {param: name for name, param in model.named_parameters()}
+    return [[names.get(param, "?") for param in group["params"]] for group in optimizer.param_groups]
+
+
+def _random_states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, [int(key) for key in keys], *rest],
+    }
+
+
+def _restore_random_states(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+
+
+def _check_policy(path: Path, saved: Policy | None, model: nn.Module, convert: bool) -> bool:
+    current = policy_of(model)
+    if saved == current:
+        return False
+    if not convert:
+        names = [f'policy "{policy.name}"' if policy else "no policy" for policy in (saved, current)]
+        raise CheckpointError(
+            f"{path} was saved under {names[0]}, the model is under {names[1]}; "
+            "cast the model to the checkpoint's policy, or ask to convert"
+        )
+    return True
+
+
+def _check_model(path: Path, saved: Mapping[str, Tensor], model: nn.Module, converting: bool) -> None:
+    expected = _model_tensors(model)
+    for name in sorted(expected.keys() ^ saved.keys()):
+        where = "the checkpoint" if name in expected else "the model"
+        raise CheckpointError(f'{path} does not fit the model: {where} has no "{name}"')
+    for name, want in expected.items():
+        got = saved[name]
+        if got.shape != want.shape or (got.dtype != want.dtype and not converting):
+            raise CheckpointError(
+                f'{path} does not fit the model: "{name}" is {got.dtype} {tuple(got.shape)} there '
+                f"and {want.dtype} {tuple(want.shape)} here"
+            )
+
+
+def _with_own_tails(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state with the tails that the current policy has, to be filled from the masters."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = {}
+    for index, state in state_dict["state"].items():
+        kept = {key: value for key, value in state.items() if key != "tail"}
+        if needs_tail(params[index]):
+            kept["tail"] = torch.zeros_like(params[index], dtype=torch.int16)
+        if kept:
+            states[index] = kept
+    return {**state_dict, "state": states}
+
+
+def _restore_model(
+    saved: Mapping[str, Tensor], tails: Mapping[str, Tensor], model: nn.Module, converting: bool
+) -> None:
+    with torch.no_grad():
+        for name, target in _model_tensors(model).items():
+            value, tail = saved[name], tails.get(name)
+            if converting and isinstance(target, nn.Parameter) and target.dtype != value.dtype:
+                write_master(target, value.float() if tail is None else decode(value, tail))
+                continue
+            target.copy_(value)
+            own_tail = tail_of(target)
+            if own_tail is not None:
+                own_tail.zero_() if tail is None else own_tail.copy_(tail)

@@ -1,0 +1,91 @@
+"""FP16 storage with FP32 arithmetic on CPUs that have no FP16 matrix product.
+
+Such CPUs emulate FP16 products many times slower than FP32 ones. Here the operands of a matrix product, a convolution
+or an attention are rounded to FP16, widened, multiplied in FP32 and the result rounded once to FP16, which is what a
+tensor core does. Autograd sees the conversions, so the backward products take the same way without any mode around it.
+Left out: keeping the widened operands out of what is saved for backward, and recurrent cells.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from duotone.torch.nested import map_tensors
+
+PRODUCTS = frozenset(
+    {
+        F.linear,
+        F.bilinear,
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+        F.scaled_dot_product_attention,
+        torch.matmul,
+        torch.mm,
+        torch.bmm,
+        torch.mv,
+        torch.addmm,
+        torch.baddbmm,
+        torch.einsum,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        Tensor.__rmatmul__,
+        Tensor.mm,
+        Tensor.bmm,
+        Tensor.mv,
+        Tensor.addmm,
+        Tensor.baddbmm,
+    }
+)
+
+
+@functools.cache
+def cpu_lacks_half_products() -> bool:
+    """Return whether this CPU would have to emulate FP16 matrix products, and say so once if it would."""
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return False
+    warnings.warn(
+        "this CPU has no FP16 matrix products: they run in FP32 arithmetic on FP16 values, at FP32's speed; "
+        'policy "bf16" is the faster choice where the CPU has BF16',
+        stacklevel=2,
+    )
+    return True
+
+
+class HalfOnCpu(TorchFunctionMode):
+    """Runs matrix products on CPU in FP32 arithmetic on FP16 values, inside a `with` block.
+
+    >>> ones = torch.ones(1, 4096, dtype=torch.float16)
+    >>> with HalfOnCpu():
+    ...     ones @ ones.T
+    tensor([[4096.]], dtype=torch.float16)
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            product = func(*map_tensors(_widen, args), **map_tensors(_widen, kwargs))
+            return product.to(torch.float16)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return tensor
+    return tensor.to(torch.float16).to(torch.float32)

@@ -1,0 +1,106 @@
+"""The split master-weight codec: a 16-bit weight and a 16-bit tail that together are the FP32 master.
+
+BF16: `tail = bits & 0xffff`, `weight = (bits >> 16) + (tail >> 15)`, which is round to nearest, ties away from zero.
+FP16: `tail = bits(master) - bits(float32(weight))` with the weight rounded to nearest even, exact for
+|weight| >= 2^-16; below that, where FP16's spacing of 2^-24 leaves more than 16 bits behind, the master is kept as
+`weight + tail * 2^-40`, within 2^-41. This module defines the bits that every backend must produce.
+
+Whatever outside code writes into a weight, decoding follows it and makes no NaN of it: a tail that cannot belong to its
+weight is ignored. Arithmetic is on int32 bit patterns, so FP32 subnormals are exact whatever the flush-to-zero mode.
+"""
+
+import torch
+from torch import Tensor
+
+SPLIT_DTYPES = (torch.bfloat16, torch.float16)
+
+_MAGNITUDE = 0x7FFF_FFFF
+_INFINITY = 0x7F80_0000
+# 2^-16 in FP32: the smallest |weight| in FP16 whose tail is a difference of bit patterns
+_FP16_EXACT = 0x3780_0000
+_FP16_UNIT = 2.0**-40
+
+
+def encode(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split FP32 masters into resident weights and their tails.
+
+    Args:
+        master: FP32, any shape and layout.
+        dtype: `torch.bfloat16` or `torch.float16`.
+
+    Returns:
+        The weights in `dtype`, the nearest to the masters, and the tails in int16, both shaped like `master`. NaN
+        becomes a quiet NaN of the same sign with tail 0; Inf, -0 and subnormals are kept exactly. A finite master
+        that rounds to Inf keeps its value in BF16; in FP16, whose tail cannot hold it, it becomes Inf (`cast`
+        refuses such a weight beforehand).
+
+    >>> weight, tail = encode(torch.tensor([1.0, 1.0 + 2**-8, 1.001]), torch.bfloat16)
+    >>> weight.tolist(), tail.tolist()
+    ([1.0, 1.0078125, 1.0], [0, -32768, 8389])
+    >>> decode(weight, tail).tolist()
+    [1.0, 1.00390625, 1.0010000467300415]
+    """
+    return _encode_bfloat16(master) if dtype == torch.bfloat16 else _encode_float16(master)
+
+
+def decode(weight: Tensor, tail: Tensor) -> Tensor:
+    """Join resident weights and their tails into the FP32 masters; the inverse of `encode`.
+
+    Args:
+        weight: BF16 or FP16, any shape and layout.
+        tail: int16, shaped like `weight`.
+
+    Returns:
+        FP32 masters. A weight that was edited since its tail was made decodes to a value that rounds back to the
+        edited weight; +-0, Inf and NaN decode to themselves when the tail cannot be theirs.
+    """
+    return _decode_bfloat16(weight, tail) if weight.dtype == torch.bfloat16 else _decode_float16(weight, tail)
+
+
+def _encode_bfloat16(master: Tensor) -> tuple[Tensor, Tensor]:
+    bits = master.view(torch.int32)
+    high = (bits >> 16) + ((bits >> 15) & 1)
+    is_nan = (bits & _MAGNITUDE) > _INFINITY
+    # rounding could carry a NaN's significand into the sign, so a NaN is made quiet and leaves no tail
+    high = torch.where(is_nan, (bits >> 16) | 0x40, high)
+    tail = bits.masked_fill(is_nan, 0)
+    return high.to(torch.int16).view(torch.bfloat16), tail.to(torch.int16)
+
+
+def _decode_bfloat16(weight: Tensor, tail: Tensor) -> Tensor:
+    high = weight.view(torch.int16).to(torch.int32)
+    low = tail.to(torch.int32) & 0xFFFF
+    bits = ((high - (low >> 15)) << 16) | low
+    magnitude = high & 0x7FFF
+    # a zero cannot have been rounded up to, nor an infinity down to: such a tail belongs to an earlier weight
+    rounded_up = low >= 0x8000
+    stale = ((magnitude == 0) & rounded_up) | ((magnitude == 0x7F80) & ~rounded_up)
+    return torch.where(stale, high << 16, bits).view(torch.float32)
+
+
+def _encode_float16(master: Tensor) -> tuple[Tensor, Tensor]:
+    bits = master.view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    nearest = master.to(torch.float16)
+    # below 2^-16 the master is first put on the grid of 2^-40, then split as an integer of that unit
+    small = magnitude < _FP16_EXACT
+    units = torch.where(small, master * 2.0**40, 0.0).round().to(torch.int32)
+    high_units = (units + 0x8000) >> 16
+    fixed = (high_units.to(torch.float32) * 2.0**-24).copysign(master).to(torch.float16)
+    weight = torch.where(small, fixed, nearest)
+    weight_bits = weight.to(torch.float32).view(torch.int32)
+    tail = torch.where((weight_bits & _MAGNITUDE) < _FP16_EXACT, units - (high_units << 16), bits - weight_bits)
+    return weight, tail.masked_fill((weight_bits & _MAGNITUDE) >= _INFINITY, 0).to(torch.int16)
+
+
+def _decode_float16(weight: Tensor, tail: Tensor) -> Tensor:
+    plain = weight.to(torch.float32)
+    bits = plain.view(torch.int32)
+    magnitude = bits & _MAGNITUDE
+    difference = tail.to(torch.int32)
+    joined = (bits + difference).view(torch.float32)
+    # a tail that leads to another weight was made for another weight
+    exact = torch.where(joined.to(torch.float16) == weight, joined, plain)
+    fixed = plain + difference.to(torch.float32) * _FP16_UNIT
+    master = torch.where(magnitude < _FP16_EXACT, fixed, exact)
+    return torch.where((difference == 0) | (magnitude >= _INFINITY), plain, master)

@@ -1,0 +1,115 @@
+"""Where the FP32 master of a parameter is kept: in its resident 16-bit weight and the tail that goes with it.
+
+A tail waits on its parameter from the cast until an optimizer takes it into its state; both then name one tensor, so
+nothing is stored twice and neither can go stale. A parameter without a tail is its own master: FP32, or frozen, or
+16-bit under a policy without masters.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from duotone.errors import OptimizerError
+from duotone.torch.kernels import SPLIT_DTYPES, Rounding, decode, encode
+
+_TAIL = "duotone_tail"
+_ROUNDING = "duotone_rounding"
+
+
+def tail_of(param: Tensor) -> Tensor | None:
+    """Return the int16 tail that belongs to a parameter, or None if it has none."""
+    return getattr(param, _TAIL, None)
+
+
+def rounding_of(param: Tensor) -> Rounding | None:
+    """Return how a 16-bit parameter without a master is rounded, or None if it is to have a master."""
+    return getattr(param, _ROUNDING, None)
+
+
+def set_storage(param: Tensor, tail: Tensor | None, rounding: Rounding | None) -> None:
+    """Note on a parameter which tail it has, or by which rounding it does without."""
+    setattr(param, _TAIL, tail)
+    setattr(param, _ROUNDING, rounding)
+
+
+def needs_tail(param: Tensor) -> bool:
+    """Return whether a parameter must have a tail before it is updated: 16-bit, and not told to do without."""
+    return param.dtype in SPLIT_DTYPES and rounding_of(param) is None
+
+
+def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
+    """Return the tail of a parameter that needs one, on its device.
+
+    It is the one that waits on the parameter, else the given one, else zeros: the weight is its own master so far.
+    """
+    waiting = tail_of(param)
+    tail = waiting if waiting is not None else tail
+    tail = torch.zeros_like(param, dtype=torch.int16) if tail is None else tail.to(param.device)
+    set_storage(param, tail, None)
+    return tail
+
+
+def read_master(param: Tensor) -> Tensor:
+    """Return a parameter's FP32 master as a new tensor of the parameter's shape.
+
+    >>> param = nn.Parameter(torch.tensor([0.0], dtype=torch.bfloat16))
+    >>> tail = ensure_tail(param)
+    >>> write_master(param, torch.tensor([0.1]))
+    >>> param.item(), read_master(param).item()
+    (0.10009765625, 0.10000000149011612)
+    """
+    with torch.no_grad():
+        tail = tail_of(param)
+        weight = param.detach()
+        return weight.to(torch.float32, copy=True) if tail is None else decode(weight, tail.to(weight.device))
+
+
+def write_master(param: Tensor, master: Tensor) -> None:
+    """Set a parameter's FP32 master in place: the nearest resident weight, and the tail where there is one.
+
+    Args:
+        param: a parameter in FP32, BF16 or FP16.
+        master: FP32, the parameter's shape, any device.
+    """
+    with torch.no_grad():
+        tail = tail_of(param)
+        if tail is None:
+            param.copy_(master)
+            return
+        weight, new_tail = encode(master.to(param.device, torch.float32), param.dtype)
+        param.copy_(weight)
+        tail.copy_(new_tail)
+
+
+def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+    """Return the FP32 masters of all floating-point parameters by name, as new tensors.
+
+    Args:
+        model: a model, cast or not.
+        optimizer: the model's optimizer, if there is one. It is only checked: that its tails are the model's own.
+
+    Returns:
+        Name to FP32 tensor, in the order of `model.named_parameters()`; tied parameters once. A 16-bit parameter
+        without a tail (frozen, or without a master) gives its own value.
+
+    Raises:
+        OptimizerError: the optimizer holds the tails of another model, a deep copy for instance.
+
+    >>> import duotone.torch as dt
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> before = model.weight.detach().clone()
+    >>> masters = master_weights(dt.cast(model, "bf16"))
+    >>> torch.equal(masters["weight"], before)
+    True
+    """
+    masters = {}
+    for name, param in model.named_parameters():
+        if not param.is_floating_point():
+            continue
+        held = optimizer.state.get(param, {}).get("tail") if optimizer is not None else None
+        if held is not None and held is not tail_of(param):
+            raise OptimizerError(
+                f'the optimizer holds a tail for "{name}" that is not the model\'s; '
+                "build the optimizer from this model's parameters"
+            )
+        masters[name] = read_master(param)
+    return masters

@@ -1,0 +1,80 @@
+"""Where the bytes of a model in training are, by role."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from duotone.torch.master import tail_of
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by role, activations apart.
+
+    Attributes:
+        parameters: how many trainable parameters there are.
+        weights_bytes: resident trainable weights.
+        tails_bytes: what the weights lack to be the FP32 masters.
+        gradients_bytes: one gradient for every trainable parameter, in the dtype it accumulates in.
+        moments_bytes: the optimizer's state of the parameters' shapes.
+        other_bytes: frozen weights, buffers, and step counts.
+    """
+
+    parameters: int
+    weights_bytes: int
+    tails_bytes: int
+    gradients_bytes: int
+    moments_bytes: int
+    other_bytes: int
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes of weight, tail, gradient and moments per trainable parameter; 0 without any."""
+        total = self.weights_bytes + self.tails_bytes + self.gradients_bytes + self.moments_bytes
+        return total / self.parameters if self.parameters else 0.0
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Memory:
+    """Count the bytes of weights, tails, gradients and optimizer state; exact, since it adds up tensors.
+
+    Gradients are counted as they are after a backward pass, whether they are there now or not; moments exist from
+    the optimizer's first step on.
+
+    Args:
+        model: a model, cast or not; tied parameters count once.
+        optimizer: its optimizer, Duotone's or torch's.
+
+    >>> import duotone.torch as dt
+    >>> model = dt.cast(nn.Linear(8, 8), "bf16")
+    >>> optimizer = dt.AdamW(model.parameters())
+    >>> model(torch.ones(1, 8)).sum().backward()
+    >>> optimizer.step()
+    >>> memory(model, optimizer).bytes_per_parameter
+    14.0
+    """
+    counted = dict.fromkeys(("weights", "tails", "gradients", "moments", "other"), 0)
+    parameters = 0
+    for param in model.parameters():
+        if not param.requires_grad:
+            counted["other"] += _size(param)
+            continue
+        parameters += param.numel()
+        counted["weights"] += _size(param)
+        counted["gradients"] += _size(param.grad) if param.grad is not None else _gradient_size(param)
+        tail = tail_of(param)
+        counted["tails"] += 0 if tail is None else _size(tail)
+        for name, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
+            if not isinstance(value, Tensor) or name == "tail":
+                continue
+            counted["moments" if value.shape == param.shape and value.dim() else "other"] += _size(value)
+    counted["other"] += sum(_size(buffer) for buffer in model.buffers())
+    return Memory(parameters=parameters, **{f"{role}_bytes": size for role, size in counted.items()})
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _gradient_size(param: Tensor) -> int:
+    return param.numel() * (param.grad_dtype or param.dtype).itemsize

@@ -1,0 +1,58 @@
+"""Tensors inside nested structures: what a model takes and returns.
+
+Tuples, named tuples, lists, dicts and dataclasses are walked; anything else is left as it is.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply `change` to every tensor in `value` and return the structure with the results.
+
+    A container in which no tensor changed is returned itself, not a copy.
+
+    >>> map_tensors(torch.neg, {"x": (torch.tensor(1), "text")})
+    {'x': (tensor(-1), 'text')}
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: map_tensors(change, item) for name, item in old.items()}
+        return value if _same(old.values(), new.values()) else dataclasses.replace(value, **new)
+    if isinstance(value, dict):
+        new = {key: map_tensors(change, item) for key, item in value.items()}
+        return value if _same(value.values(), new.values()) else _rebuild_dict(value, new)
+    if isinstance(value, (tuple, list)):
+        new = [map_tensors(change, item) for item in value]
+        if _same(value, new):
+            return value
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    return value
+
+
+def cast_floating(value: Any, dtype: torch.dtype) -> Any:
+    """Cast the FP32, BF16 and FP16 tensors in `value` to `dtype`; integer, complex and FP64 tensors stay.
+
+    >>> x, i = cast_floating((torch.ones(1), torch.tensor([1])), torch.bfloat16)
+    >>> x.dtype, i.dtype
+    (torch.bfloat16, torch.int64)
+    """
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.dtype in narrow else tensor, value)
+
+
+def _same(old: Any, new: Any) -> bool:
+    return all(a is b for a, b in zip(old, new, strict=True))
+
+
+def _rebuild_dict(old: dict[Any, Any], new: dict[Any, Any]) -> dict[Any, Any]:
+    # a shallow copy keeps the subclass and what it carries, a default factory for instance
+    copied = old.copy()
+    copied.update(new)
+    return copied

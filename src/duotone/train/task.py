@@ -1,0 +1,194 @@
+"""What a run trains: a model, its loss, its batches and its evaluation, as one value.
+
+A `Task` knows nothing of precision, devices or optimizers; whoever trains it decides those. It draws the
+model from torch's global seed and its batches from the generator it is given, so repeating two seeds repeats
+a run. Left out: worker processes and prefetching, which a task's `batches` may do by itself.
+"""
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from duotone.errors import TaskError
+
+# a tensor, or a tuple, list or dict of batches; Any, so that a task may name the very shape of its own
+Batch: TypeAlias = Any
+
+TASK_FILE_MODULE = "_duotone_task_file"
+
+
+def samples_in(batch: Batch) -> int:
+    """Return the length of the first tensor in a batch.
+
+    Raises:
+        TaskError: if there is no tensor of at least one dimension in it.
+
+    >>> samples_in({"image": (torch.zeros(8, 3), torch.zeros(5))})
+    8
+    """
+    parts = [batch]
+    while parts:
+        part = parts.pop(0)
+        if isinstance(part, torch.Tensor) and part.ndim:
+            return len(part)
+        if isinstance(part, Mapping):
+            parts = [*part.values(), *parts]
+        elif isinstance(part, list | tuple):
+            parts = [*part, *parts]
+    raise TaskError("a batch holds no tensor whose length could be counted; give the task `units_in`")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a run needs to know about what it trains.
+
+    Attributes:
+        name: what people call it.
+        model: freshly initialised in FP32, from torch's global seed.
+        loss: maps the model and a batch on the model's device to a scalar.
+        batches: maps a CPU generator to one epoch's batches; the same state must give the same batches.
+        evaluate: maps the model to its figures on held-out data; deterministic. See `evaluating`.
+        quality: the figure that stands for the run's quality.
+        lower_is_better: which way `quality` improves.
+        unit: what throughput counts.
+        units_in: how many units a batch holds; by default the length of its first tensor.
+        settings: run settings that suit the task (`steps`, `learning_rate`, ...); a user's own go first.
+        baselines: `quality` of reference methods on the same held-out data.
+        facts: about the data, a line each.
+
+    Raises:
+        TaskError: if a field has the wrong type, or the model is not in FP32.
+
+    >>> task = Task(
+    ...     name="zero",
+    ...     model=nn.Linear(1, 1),
+    ...     loss=lambda model, x: model(x).square().mean(),
+    ...     batches=lambda generator: (torch.rand(4, 1, generator=generator) for _ in range(3)),
+    ...     evaluate=lambda model: {"loss": 0.0},
+    ... )
+    >>> [task.units_in(batch) for batch in task.batches(torch.Generator())]
+    [4, 4, 4]
+    """
+
+    name: str
+    model: nn.Module
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
+    batches: Callable[[torch.Generator], Iterable[Batch]]
+    evaluate: Callable[[nn.Module], Mapping[str, float]]
+    quality: str = "loss"
+    lower_is_better: bool = True
+    unit: str = "samples"
+    units_in: Callable[[Batch], int] = samples_in
+    settings: Mapping[str, object] = field(default_factory=dict)
+    baselines: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("name", "quality", "unit"):
+            value = getattr(self, name)
+            self._require(isinstance(value, str) and value, name, "a non-empty string")
+        for name in ("loss", "batches", "evaluate", "units_in"):
+            self._require(callable(getattr(self, name)), name, "a function")
+        self._require(isinstance(self.lower_is_better, bool), "lower_is_better", "True or False")
+        for name, kind, kinds in (
+            ("settings", object, "values"),
+            ("baselines", (int, float), "numbers"),
+            ("facts", str, "strings"),
+        ):
+            value = getattr(self, name)
+            fits = isinstance(value, Mapping) and all(
+                isinstance(key, str) and isinstance(item, kind) for key, item in value.items()
+            )
+            self._require(fits, name, f"a mapping from strings to {kinds}")
+        self._require(isinstance(self.model, nn.Module), "model", "a torch.nn.Module")
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                raise TaskError(
+                    f"task {self.name!r}: its model's {name} is {dtype}; "
+                    "hand the model over in float32, the policy casts it"
+                )
+
+    def _require(self, holds: object, name: str, allowed: str) -> None:
+        if not holds:
+            got = getattr(self, name)
+            raise TaskError(f"task {self.name!r}: {name} is {got!r:.60}; it must be {allowed}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode without gradients, and every module of it back as it was at the end.
+
+    >>> model = nn.Dropout().train()
+    >>> with evaluating(model):
+    ...     model.training, torch.is_inference_mode_enabled()
+    (False, True)
+    >>> model.training
+    True
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def load_task_file(path: str | Path) -> Task:
+    """Run a Python file that defines `task()`, and return what `task()` returns.
+
+    Modules beside the file are importable while it runs, as under `python path`; the file itself never is.
+
+    Raises:
+        TaskError: if the file is missing or raises, or `task` is missing or returns anything but a `Task`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TaskError(f"there is no file {path}; give a file that defines task(), or the name of a built-in task")
+    spec = importlib.util.spec_from_file_location(TASK_FILE_MODULE, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path} is not a Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    folder = str(path.resolve().parent)
+    # dataclasses and typing look their module up by name while it runs
+    sys.modules[TASK_FILE_MODULE] = module
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+        define_task = getattr(module, "task", None)
+        if not callable(define_task):
+            raise TaskError(f"{path} defines no task(); define one that takes nothing and returns a Task")
+        task = define_task()
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(f"{place_of(error, path)}: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        sys.path.remove(folder)
+        del sys.modules[TASK_FILE_MODULE]
+    if not isinstance(task, Task):
+        raise TaskError(f"task() of {path} returned a {type(task).__name__}; it must return a Task")
+    return task
+
+
+def place_of(error: Exception, path: Path) -> str:
+    """Name `path` and the last of its lines that the error passed through, or the one that does not parse."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return next(iter(str(error).splitlines()), "")

@@ -1,0 +1,223 @@
+"""Loss scaling: the transition against torch.amp's, the same in every array library, and its bounds."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duotone.errors import LossScaleError
+from duotone.loss_scale import LossScale, LossScaleState, init_state, update
+
+STEPS = st.lists(st.booleans(), max_size=60)
+
+
+@st.composite
+def any_settings(draw):
+    """Draw any dynamic, static or one-sided settings; windows are short so that sequences fill them."""
+    low, start, high = sorted(draw(st.lists(st.integers(-126, 127), min_size=3, max_size=3)))
+    return LossScale(
+        init_scale=2.0**start,
+        growth_factor=2.0 ** draw(st.integers(0, 8)),
+        backoff_factor=2.0 ** -draw(st.integers(0, 8)),
+        growth_interval=draw(st.integers(1, 5)),
+        hysteresis=draw(st.integers(1, 4)),
+        min_scale=2.0**low,
+        max_scale=2.0**high,
+    )
+
+
+def trajectory(loss_scale, steps):
+    """Return the states after each step, in Python numbers."""
+    states = [init_state(loss_scale)]
+    for found_inf in steps:
+        states.append(update(loss_scale, states[-1], found_inf))
+    return states[1:]
+
+
+@given(any_settings(), STEPS)
+def test_the_scale_is_a_power_of_two_within_its_bounds(loss_scale, steps):
+    for state in trajectory(loss_scale, steps):
+        assert math.frexp(state.scale)[0] == 0.5
+        assert loss_scale.min_scale <= state.scale <= loss_scale.max_scale
+        assert 0 <= state.growth_tracker < loss_scale.growth_interval
+        assert 0 <= state.hysteresis_tracker < loss_scale.hysteresis
+
+
+@given(any_settings(), STEPS)
+def test_skipped_steps_are_counted(loss_scale, steps):
+    for index, state in enumerate(trajectory(loss_scale, steps)):
+        seen = steps[: index + 1]
+        assert state.skipped == sum(seen)
+        assert state.skipped_in_a_row == seen[::-1].index(False) if False in seen else len(seen)
+
+
+@given(STEPS, st.integers(1, 4), st.sampled_from([2.0, 4.0]), st.sampled_from([0.5, 0.25]))
+def test_at_hysteresis_one_the_trajectory_is_torch_amp_s(steps, interval, growth, backoff):
+    # 60 steps by a factor of 4 stay inside bounds this wide only downwards: torch has no ceiling but Inf
+    loss_scale = LossScale(2.0**4, growth, backoff, interval, min_scale=2.0**-126, max_scale=2.0**127)
+    scale, tracker = torch.tensor(2.0**4), torch.tensor(0, dtype=torch.int32)
+    for found_inf, state in zip(steps, trajectory(loss_scale, steps), strict=True):
+        torch._amp_update_scale_(scale, tracker, torch.tensor(float(found_inf)), growth, backoff, interval)
+        assert (state.scale, state.growth_tracker) == (scale.item(), tracker.item())
+
+
+@given(any_settings(), st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=30))
+def test_numpy_and_torch_follow_python_for_many_scales_at_once(loss_scale, rows):
+    expected = [trajectory(loss_scale, column) for column in zip(*rows, strict=True)]
+    libraries = [
+        (np.array, np.where, np.float32, np.int32),
+        (torch.tensor, torch.where, torch.float32, torch.int32),
+    ]
+    for array, where, float32, int32 in libraries:
+        start = asdict(init_state(loss_scale))
+        kinds = {name: float32 if name == "scale" else int32 for name in start}
+        state = LossScaleState(**{name: array([start[name]] * 3, dtype=kind) for name, kind in kinds.items()})
+        for index, row in enumerate(rows):
+            state = update(loss_scale, state, array(row), where=where)
+            for name, leaf in vars(state).items():
+                assert leaf.dtype == kinds[name]
+                assert leaf.tolist() == [getattr(column[index], name) for column in expected]
+
+
+@pytest.mark.parametrize(
+    "flag", [torch.tensor(True), torch.tensor(1.0), torch.tensor(3), torch.tensor(math.nan)]
+)
+def test_every_kind_of_flag_is_an_overflow_in_torch_scalars(flag):
+    state = LossScaleState(torch.tensor(8.0), *(torch.tensor(0, dtype=torch.int32) for _ in range(4)))
+    state = update(LossScale(), state, flag, where=torch.where)
+    assert (state.scale.item(), state.skipped.item()) == (4.0, 1)
+    assert (state.scale.dtype, state.skipped.dtype, state.scale.shape) == (torch.float32, torch.int32, ())
+
+
+# o is an overflow, . a clean step; the scale starts at 2**8, the window is 3, the ceiling 2**9
+@pytest.mark.parametrize(
+    ("hysteresis", "steps", "powers"),
+    [
+        (1, "o.o.o", [7, 7, 6, 6, 5]),
+        (1, "..o...", [8, 8, 7, 7, 7, 8]),
+        (1, "......", [8, 8, 9, 9, 9, 9]),
+        (2, "ooo", [8, 7, 6]),
+        (2, "o..o", [8, 8, 8, 7]),
+        (2, "oo...oo", [8, 7, 7, 7, 8, 8, 7]),
+        (3, "oooo", [8, 8, 7, 6]),
+        # at the ceiling nothing grows, and still a clean window restores the tolerance
+        (2, "...oo...o...o", [8, 8, 9, 9, 8, 8, 8, 9, 9, 9, 9, 9, 9]),
+        # a tolerated overflow ends the window as any other does
+        (2, "..o...", [8, 8, 8, 8, 8, 9]),
+    ],
+)
+def test_hysteresis(hysteresis, steps, powers):
+    loss_scale = LossScale(2.0**8, growth_interval=3, hysteresis=hysteresis, max_scale=2.0**9)
+    states = trajectory(loss_scale, [step == "o" for step in steps])
+    assert [math.log2(state.scale) for state in states] == powers
+
+
+@given(any_settings(), STEPS)
+def test_after_a_clean_window_the_tolerance_is_as_new(loss_scale, steps):
+    *_, state = trajectory(loss_scale, [*steps, *[False] * loss_scale.growth_interval])
+    fresh = init_state(loss_scale)
+    assert state.hysteresis_tracker == fresh.hysteresis_tracker
+    for _ in range(loss_scale.hysteresis - 1):
+        tolerated = update(loss_scale, state, True)
+        assert tolerated.scale == state.scale
+        state = tolerated
+    shrunk = max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale)
+    assert update(loss_scale, state, True).scale == shrunk
+
+
+def test_a_window_shortened_on_resume_closes_at_the_next_clean_step():
+    state = update(LossScale(growth_interval=3), LossScaleState(4.0, 10, 0, 0, 0), False)
+    assert (state.scale, state.growth_tracker) == (8.0, 0)
+
+
+@pytest.mark.parametrize("loss_scale", [LossScale.none(), LossScale.static(2.0**10), LossScale.static(2**32)])
+@given(STEPS)
+def test_a_static_scale_stands_still_and_counts(loss_scale, steps):
+    for state in trajectory(loss_scale, steps):
+        assert state.scale == loss_scale.init_scale
+    if steps:
+        assert trajectory(loss_scale, steps)[-1].skipped == sum(steps)
+
+
+def test_the_three_kinds():
+    kinds = [LossScale.dynamic(growth_interval=5), LossScale.static(2), LossScale.none()]
+    assert [kind.is_dynamic for kind in kinds] == [True, False, False]
+    assert [kind.is_none for kind in kinds] == [False, False, True]
+    assert kinds[0] == LossScale(growth_interval=5)
+    assert LossScale(growth_factor=1).is_dynamic
+    assert LossScale(backoff_factor=1).is_dynamic
+
+
+def test_the_defaults_are_torch_amp_s():
+    peer = torch.amp.GradScaler("cpu")
+    assert LossScale().init_scale == peer._init_scale
+    assert LossScale().growth_factor == peer.get_growth_factor()
+    assert LossScale().backoff_factor == peer.get_backoff_factor()
+    assert LossScale().growth_interval == peer.get_growth_interval()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("none", LossScale.none()),
+        ("dynamic", LossScale()),
+        (1024, LossScale.static(1024)),
+        (1024.0, LossScale.static(1024)),
+        ("1024", LossScale.static(1024)),
+        (1, LossScale.none()),
+    ],
+)
+def test_parsing(value, expected):
+    assert LossScale.parse(value) == expected
+
+
+@pytest.mark.parametrize("value", ["Dynamic", "1023", 3, 0, -1, "inf", None, 2.0**33, 10**400])
+def test_what_cannot_be_parsed(value):
+    with pytest.raises(LossScaleError) as caught:
+        LossScale.parse(value)
+    assert str(caught.value) == (
+        f"loss scale {value!r} is not known; write none, dynamic, or a power of two from 1 to 2**32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"init_scale": 3}, "init_scale must be a power of two such as 0.5 or 65536, not 3"),
+        ({"init_scale": math.inf}, "init_scale must be a power of two such as 0.5 or 65536, not inf"),
+        ({"init_scale": 10**400}, "init_scale must be a power of two such as 0.5 or 65536, not 1000"),
+        ({"growth_factor": "x"}, "growth_factor must be a power of two such as 0.5 or 65536, not 'x'"),
+        ({"backoff_factor": 0}, "backoff_factor must be a power of two such as 0.5 or 65536, not 0"),
+        ({"min_scale": 2.0**-127}, "min_scale must be a power of two such as 0.5 or 65536, not 5.87"),
+        ({"max_scale": 2.0**128}, "max_scale must be a power of two such as 0.5 or 65536, not 3.40"),
+        ({"growth_factor": 0.5}, "growth_factor must be 1 or more, not 0.5"),
+        ({"backoff_factor": 2}, "backoff_factor must be at most 1, not 2.0"),
+        ({"growth_interval": 0}, "growth_interval must be a whole number from 1 on, not 0"),
+        ({"growth_interval": 2000.0}, "growth_interval must be a whole number from 1 on, not 2000.0"),
+        ({"hysteresis": True}, "hysteresis must be a whole number from 1 on, not True"),
+        (
+            {"init_scale": 0.5},
+            "init_scale 0.5 must lie between min_scale 1.0 and max_scale 4294967296.0; move it or the bound",
+        ),
+        (
+            {"max_scale": 2},
+            "init_scale 65536.0 must lie between min_scale 1.0 and max_scale 2.0; move it or the bound",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, expected):
+    with pytest.raises(LossScaleError) as caught:
+        LossScale(**changes)
+    assert str(caught.value).startswith(expected)
+
+
+@settings(max_examples=20)
+@given(any_settings(), STEPS)
+def test_settings_and_states_survive_dictionaries(loss_scale, steps):
+    assert LossScale(**asdict(loss_scale)) == loss_scale
+    for state in trajectory(loss_scale, steps):
+        assert LossScaleState(**asdict(state)) == state
