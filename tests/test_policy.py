@@ -3,6 +3,7 @@
 import json
 from dataclasses import FrozenInstanceError, replace
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,9 @@ from duotone.policy import Policy, Rule
 FP32, BF16, FP16 = "float32", "bfloat16", "float16"
 E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 
-ALL_ROLE_SETS = [
-    dict(
-        zip(
-            ("param", "compute", "output", "grad", "reduce", "master", "state", "rounding", "loss_scale"),
-            values,
-        )
-    )
+ROLES = ("param", "compute", "output", "grad", "reduce", "master", "state", "rounding", "loss_scale")
+ALL_ROLE_SETS: list[dict[str, Any]] = [
+    dict(zip(ROLES, values, strict=True))
     for values in product(
         (FP32, BF16, FP16),
         (FP32, BF16, FP16, E4M3, E5M2),
@@ -66,7 +63,7 @@ def test_every_role_set_is_accepted_or_refused_by_the_table_and_reads_back():
             assert Policy.from_json(policy.to_json()) == policy
             accepted += 1
         else:
-            with pytest.raises(PolicyError, match='^policy "'):
+            with pytest.raises(PolicyError, match=r'^policy "'):
                 Policy(**roles)
     assert accepted > 500
 
@@ -120,6 +117,10 @@ def test_a_policy_cannot_be_changed():
         (
             "fp32,grad=bf16",
             'policy "fp32,grad=bfloat16" has bfloat16 gradients for float32 weights; write grad=float32',
+        ),
+        (
+            "bf16,param=fp32,grad=bf16",
+            'policy "bf16,param=float32" has bfloat16 gradients for float32 weights; write grad=float32',
         ),
         (
             "bf16,grad=fp16",
@@ -268,9 +269,7 @@ def test_a_rule_that_cannot_be_is_refused(roles, expected):
 
 def test_rules_must_be_rules():
     message = message_of(Policy, rules=("head: output=bf16",))
-    assert (
-        message == "a policy's rules must be Rule objects, not 'head: output=bf16'; Policy.parse reads text"
-    )
+    assert message == "a policy's rules must be Rule objects, not 'head: output=bf16'; Policy.parse reads text"
 
 
 def test_json_is_an_object_of_roles_and_rules():
@@ -304,6 +303,10 @@ def test_json_is_an_object_of_roles_and_rules():
         (
             lambda content: content.update(rules=[{"pattern": "a", "roles": 5}]),
             "a rule's pattern in JSON must be a text and its roles an object, not {'pattern': 'a', 'roles': 5}",
+        ),
+        (
+            lambda content: content.update(rules=[{"pattern": 5, "roles": {}}]),
+            "a rule's pattern in JSON must be a text and its roles an object, not {'pattern': 5, 'roles': {}}",
         ),
         (
             lambda content: content.update(param=5),

@@ -35,9 +35,7 @@ def policies(draw):
     rules = tuple(
         Rule(pattern, tuple(roles.items()))
         for pattern, roles in draw(
-            st.lists(
-                st.tuples(PATTERNS, st.fixed_dictionaries({}, optional=CHOICES).filter(bool)), max_size=3
-            )
+            st.lists(st.tuples(PATTERNS, st.fixed_dictionaries({}, optional=CHOICES).filter(bool)), max_size=3)
         )
     )
     names = [param, compute, output, grad, reduce]
@@ -91,6 +89,7 @@ def test_every_preset_can_be_used_and_every_alias_names_one():
         ("half", "fp16"),
         ("float16", "fp16"),
         ("BF16", "bf16"),
+        ("FP16-Mixed", "fp16-mixed"),
         (" fp16 , grad = fp32 ", "fp16,grad=float32"),
         # Lightning
         ("32", "fp32"),
@@ -187,9 +186,7 @@ def test_malformed_text_is_refused_with_the_part_that_is(text, expected):
 
 @pytest.mark.parametrize("scale", ["3", "0", "-2", "0.5", "8589934592", "inf", "nan", "1e999", "two"])
 def test_a_static_scale_is_a_power_of_two_in_range(scale):
-    expected = (
-        f"loss_scale={scale} is not possible; write none, dynamic, or a power of two from 1 to 4294967296"
-    )
+    expected = f"loss_scale={scale} is not possible; write none, dynamic, or a power of two from 1 to 4294967296"
     with pytest.raises(PolicyError) as caught:
         Policy.parse(f"fp16,loss_scale={scale}")
     assert str(caught.value) == expected

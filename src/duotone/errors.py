@@ -46,8 +46,8 @@ class TaskError(DuotoneError, ValueError):
 def nearest_names(name: str, known: Iterable[str]) -> str:
     """Return a hint that lists the known names nearest to `name`, or all of them if none is near.
 
-    >>> nearest_names("bfloat", ["bfloat16", "float32"])
-    'did you mean bfloat16?'
+    >>> nearest_names("digit", ["digits", "stdlib-text"])
+    'did you mean digits?'
     >>> nearest_names("x", ["bf16", "fp16"])
     'known: bf16, fp16'
     """

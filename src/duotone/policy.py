@@ -23,9 +23,8 @@ class Rule:
     """Roles that are different in some modules.
 
     Attributes:
-        pattern: A pattern as `fnmatch` reads it, over dotted module paths (`*` matches dots too, case
-        counts);
-            the rule holds for the modules that it matches and for everything inside them.
+        pattern: A pattern as `fnmatch` reads it, over dotted module paths; `*` matches dots too, and case counts.
+            The rule holds for the modules that it matches and for everything inside them.
         roles: Pairs of a role and its value there; any role but loss_scale, which is one for the whole model.
 
     Raises:
@@ -47,8 +46,7 @@ class Rule:
         given = dict(self.roles)
         if "loss_scale" in given:
             raise PolicyError(
-                f'rule "{self.pattern}" sets loss_scale, but the whole model has one; '
-                'set it before the first ";"'
+                f'rule "{self.pattern}" sets loss_scale, but the whole model has one; set it before the first ";"'
             )
         if not given or len(given) < len(self.roles):
             raise PolicyError(f'rule "{self.pattern}" must set at least one role, and each role once')
@@ -112,9 +110,7 @@ class Policy:
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise PolicyError(
-                    f"a policy's rules must be Rule objects, not {rule!r}; Policy.parse reads text"
-                )
+                raise PolicyError(f"a policy's rules must be Rule objects, not {rule!r}; Policy.parse reads text")
         for problem in _problems(self):
             raise PolicyError(f'policy "{self.name}" {problem}')
 
@@ -175,9 +171,7 @@ class Policy:
         'bfloat16'
         """
         matching = [rule for rule in self.rules if rule.holds_for(path)]
-        roles = spelling.change(
-            _roles(self), {role: value for rule in matching for role, value in rule.roles}
-        )
+        roles = spelling.change(_roles(self), {role: value for rule in matching for role, value in rule.roles})
         if not spelling.passes_float16([roles]):
             roles["loss_scale"] = "none"
         try:
@@ -213,9 +207,7 @@ class Policy:
         for rule in rules:
             _check_keys(rule, ["pattern", "roles"], "a rule")
             if not isinstance(rule["pattern"], str) or not isinstance(rule["roles"], dict):
-                raise PolicyError(
-                    f"a rule's pattern in JSON must be a text and its roles an object, not {rule!r}"
-                )
+                raise PolicyError(f"a rule's pattern in JSON must be a text and its roles an object, not {rule!r}")
         return _from_parts(content, [(rule["pattern"], rule["roles"]) for rule in rules])
 
 
@@ -246,15 +238,9 @@ def _problems(policy: Policy) -> Iterator[str]:
     param, compute, grad = policy.param, policy.compute, policy.grad
     bits = {role: get_format(getattr(policy, role)).storage_bits for role in ("param", "compute")}
     if bits["compute"] > bits["param"]:
-        yield (
-            f"computes in {compute}, wider than its {param} weights; "
-            f"write param={compute} too, or compute={param}"
-        )
+        yield f"computes in {compute}, wider than its {param} weights; write param={compute} too, or compute={param}"
     if bits["compute"] == bits["param"] and compute != param:
-        yield (
-            f"computes in {compute} from {param} weights; "
-            f"write compute={param}, or param={compute},grad={compute}"
-        )
+        yield f"computes in {compute} from {param} weights; write compute={param}, or param={compute},grad={compute}"
     if grad not in ("float32", param):
         choices = "grad=float32" if param == "float32" else f"grad={param} or grad=float32"
         yield f"has {grad} gradients for {param} weights; write {choices}"
@@ -271,8 +257,8 @@ def _problems(policy: Policy) -> Iterator[str]:
 
 
 def _rounding_problems(policy: Policy) -> Iterator[str]:
-    """Yield what is wrong with how updates are stored: rounded in the weights just where there is no
-    master.""" if policy.param == "float32" or policy.master is not None:
+    """Yield what is wrong with how updates are stored: rounded in the weights just where there is no master."""
+    if policy.param == "float32" or policy.master is not None:
         if policy.rounding is not None:
             yield (
                 f"names a rounding ({policy.rounding}), but its float32 masters are not rounded; "

@@ -186,6 +186,7 @@ def _words(role: str) -> list[str]:
 
 
 def _write_value(value: Value) -> str:
+    """Return a role's value as text."""
     if value is None:
         return "none"
     return str(int(value)) if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -60,6 +61,13 @@ def test_every_file_is_in_one_part_whole(tmp_path):
     # a binomial count of 200 at 1/20
     assert 3 <= len(held_out) <= 20
     assert text.files == 200
+
+
+def test_files_are_in_the_order_of_their_hash(tmp_path):
+    write_library(tmp_path, 50)
+    hashes = [zlib.crc32(path.encode()) for path in corpus.source_files(tmp_path)]
+    assert len(hashes) == 50
+    assert hashes == sorted(hashes)
 
 
 def test_a_file_stays_in_its_part_when_others_come_and_go(tmp_path):
@@ -225,6 +233,16 @@ def test_residual_projections_start_smaller():
     for name, parameter in model.named_parameters():
         expected = 0.01 if "to_residual" in name else 0.02
         assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+
+
+def test_blocks_add_to_the_residual_stream():
+    torch.manual_seed(0)
+    model = GPT(SHAPE)
+    for name, parameter in model.named_parameters():
+        if "to_residual" in name:
+            nn.init.zeros_(parameter)
+    tokens = torch.randint(256, (2, 8))
+    assert torch.equal(model(tokens), model.head(model.norm(model.embedding(tokens))))
 
 
 def test_shapes_that_cannot_be_are_refused():

@@ -49,6 +49,7 @@ def fields(**changed):
         (torch.zeros(3, 2), 3),
         ([torch.tensor(1.0), torch.zeros(4)], 4),
         ({"x": (["text", torch.zeros(5)],), "y": torch.zeros(6)}, 5),
+        (({"x": torch.zeros(5)}, torch.zeros(6)), 5),
     ],
 )
 def test_a_batch_is_as_long_as_its_first_tensor(batch, length):
@@ -121,7 +122,10 @@ def test_a_task_file_sees_its_neighbours_and_leaves_no_trace(tmp_path, monkeypat
         ("", "mine.py defines no task(); define one that takes nothing and returns a Task"),
         ("task = 3", "mine.py defines no task()"),
         ("def task():\n    return 3\n", "mine.py returned a int; it must return a Task"),
-        ("from duotone.errors import TaskError\nraise TaskError('as it is')", "as it is"),
+        (
+            "from duotone.train.task import Task\ntask = lambda: Task('a', 3, print, print, print)",
+            "mine.py, line 2: TaskError: task 'a': model is 3; it must be a torch.nn.Module",
+        ),
     ],
 )
 def test_a_faulty_task_file_is_one_line(tmp_path, source, message):

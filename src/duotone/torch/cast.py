@@ -55,8 +55,8 @@ def cast(model: Module, policy: Policy | str) -> Module:
         The same model, for chaining.
 
     Raises:
-        PolicyError: the policy cannot be read or is not available in torch yet, a weight is too large for FP16, or
-            rules disagree on a tied parameter. The model is unchanged then.
+        PolicyError: the policy cannot be read or is not available in torch yet, a weight is too large for FP16, a
+            rule holds for no module, or rules disagree on a tied parameter. The model is unchanged then.
 
     >>> model = cast(nn.Linear(2, 1), "bf16")
     >>> model.weight.dtype, model(torch.ones(1, 2)).dtype
@@ -134,6 +134,13 @@ def torch_dtype(format_name: str) -> torch.dtype:
 
 
 def _plan(model: nn.Module, policy: Policy) -> list[tuple[nn.Parameter, _Residence]]:
+    paths = [path for path, _ in model.named_modules()]
+    for rule in policy.rules:
+        if not any(rule.holds_for(path) for path in paths):
+            raise PolicyError(
+                f'rule "{rule}" holds for no module of this {type(model).__name__}, whose modules are '
+                f"{', '.join(paths[1:6]) or 'itself alone'}{', ...' if len(paths) > 6 else ''}; mend its pattern"
+            )
     plans: dict[nn.Parameter, tuple[str, _Residence]] = {}
     for path, module in model.named_modules():
         effective = policy.for_module(path)

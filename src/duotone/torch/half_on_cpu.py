@@ -8,13 +8,12 @@ Left out: keeping the widened operands out of what is saved for backward, and re
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from duotone.torch.nested import map_tensors
 
@@ -61,28 +60,21 @@ def cpu_lacks_half_products() -> bool:
     return True
 
 
-class HalfOnCpu(TorchFunctionMode):
-    """Runs matrix products on CPU in FP32 arithmetic on FP16 values, inside a `with` block.
+def multiply_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call a product on operands rounded to FP16 and widened to FP32, and round its result to FP16.
+
+    Args:
+        func: one of `PRODUCTS`.
+        args: its arguments, tensors in any dtype; integer, boolean and FP64 ones stay as they are.
+        kwargs: its named arguments.
 
     >>> ones = torch.ones(1, 4096, dtype=torch.float16)
-    >>> with HalfOnCpu():
-    ...     ones @ ones.T
+    >>> multiply_in_float32(torch.matmul, (ones, ones.T), {})
     tensor([[4096.]], dtype=torch.float16)
     """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in PRODUCTS:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            product = func(*map_tensors(_widen, args), **map_tensors(_widen, kwargs))
-            return product.to(torch.float16)
+    with torch.autocast("cpu", enabled=False):
+        product = func(*map_tensors(_widen, args), **map_tensors(_widen, dict(kwargs)))
+        return product.to(torch.float16)
 
 
 def _widen(tensor: Tensor) -> Tensor:

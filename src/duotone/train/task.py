@@ -154,7 +154,7 @@ def load_task_file(path: str | Path) -> Task:
     """
     path = Path(path)
     if not path.is_file():
-        raise TaskError(f"there is no file {path}; give a file that defines task(), or the name of a built-in task")
+        raise TaskError(f"there is no file {path}; give a file that defines task(), or a built-in task")
     spec = importlib.util.spec_from_file_location(TASK_FILE_MODULE, path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path} is not a Python file; its name must end in .py")
@@ -166,16 +166,14 @@ def load_task_file(path: str | Path) -> Task:
     try:
         spec.loader.exec_module(module)
         define_task = getattr(module, "task", None)
-        if not callable(define_task):
-            raise TaskError(f"{path} defines no task(); define one that takes nothing and returns a Task")
-        task = define_task()
-    except TaskError:
-        raise
+        task = define_task() if callable(define_task) else None
     except Exception as error:
         raise TaskError(f"{place_of(error, path)}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.remove(folder)
         del sys.modules[TASK_FILE_MODULE]
+    if not callable(define_task):
+        raise TaskError(f"{path} defines no task(); define one that takes nothing and returns a Task")
     if not isinstance(task, Task):
         raise TaskError(f"task() of {path} returned a {type(task).__name__}; it must return a Task")
     return task
@@ -183,12 +181,13 @@ def load_task_file(path: str | Path) -> Task:
 
 def place_of(error: Exception, path: Path) -> str:
     """Name `path` and the last of its lines that the error passed through, or the one that does not parse."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
     if isinstance(error, SyntaxError) and error.filename == str(path):
         lines.append(error.lineno)
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
+    """Return the first line of an error's message, or nothing if it has none."""
     return next(iter(str(error).splitlines()), "")

@@ -72,9 +72,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.width, elementwise_affine=False)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                std = 0.02 / math.sqrt(2 * config.layers) if name.endswith("to_residual.weight") else 0.02
-                nn.init.normal_(parameter, std=std)
+            std = 0.02 / math.sqrt(2 * config.layers) if name.endswith("to_residual.weight") else 0.02
+            nn.init.normal_(parameter, std=std)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Return logits, shape (B, T, V), in the dtype of the weights, for integer tokens of shape (B, T).

@@ -1,0 +1,123 @@
+"""What `duotone train` shows: a progress bar on a terminal, plain lines elsewhere, and the summary."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from duotone.policy import Policy
+from duotone.train import Metrics, Summary, Trainer
+
+
+class View(Protocol):
+    """What a run is shown on."""
+
+    def show(self, metrics: Metrics) -> None:
+        """Show the metrics of a logged step."""
+        ...
+
+    def summarise(self, summary: Summary, folder: Path) -> None:
+        """Show what the run came to."""
+        ...
+
+
+@contextmanager
+def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View]:
+    """Print what is about to run, and open the view that fits the console."""
+    console = console or Console(highlight=False)
+    settings, task = trainer.settings, trainer.task
+    count = sum(param.numel() for param in trainer.model.parameters())
+    console.print(
+        f"[bold]{task.name}[/bold] under [bold]{Policy.parse(settings.policy).name}[/bold] on {trainer.device}"
+    )
+    console.print(f"  parameters: {count:,}")
+    for name, fact in task.facts.items():
+        console.print(f"  {name}: {fact}")
+    if console.is_terminal:
+        with _bar(console) as progress:
+            yield _BarView(trainer, console, progress)
+    else:
+        yield _LineView(trainer, console)
+
+
+class _LineView:
+    """A line for each logged step."""
+
+    def __init__(self, trainer: Trainer, console: Console) -> None:
+        self._trainer = trainer
+        self._console = console
+
+    def show(self, metrics: Metrics) -> None:
+        self._console.print(f"step {metrics.step}/{self._trainer.settings.steps}  {self._figures(metrics)}")
+
+    def summarise(self, summary: Summary, folder: Path) -> None:
+        task = self._trainer.task
+        quality = summary.evaluation[task.quality]
+        table = Table(title=f"held-out {task.quality} ({'lower' if task.lower_is_better else 'higher'} is better)")
+        table.add_column("method")
+        table.add_column(task.quality, justify="right")
+        table.add_row(f"this run, {Policy.parse(self._trainer.settings.policy).name}", f"{quality:.4f}", style="bold")
+        for name, value in task.baselines.items():
+            table.add_row(name, f"{value:.4f}")
+        self._console.print(table)
+        for name, value in summary.evaluation.items():
+            if name != task.quality:
+                self._console.print(f"{name}: {value:.4f}")
+        self._console.print(
+            f"steps: {summary.step} ({summary.skipped} skipped) in {summary.seconds:.1f} s of training, "
+            f"{summary.units_per_second:,.0f} {task.unit}/s"
+        )
+        self._console.print(_memory_line(summary))
+        self._console.print(f"run: {folder}")
+
+    def _figures(self, metrics: Metrics) -> str:
+        task = self._trainer.task
+        parts = [f"loss {metrics.loss:.4f}"]
+        if metrics.quality is not None:
+            parts.append(f"{task.quality} {metrics.quality:.4f}")
+        parts.append(f"{metrics.units_per_second:,.0f} {task.unit}/s")
+        if not self._trainer.scaler.settings.is_none:
+            parts.append(f"scale {metrics.loss_scale:g}")
+        if metrics.skipped or not self._trainer.scaler.settings.is_none:
+            parts.append(f"skipped {metrics.skipped}")
+        return "  ".join(parts)
+
+
+class _BarView(_LineView):
+    """A progress bar with the last figures, and a line for each evaluation."""
+
+    def __init__(self, trainer: Trainer, console: Console, progress: Progress) -> None:
+        super().__init__(trainer, console)
+        self._progress = progress
+        self._bar = progress.add_task("", total=trainer.settings.steps, completed=trainer.step)
+
+    def show(self, metrics: Metrics) -> None:
+        self._progress.update(self._bar, completed=metrics.step, description=self._figures(metrics))
+        if metrics.quality is not None:
+            super().show(metrics)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}"),
+        console=console,
+    )
+
+
+def _memory_line(summary: Summary) -> str:
+    memory = summary.memory
+    roles = {
+        "weights": memory.weights_bytes,
+        "tails": memory.tails_bytes,
+        "gradients": memory.gradients_bytes,
+        "moments": memory.moments_bytes,
+    }
+    parts = " + ".join(f"{role} {size / memory.parameters:g}" for role, size in roles.items())
+    return f"bytes per parameter: {memory.bytes_per_parameter:g} = {parts}"

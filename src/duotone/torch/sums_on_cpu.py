@@ -1,0 +1,46 @@
+"""Operations whose gradients torch's CPU kernels sum in 16 bits, run in FP32 inside instead.
+
+In BF16 a running sum of ones stalls at 256, so on a CPU the gradient of an embedding's row that 1,000 tokens use, or of
+a LayerNorm's bias, comes out several times too small (torch 2.13). Here the operands are widened and the result is
+rounded once; autograd sees the conversions, so the sums of the backward pass are FP32 too. CUDA's kernels do that
+themselves. Left out: indexing a weight with a tensor, whose gradient has the same fault; use an embedding.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from duotone.torch.nested import cast_floating, map_tensors
+
+SUMS = frozenset({F.embedding, F.embedding_bag, F.layer_norm})
+
+
+def sum_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call `func` on FP32 operands and round the result to the narrowest dtype among them.
+
+    Args:
+        func: one of `SUMS`.
+        args: its arguments, tensors in any dtype.
+        kwargs: its named arguments.
+
+    >>> weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    >>> rows = sum_in_float32(F.embedding, (torch.zeros(1000, dtype=torch.int64), weight), {})
+    >>> rows.sum().backward()
+    >>> rows.dtype, weight.grad.item()
+    (torch.bfloat16, 1000.0)
+    """
+    narrow: list[torch.dtype] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            narrow.append(tensor.dtype)
+        return tensor
+
+    map_tensors(note, (args, dict(kwargs)))
+    if not narrow:
+        return func(*args, **kwargs)
+    with torch.autocast("cpu", enabled=False):
+        result = func(*cast_floating(args, torch.float32), **cast_floating(dict(kwargs), torch.float32))
+        return cast_floating(result, narrow[0])
