@@ -11,6 +11,10 @@ class DuotoneError(Exception):
     """Base of every error that Duotone raises on purpose."""
 
 
+class DuotoneWarning(UserWarning):
+    """Something works, but not in the way that was asked for; said once."""
+
+
 class FormatError(DuotoneError, ValueError):
     """A number format or a rounding that does not exist, or an array that cannot be rounded."""
 

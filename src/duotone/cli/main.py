@@ -4,6 +4,7 @@ Exit codes: 0 for success, 1 for a training run that failed numerically, 2 for a
 """
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -15,7 +16,6 @@ from duotone.errors import DuotoneError
 
 app = typer.Typer(
     name="duotone",
-    help="Mixed precision training: 16-bit speed and memory, FP32 accuracy, nothing lost in silence.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -24,22 +24,37 @@ app.command("train")(train_command)
 app.command("formats")(formats_command)
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"duotone {__version__}")
         raise typer.Exit
 
 
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Mixed precision training: 16-bit speed and memory, FP32 accuracy, nothing lost in silence."""
+
+
 def main() -> None:
-    """Run the command line, printing an error of Duotone's as one line."""
+    """Run the command line, printing an error of Duotone's, or a warning of anybody's, as one line."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except DuotoneError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"error: {_one_line(error)}", err=True)
         sys.exit(1 if isinstance(error, ArithmeticError) else 2)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    typer.echo(f"note: {_one_line(message)}", err=True)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
 
 
 if __name__ == "__main__":

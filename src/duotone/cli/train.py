@@ -25,11 +25,11 @@ def train_command(
         ),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, bf16-mixed, fp16-mixed, ... [default: bf16]")
+        str | None, typer.Option(help="fp32, bf16, fp16, bf16-mixed, fp16-mixed, ... (default: bf16)")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the model and the batches. [default: 0]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [default: auto]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the model and the batches. (default: 0)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="The highest of the schedule.")
@@ -48,7 +48,7 @@ def train_command(
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings; flags go before it.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML and exit.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The run's folder. [default: runs/TASK-POLICY-N]")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder. (default: runs/TASK-POLICY-N)")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     stop_after: Annotated[int | None, typer.Option(help="Stop cleanly after this step; --resume goes on.")] = None,
 ) -> None:

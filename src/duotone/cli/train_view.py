@@ -52,7 +52,8 @@ class _LineView:
         self._console = console
 
     def show(self, metrics: Metrics) -> None:
-        self._console.print(f"step {metrics.step}/{self._trainer.settings.steps}  {self._figures(metrics)}")
+        line = f"step {metrics.step}/{self._trainer.settings.steps}  {self._figures(metrics)}"
+        self._console.print(line, soft_wrap=True)
 
     def summarise(self, summary: Summary, folder: Path) -> None:
         task = self._trainer.task

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duotone.errors import DuotoneWarning
 from duotone.torch.nested import map_tensors
 
 PRODUCTS = frozenset(
@@ -55,6 +56,7 @@ def cpu_lacks_half_products() -> bool:
     warnings.warn(
         "this CPU has no FP16 matrix products: they run in FP32 arithmetic on FP16 values, at FP32's speed; "
         'policy "bf16" is the faster choice where the CPU has BF16',
+        DuotoneWarning,
         stacklevel=2,
     )
     return True

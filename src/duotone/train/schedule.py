@@ -50,10 +50,8 @@ class WarmupCosine:
         self._cosine_steps = max(1, steps - warmup_steps)
         self._final_fraction = final_fraction
         self._count = torch.zeros((), dtype=torch.int64, device=device)
-        # one tensor that all groups share, written in place from here on
+        self._optimizer = optimizer
         self.learning_rate = torch.zeros((), dtype=torch.float64, device=device)
-        for group in optimizer.param_groups:
-            group["lr"] = self.learning_rate
         self._set()
 
     def advance(self, skipped: Tensor) -> None:
@@ -75,3 +73,6 @@ class WarmupCosine:
         position = ((self._count - self._warmup_steps).double() / self._cosine_steps).clamp(0.0, 1.0)
         cosine = self._final_fraction + (1.0 - self._final_fraction) * (1.0 + torch.cos(math.pi * position)) / 2
         self.learning_rate.copy_(self._peak * torch.where(self._count < self._warmup_steps, warmup, cosine))
+        # all groups share one tensor, also after an optimizer has loaded groups of its own
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate

@@ -182,8 +182,8 @@ def load_task_file(path: str | Path) -> Task:
 def place_of(error: Exception, path: Path) -> str:
     """Name `path` and the last of its lines that the error passed through, or the one that does not parse."""
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == path.resolve():
         lines.append(error.lineno)
     return f"{path}, line {lines[-1]}" if lines else str(path)
 

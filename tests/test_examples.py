@@ -1,0 +1,28 @@
+"""The examples run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from duotone.train import Trainer, resolve_settings
+from duotone.train.task import load_task_file
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "fp16"])
+def test_an_example_learns_under_every_preset(path, policy):
+    torch.manual_seed(0)
+    task = load_task_file(path)
+    trainer = Trainer(task, resolve_settings(dict(task.settings), {"policy": policy}))
+    before = trainer.summary().evaluation[task.quality]
+    list(trainer.run())
+    after = trainer.summary().evaluation[task.quality]
+    assert (after < before) == task.lower_is_better
+
+
+def test_an_example_is_short():
+    assert EXAMPLES
+    assert all(len(path.read_text().splitlines()) < 60 for path in EXAMPLES)

@@ -1,0 +1,158 @@
+"""The house rules that a program can see: who imports whom, what an import loads, public names, sizes, names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import duotone.torch
+import duotone.train
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src"
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+
+# each module or package, and what of Duotone it may import at most; the longest name that fits a module counts
+ALLOWED = {
+    "duotone": (),
+    "duotone.errors": (),
+    "duotone.formats": ("duotone.errors",),
+    "duotone.rounding": ("duotone.errors", "duotone.formats"),
+    "duotone.loss_scale": ("duotone.errors",),
+    "duotone.policy": ("duotone.errors", "duotone.formats", "duotone.policy_spelling"),
+    "duotone.policy_spelling": ("duotone.errors", "duotone.formats"),
+    "duotone.torch.kernels": ("duotone.torch.kernels",),
+    "duotone.torch.nested": (),
+    "duotone.torch.half_on_cpu": ("duotone.errors", "duotone.torch.nested"),
+    "duotone.torch.sums_on_cpu": ("duotone.torch.nested",),
+    "duotone.torch.op_rules": ("duotone.torch.half_on_cpu", "duotone.torch.sums_on_cpu"),
+    "duotone.torch.master": ("duotone.errors", "duotone.torch.kernels"),
+    "duotone.torch.memory": ("duotone.torch.master",),
+    "duotone.torch.cast": (
+        "duotone.errors",
+        "duotone.policy",
+        "duotone.torch.kernels",
+        "duotone.torch.master",
+        "duotone.torch.nested",
+        "duotone.torch.op_rules",
+    ),
+    "duotone.torch.optim": (
+        "duotone.errors",
+        "duotone.torch.kernels",
+        "duotone.torch.master",
+        "duotone.torch.optim",
+    ),
+    "duotone.torch.step": (
+        "duotone.errors",
+        "duotone.torch.kernels",
+        "duotone.torch.master",
+        "duotone.torch.optim",
+    ),
+    "duotone.torch.loss_scaler": (
+        "duotone.errors",
+        "duotone.loss_scale",
+        "duotone.policy",
+        "duotone.torch.step",
+    ),
+    "duotone.torch": ("duotone.errors", "duotone.policy", "duotone.torch"),
+    "duotone.train": ("duotone.errors", "duotone.policy", "duotone.torch", "duotone.train"),
+    "duotone.cli": ("duotone",),
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the modules of Duotone that a file imports, function bodies included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in inner}
+    return {name for name in found if name.split(".")[0] == "duotone"}
+
+
+def covers(prefix: str, name: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_run_one_way(module: str) -> None:
+    rule = max((name for name in ALLOWED if covers(name, module)), key=len)
+    for imported in imports_of(MODULES[module]):
+        assert any(covers(allowed, imported) for allowed in ALLOWED[rule]), f"{module} -> {imported}"
+
+
+def test_train_uses_the_public_verbs_alone() -> None:
+    for module, path in MODULES.items():
+        if covers("duotone.train", module):
+            inner = {name for name in imports_of(path) if covers("duotone.torch", name)}
+            assert inner <= {"duotone.torch"}, module
+
+
+def test_only_the_step_joins_the_scaler_and_the_optimizers() -> None:
+    assert "duotone.torch.optim" not in imports_of(MODULES["duotone.torch.loss_scaler"])
+    for module, path in MODULES.items():
+        if covers("duotone.torch.optim", module):
+            assert "duotone.torch.loss_scaler" not in imports_of(path)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("duotone", {"numpy", "torch", "jax"}),
+        ("duotone.policy", {"numpy", "torch", "jax"}),
+        ("duotone.loss_scale", {"numpy", "torch", "jax"}),
+        ("duotone.rounding", {"torch", "jax"}),
+        ("duotone.torch", {"triton", "numba", "typer", "rich", "matplotlib", "sklearn"}),
+        ("duotone.train", {"triton", "numba", "typer", "rich", "matplotlib", "sklearn"}),
+        ("duotone.cli.main", {"torch", "sklearn", "matplotlib"}),
+    ],
+)
+def test_an_import_loads_no_more_than_it_must(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not absent & set(result.stdout.split())
+
+
+def test_public_names() -> None:
+    assert set(duotone.torch.__all__) == {
+        "SGD",
+        "AdamW",
+        "LossScaler",
+        "Memory",
+        "Policy",
+        "Prepared",
+        "Rule",
+        "StepReport",
+        "cast",
+        "load_checkpoint",
+        "master_weights",
+        "memory",
+        "policy_of",
+        "prepare",
+        "save_checkpoint",
+        "step",
+    }
+    assert callable(duotone.torch.cast)
+    assert callable(duotone.torch.step)
+    assert {"Task", "Trainer", "RunSettings"} <= set(duotone.train.__all__)
+    for module in (duotone.torch, duotone.train):
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_files_are_short_and_named_for_what_they_hold() -> None:
+    vague = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
+    for path in [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+        assert path.stem not in vague, path
+
+
+def test_every_module_says_what_it_is() -> None:
+    for module, path in MODULES.items():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), module
