@@ -1,7 +1,13 @@
 """Duotone: mixed precision training.
 
-The neutral core: number formats, rounding, policies and loss-scale settings. It imports no framework;
-`duotone.torch` holds the PyTorch side.
+The neutral core: number formats, policies and loss-scale settings, and the reference rounder in `duotone.rounding`.
+It imports no framework; `duotone.torch` holds the PyTorch side.
 """
 
+from duotone.formats import FORMATS, Format, get_format
+from duotone.loss_scale import LossScale
+from duotone.policy import Policy, Rule
+
 __version__ = "0.1.0"
+
+__all__ = ["FORMATS", "Format", "LossScale", "Policy", "Rule", "__version__", "get_format"]

@@ -50,7 +50,8 @@ def main() -> None:
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:
-    typer.echo(f"note: {_one_line(message)}", err=True)
+    # not typer.echo: a progress bar redirects sys.stderr and prints this above itself
+    sys.stderr.write(f"note: {_one_line(message)}\n")
 
 
 def _one_line(message: object) -> str:

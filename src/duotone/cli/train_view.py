@@ -52,8 +52,10 @@ class _LineView:
         self._console = console
 
     def show(self, metrics: Metrics) -> None:
-        line = f"step {metrics.step}/{self._trainer.settings.steps}  {self._figures(metrics)}"
-        self._console.print(line, soft_wrap=True)
+        parts = [f"step {metrics.step}/{self._trainer.settings.steps}", self._figures(metrics)]
+        if metrics.quality is not None:
+            parts.append(self._quality(metrics.quality))
+        self._console.print("  ".join(parts), soft_wrap=True)
 
     def summarise(self, summary: Summary, folder: Path) -> None:
         task = self._trainer.task
@@ -77,15 +79,15 @@ class _LineView:
 
     def _figures(self, metrics: Metrics) -> str:
         task = self._trainer.task
-        parts = [f"loss {metrics.loss:.4f}"]
-        if metrics.quality is not None:
-            parts.append(f"{task.quality} {metrics.quality:.4f}")
-        parts.append(f"{metrics.units_per_second:,.0f} {task.unit}/s")
+        parts = [f"loss {metrics.loss:.4f}", f"{metrics.units_per_second:,.0f} {task.unit}/s"]
         if not self._trainer.scaler.settings.is_none:
             parts.append(f"scale {metrics.loss_scale:g}")
         if metrics.skipped or not self._trainer.scaler.settings.is_none:
             parts.append(f"skipped {metrics.skipped}")
         return "  ".join(parts)
+
+    def _quality(self, value: float) -> str:
+        return f"{self._trainer.task.quality} {value:.4f}"
 
 
 class _BarView(_LineView):
@@ -99,12 +101,12 @@ class _BarView(_LineView):
     def show(self, metrics: Metrics) -> None:
         self._progress.update(self._bar, completed=metrics.step, description=self._figures(metrics))
         if metrics.quality is not None:
-            super().show(metrics)
+            self._console.print(f"step {metrics.step}  {self._quality(metrics.quality)}")
 
 
 def _bar(console: Console) -> Progress:
     return Progress(
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.description}"),

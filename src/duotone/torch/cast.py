@@ -20,14 +20,12 @@ from duotone.errors import PolicyError
 from duotone.policy import Policy
 from duotone.torch import op_rules
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.master import read_master, rounding_of, set_storage, tail_of
+from duotone.torch.master import beyond_range, read_master, rounding_of, set_storage, tail_of
 from duotone.torch.nested import cast_floating
 
 Module = TypeVar("Module", bound=nn.Module)
 
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
-# the smallest magnitude that rounds to Inf in FP16
-_FP16_OVERFLOW = 65520.0
 
 
 @dataclass(frozen=True)
@@ -179,13 +177,11 @@ def _check_available(policy: Policy) -> None:
 
 
 def _check_range(name: str, param: nn.Parameter, residence: _Residence) -> None:
-    if residence.param != torch.float16 or param.is_meta:
-        return
-    largest = read_master(param).abs().nan_to_num(posinf=0.0).amax().item() if param.numel() else 0.0
-    if largest >= _FP16_OVERFLOW:
+    largest = beyond_range(read_master(param), residence.param)
+    if largest is not None:
         raise PolicyError(
             f'parameter "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or keep '
-            "its module in FP32 by a rule: param=float32, compute=float32"
+            "its module in FP32 by a rule: param=float32,compute=float32"
         )
 
 

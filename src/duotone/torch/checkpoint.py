@@ -21,7 +21,7 @@ from duotone.torch.cast import policy_of
 from duotone.torch.checkpoint_folder import read_folder, read_manifest, write_folder
 from duotone.torch.kernels import decode
 from duotone.torch.loss_scaler import LossScaler
-from duotone.torch.master import needs_tail, tail_of, write_master
+from duotone.torch.master import beyond_range, needs_tail, tail_of, write_master
 
 
 def save_checkpoint(
@@ -105,6 +105,8 @@ def load_checkpoint(
     contents = read_folder(path)
     converting = _check_policy(path, _policy_in(contents), model, convert)
     _check_model(path, contents["model"], model, converting)
+    if converting:
+        _check_range(path, contents, model)
     for name, part in (("optimizer", optimizer), ("scaler", scaler), ("scheduler", scheduler)):
         if part is not None and contents[name] is None:
             raise CheckpointError(f"{path} holds no {name}; load it without one")
@@ -120,7 +122,7 @@ def load_checkpoint(
             scaler.load_state_dict(contents["scaler"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not fit: {error}") from error
-    _restore_model(contents["model"], contents["tails"], model, converting)
+    _restore_model(contents, model, converting)
     _restore_random_states(contents["random"])
     return contents["progress"]
 
@@ -208,6 +210,22 @@ def _check_model(path: Path, saved: Mapping[str, Tensor], model: nn.Module, conv
             )
 
 
+def _check_range(path: Path, contents: Mapping[str, Any], model: nn.Module) -> None:
+    for name, param in model.named_parameters():
+        if name in contents["model"] and param.dtype == torch.float16:
+            largest = beyond_range(_saved_master(contents, name), param.dtype)
+            if largest is not None:
+                raise CheckpointError(
+                    f'{path} cannot be converted: "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; '
+                    "keep its module in FP32 by a rule"
+                )
+
+
+def _saved_master(contents: Mapping[str, Any], name: str) -> Tensor:
+    weight, tail = contents["model"][name], contents["tails"].get(name)
+    return weight.float() if tail is None else decode(weight, tail)
+
+
 def _with_own_tails(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return an optimizer's state with the tails that the current policy has, to be filled from the masters."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
@@ -221,14 +239,12 @@ def _with_own_tails(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer
     return {**state_dict, "state": states}
 
 
-def _restore_model(
-    saved: Mapping[str, Tensor], tails: Mapping[str, Tensor], model: nn.Module, converting: bool
-) -> None:
+def _restore_model(contents: Mapping[str, Any], model: nn.Module, converting: bool) -> None:
     with torch.no_grad():
         for name, target in _model_tensors(model).items():
-            value, tail = saved[name], tails.get(name)
+            value, tail = contents["model"][name], contents["tails"].get(name)
             if converting and isinstance(target, nn.Parameter) and target.dtype != value.dtype:
-                write_master(target, value.float() if tail is None else decode(value, tail))
+                write_master(target, _saved_master(contents, name))
                 continue
             target.copy_(value)
             own_tail = tail_of(target)

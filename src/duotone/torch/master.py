@@ -13,6 +13,8 @@ from duotone.torch.kernels import SPLIT_DTYPES, Rounding, decode, encode
 
 _TAIL = "duotone_tail"
 _ROUNDING = "duotone_rounding"
+# the smallest magnitude that rounds to Inf in FP16
+_FP16_OVERFLOW = 65520.0
 
 
 def tail_of(param: Tensor) -> Tensor | None:
@@ -78,6 +80,20 @@ def write_master(param: Tensor, master: Tensor) -> None:
         weight, new_tail = encode(master.to(param.device, torch.float32), param.dtype)
         param.copy_(weight)
         tail.copy_(new_tail)
+
+
+def beyond_range(master: Tensor, dtype: torch.dtype) -> float | None:
+    """Return the largest finite magnitude in `master` if it would become Inf as a weight in `dtype`, else None.
+
+    Only FP16 counts: a BF16 weight that rounds to Inf still has its master.
+
+    >>> beyond_range(torch.tensor([1.0, -70000.0]), torch.float16)
+    70000.0
+    """
+    if dtype != torch.float16 or master.is_meta or master.numel() == 0:
+        return None
+    largest = master.abs().nan_to_num(nan=0.0, posinf=0.0).amax().item()
+    return largest if largest >= _FP16_OVERFLOW else None
 
 
 def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""Every example in README runs as it stands there; its commands run with fewer steps."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=lambda block: block.splitlines()[-1][:40])
+def test_a_python_example_runs(block, tmp_path):
+    result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "duotone"], ids=" ".join)
+def test_a_command_runs(command, tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    few = ["--steps", "2"] if command[1] == "train" and "--print-config" not in command else []
+    result = subprocess.run(
+        [sys.executable, "-m", "duotone.cli.main", *command[1:], *few],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_the_two_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [command[1] for command in COMMANDS if command[0] == "make"]
+    assert targets == ["train", "test"]
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_no_example_was_missed():
+    assert len(PYTHON_BLOCKS) == README.count("```python")
+    assert len(PYTHON_BLOCKS) >= 4
+    assert {command[0] for command in COMMANDS} == {"make", "duotone"}
+
+
+def test_the_tables_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import policies
+
+    results = json.loads(policies.RESULTS.read_text(encoding="utf-8"))
+    assert policies.tables(results) in README
