@@ -37,7 +37,13 @@ ALLOWED = {
     "duotone.torch.cast": (
         "duotone.errors",
         "duotone.policy",
+        "duotone.torch.cast_forward",
+        "duotone.torch.half_on_cpu",
         "duotone.torch.kernels",
+        "duotone.torch.master",
+    ),
+    "duotone.torch.cast_forward": (
+        "duotone.policy",
         "duotone.torch.master",
         "duotone.torch.nested",
         "duotone.torch.op_rules",

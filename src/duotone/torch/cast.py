@@ -1,27 +1,24 @@
 """Puts a module into its policy: resident weights in `param`, arithmetic in `compute`, results in `output`.
 
 Weights change their dtype in place and keep every bit: what a 16-bit weight cannot hold waits on it as its tail. They
-are cast once, here, and not in every forward pass. The root module, and each part of it that a rule treats
-differently, gets a `CastForward` in front of its forward. Running statistics and other buffers stay as they are.
+are cast once, here, and not in every forward pass. What happens in a forward pass stands in `cast_forward`. Running
+statistics and other buffers stay as they are.
 """
 
-import copy
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
 from duotone.policy import Policy
-from duotone.torch import op_rules
+from duotone.torch.cast_forward import CastForward, cast_forward_of, torch_dtype
+from duotone.torch.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.master import beyond_range, read_master, rounding_of, set_storage, tail_of
-from duotone.torch.nested import cast_floating
+from duotone.torch.master import beyond_range, read_master, set_storage, tail_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -62,15 +59,18 @@ def cast(model: Module, policy: Policy | str) -> Module:
     """
     policy = Policy.parse(policy)
     residences = _plan(model, policy)
-    for _, module in model.named_modules():
-        if isinstance(module.__dict__.get("forward"), CastForward):
-            del module.forward
+    for module in model.modules():
+        forward = cast_forward_of(module)
+        if forward is not None:
+            forward.remove()
     for param, residence in residences:
         _settle(param, residence)
-    for path, module in list(model.named_modules()):
+    for path, module in model.named_modules():
         forward = _forward_for(module, path, policy)
         if forward is not None:
             module.forward = forward  # type: ignore[method-assign]
+    if "float16" in _compute_formats(policy) and any(param.device.type == "cpu" for param in model.parameters()):
+        say_once_how_half_runs_on_cpu()
     return model
 
 
@@ -80,55 +80,8 @@ def policy_of(model: nn.Module) -> Policy | None:
     >>> policy_of(cast(nn.Linear(2, 1), "bf16")).name
     'bf16'
     """
-    forward = model.__dict__.get("forward")
-    return forward.policy if isinstance(forward, CastForward) else None
-
-
-class CastForward:
-    """A module's forward in its policy: inputs cast, operations under their rules, outputs cast.
-
-    Attributes:
-        policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
-    """
-
-    def __init__(self, module: nn.Module, policy: Policy, output: torch.dtype) -> None:
-        self.policy = policy
-        self._module = module
-        self._forward = module.forward
-        self._compute = torch_dtype(policy.compute)
-        # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
-        self._casts_inputs = torch_dtype(policy.param) == self._compute
-        self._output = output
-        functools.update_wrapper(self, module.forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._casts_inputs:
-            args, kwargs = cast_floating(args, self._compute), cast_floating(kwargs, self._compute)
-        with op_rules.region(_device_type(self._module, args), self._compute):
-            result = self._forward(*args, **kwargs)
-        return cast_floating(result, self._output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
-        copied = copy.copy(self)
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        # torch copies a parameter without what is noted on it; the module's own dict holds them before this forward
-        for param in self._module.parameters():
-            twin = memo.get(id(param))
-            if isinstance(twin, Tensor):
-                set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
-                if param.is_floating_point():
-                    twin.grad_dtype = param.grad_dtype
-        return copied
-
-
-def torch_dtype(format_name: str) -> torch.dtype:
-    """Return torch's dtype of a format.
-
-    >>> torch_dtype("bfloat16")
-    torch.bfloat16
-    """
-    return getattr(torch, format_name)
+    forward = cast_forward_of(model)
+    return None if forward is None else forward.policy
 
 
 def _plan(model: nn.Module, policy: Policy) -> list[tuple[nn.Parameter, _Residence]]:
@@ -158,6 +111,10 @@ def _plan(model: nn.Module, policy: Policy) -> list[tuple[nn.Parameter, _Residen
                 )
             _check_range(full_name, param, residence)
     return [(param, residence) for param, (_, residence) in plans.items()]
+
+
+def _compute_formats(policy: Policy) -> set[str | None]:
+    return {policy.compute, *(dict(rule.roles).get("compute") for rule in policy.rules)}
 
 
 def _residence(module: nn.Module, param: nn.Parameter, policy: Policy) -> _Residence:
@@ -203,27 +160,17 @@ def _settle(param: nn.Parameter, residence: _Residence) -> None:
 
 def _forward_for(module: nn.Module, path: str, policy: Policy) -> CastForward | None:
     effective = policy.for_module(path)
-    if path == "":
-        return CastForward(module, policy, torch_dtype(effective.output))
     around = policy.for_module(path.rpartition(".")[0])
-    if (effective.param, effective.compute, effective.output) == (
-        around.param,
-        around.compute,
-        around.output,
-    ):
+    # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
+    inputs = torch_dtype(effective.compute) if effective.param == effective.compute else None
+    if path == "":
+        return CastForward(module, policy, inputs=inputs, output=torch_dtype(effective.output))
+    if any(getattr(effective, role) != getattr(around, role) for role in ("param", "compute", "output")):
+        # a part returns what its surroundings compute in, unless a rule says what it is to return
+        says = any(rule.holds_for(path) and "output" in dict(rule.roles) for rule in policy.rules)
+        output = effective.output if says else around.compute
+        return CastForward(module, effective, inputs=inputs, output=torch_dtype(output))
+    is_container = type(module).forward is nn.Module.forward
+    if is_container or effective.compute == "float32":
         return None
-    # a part returns what its surroundings compute in, unless a rule says what it is to return
-    says = any(rule.holds_for(path) and "output" in dict(rule.roles) for rule in policy.rules)
-    output = effective.output if says else around.compute
-    return CastForward(module, effective, torch_dtype(output))
-
-
-def _device_type(module: nn.Module, args: tuple[Any, ...]) -> str:
-    return next(_tensors(module, args)).device.type
-
-
-def _tensors(module: nn.Module, args: tuple[Any, ...]) -> Iterator[Tensor]:
-    yield from (arg for arg in args if isinstance(arg, Tensor))
-    yield from module.parameters()
-    yield from module.buffers()
-    yield torch.empty(0)
+    return CastForward(module, effective)

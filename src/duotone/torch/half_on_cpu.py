@@ -48,18 +48,21 @@ PRODUCTS = frozenset(
 )
 
 
+def cpu_has_half_products() -> bool:
+    """Return whether this CPU multiplies matrices in FP16 itself."""
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 @functools.cache
-def cpu_lacks_half_products() -> bool:
-    """Return whether this CPU would have to emulate FP16 matrix products, and say so once if it would."""
-    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return False
-    warnings.warn(
-        "this CPU has no FP16 matrix products: they run in FP32 arithmetic on FP16 values, at FP32's speed; "
-        'policy "bf16" is the faster choice where the CPU has BF16',
-        DuotoneWarning,
-        stacklevel=2,
-    )
-    return True
+def say_once_how_half_runs_on_cpu() -> None:
+    """Warn, the first time, if FP16 products on this CPU run in FP32 arithmetic."""
+    if not cpu_has_half_products():
+        warnings.warn(
+            "this CPU has no FP16 matrix products: they run in FP32 arithmetic on FP16 values, at FP32's speed; "
+            'policy "bf16" is the faster choice where the CPU has BF16',
+            DuotoneWarning,
+            stacklevel=4,
+        )
 
 
 def multiply_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

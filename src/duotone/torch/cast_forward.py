@@ -1,0 +1,100 @@
+"""A module's forward in its policy: inputs cast, operations under their rules, outputs cast.
+
+The root of a cast model, and each part that a rule treats differently, is a border where inputs and outputs are cast.
+Every module inside stands ready to enter the region of its border again, because activation checkpointing calls parts
+of a model a second time, during the backward pass and outside of the border.
+"""
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duotone.policy import Policy
+from duotone.torch.master import rounding_of, set_storage, tail_of
+from duotone.torch.nested import cast_floating
+from duotone.torch.op_rules import Region
+
+
+class CastForward:
+    """Stands in front of a module's forward.
+
+    Args:
+        module: the module whose forward it is.
+        policy: the module's.
+        inputs: what inputs are cast to; None to take them as they come.
+        output: what the output is cast to; None inside a border.
+
+    Attributes:
+        policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
+    """
+
+    def __init__(
+        self, module: nn.Module, policy: Policy, *, inputs: torch.dtype | None = None, output: torch.dtype | None = None
+    ) -> None:
+        self.policy = policy
+        self._module = module
+        self._forward = module.forward
+        self._inputs = inputs
+        self._output = output
+        self._region = Region(torch_dtype(policy.compute))
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        device_type = _device_type(self._module, args)
+        if self._output is None and self._region.still_holds(device_type):
+            return self._forward(*args, **kwargs)
+        if self._inputs is not None:
+            args, kwargs = cast_floating(args, self._inputs), cast_floating(kwargs, self._inputs)
+        with self._region.on(device_type):
+            result = self._forward(*args, **kwargs)
+        return result if self._output is None else cast_floating(result, self._output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # torch copies a parameter without what is noted on it; a module's parameters are copied before its forward
+        for param in self._module.parameters():
+            twin = memo.get(id(param))
+            if isinstance(twin, Tensor):
+                set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
+                if param.is_floating_point():
+                    twin.grad_dtype = param.grad_dtype
+        return copied
+
+    def remove(self) -> None:
+        """Give the module the forward back that it had."""
+        if getattr(self._forward, "__func__", None) is type(self._module).forward:
+            del self._module.forward
+        else:
+            self._module.forward = self._forward
+
+
+def cast_forward_of(module: nn.Module) -> CastForward | None:
+    """Return what stands in front of a module's forward, or None."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, CastForward) else None
+
+
+def torch_dtype(format_name: str) -> torch.dtype:
+    """Return torch's dtype of a format.
+
+    >>> torch_dtype("bfloat16")
+    torch.bfloat16
+    """
+    return getattr(torch, format_name)
+
+
+def _device_type(module: nn.Module, args: tuple[Any, ...]) -> str:
+    return next(_tensors(module, args)).device.type
+
+
+def _tensors(module: nn.Module, args: tuple[Any, ...]) -> Iterator[Tensor]:
+    yield from (arg for arg in args if isinstance(arg, Tensor))
+    yield from module.parameters()
+    yield from module.buffers()
+    yield torch.empty(0)
