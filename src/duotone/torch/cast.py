@@ -77,10 +77,15 @@ def cast(model: Module, policy: Policy | str) -> Module:
 def policy_of(model: nn.Module) -> Policy | None:
     """Return the policy that a model was cast to, or None if it was not.
 
+    A wrapper around it, such as the one that `torch.compile` returns, is looked through.
+
     >>> policy_of(cast(nn.Linear(2, 1), "bf16")).name
     'bf16'
     """
     forward = cast_forward_of(model)
+    children = list(model.children())
+    if forward is None and len(children) == 1:
+        return policy_of(children[0])
     return None if forward is None else forward.policy
 
 

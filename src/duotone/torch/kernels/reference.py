@@ -177,7 +177,7 @@ def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> T
         return torch.where(value.isfinite(), rounded, value).to(dtype)
     # FP16 has the same spacing below 2^-14 as just above it, so the grid is found by exponent, in exact FP64
     exponent = torch.frexp(value).exponent.clamp(min=-13)
-    grid = torch.ldexp(torch.ones((), dtype=torch.float64, device=value.device), exponent - 11)
+    grid = torch.ldexp(torch.ones_like(value, dtype=torch.float64), exponent - 11)
     scaled = value.double().abs() / grid
     rounded = (scaled + random.double() * 2.0**-16).floor() * grid
     return torch.where(value.isfinite(), rounded.float().copysign(value), value).to(dtype)
