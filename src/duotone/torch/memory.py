@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from duotone.torch.master import tail_of
 
+# states that may have a parameter's shape, and are no moments all the same
+_COUNTERS = ("step", "beta_products")
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -67,7 +70,8 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         for name, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
             if not isinstance(value, Tensor) or name == "tail":
                 continue
-            counted["moments" if value.shape == param.shape and value.dim() else "other"] += _size(value)
+            is_moment = value.shape == param.shape and name not in _COUNTERS
+            counted["moments" if is_moment else "other"] += _size(value)
     counted["other"] += sum(_size(buffer) for buffer in model.buffers())
     return Memory(parameters=parameters, **{f"{role}_bytes": size for role, size in counted.items()})
 

@@ -10,19 +10,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from duotone.torch.nested import cast_floating, map_tensors
 
 SUMS = frozenset({F.embedding, F.embedding_bag, F.layer_norm})
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def sum_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call `func` on FP32 operands and round the result to the narrowest dtype among them.
 
+    Without an operand whose gradient would be a sum (a LayerNorm without weights), or without one in 16 bits, `func`
+    is called as it is.
+
     Args:
         func: one of `SUMS`.
-        args: its arguments, tensors in any dtype.
+        args: its arguments, tensors in any dtype; the first is not a weight.
         kwargs: its named arguments.
 
     >>> weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
@@ -31,16 +36,22 @@ def sum_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
     >>> rows.dtype, weight.grad.item()
     (torch.bfloat16, 1000.0)
     """
-    narrow: list[torch.dtype] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dtype in (torch.bfloat16, torch.float16):
-            narrow.append(tensor.dtype)
-        return tensor
-
-    map_tensors(note, (args, dict(kwargs)))
-    if not narrow:
+    operands, weights = _floating((args, dict(kwargs))), _floating((args[1:], dict(kwargs)))
+    narrow = next((operand.dtype for operand in operands if operand.dtype in _NARROW), None)
+    if narrow is None or not weights:
         return func(*args, **kwargs)
     with torch.autocast("cpu", enabled=False):
         result = func(*cast_floating(args, torch.float32), **cast_floating(dict(kwargs), torch.float32))
-        return cast_floating(result, narrow[0])
+        return cast_floating(result, narrow)
+
+
+def _floating(operands: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            found.append(tensor)
+        return tensor
+
+    map_tensors(note, operands)
+    return found
