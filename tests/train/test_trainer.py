@@ -11,8 +11,8 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError, LossScaleCollapse, NonFiniteLoss, TaskError
-from duotone.train import Trainer
-from duotone.train.trainer import PATIENCE, as_json
+from duotone.train import Trainer, as_json
+from duotone.train.trainer import PATIENCE
 
 from .small_task import no_batches, small_task
 

@@ -114,7 +114,7 @@ def _open_task(given: dict[str, Any], config: Path | None, resumed: Path | None)
 
 def _run(trainer: "Trainer", folder: "RunFolder", stop_after: int | None) -> None:
     from duotone.cli.train_view import open_view
-    from duotone.train.trainer import as_json
+    from duotone.train import as_json
 
     with open_view(trainer) as view:
         for metrics in trainer.run(stop_after):

@@ -1,0 +1,61 @@
+"""What a run reports: a line of metrics per logged step, and a summary at the end."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import duotone.torch as dt
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of a run's metrics, named as in `metrics.jsonl`.
+
+    Attributes:
+        step: optimizer steps so far, skipped ones included.
+        loss: mean training loss since the last line.
+        quality: the task's quality on held-out data if it was evaluated at this step, else None.
+        lr: learning rate of this step.
+        loss_scale: that this step's gradients carried.
+        skipped: steps skipped so far.
+        grad_norm: of this step's true gradient before clipping; None if the step was skipped.
+        units_per_second: what the task counts, evaluation and checkpoints apart.
+        peak_memory_bytes: the device's peak allocation; on a CPU the peak resident set of the process, None on
+            systems that do not tell.
+    """
+
+    step: int
+    loss: float
+    quality: float | None
+    lr: float
+    loss_scale: float
+    skipped: int
+    grad_norm: float | None
+    units_per_second: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        step: optimizer steps, skipped ones included.
+        skipped: steps skipped.
+        seconds: spent in training steps by this process, evaluation and checkpoints apart.
+        units_per_second: over those seconds.
+        evaluation: every figure of the task's evaluation at the end.
+        memory: bytes by role.
+    """
+
+    step: int
+    skipped: int
+    seconds: float
+    units_per_second: float
+    evaluation: Mapping[str, float]
+    memory: dt.Memory
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """Return a summary as JSON values, bytes per parameter included."""
+    return {**asdict(summary), "bytes_per_parameter": summary.memory.bytes_per_parameter}
