@@ -200,6 +200,34 @@ def test_another_optimizer_is_refused(tmp_path):
         dt.load_checkpoint(tmp_path / "last", fewer[0], fewer_optimizer)
 
 
+def test_a_scheduler_that_does_not_fit_leaves_all_masters_as_they_were(tmp_path):
+    parts = make("bf16")
+    train(parts, 3)
+    save(tmp_path / "last", parts)
+    model, optimizer, scaler, _ = make("bf16", seed=5)
+    other = model, optimizer, scaler, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    train(other, 2)
+    before = bits(other)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load(tmp_path / "last", other)
+    assert same(bits(other), before)
+
+
+def test_skipped_steps_are_part_of_what_goes_on(tmp_path):
+    parts = make("fp16")
+    # far too large a scale, so that every other step or so is skipped while it comes down
+    parts[2].load_state_dict(dt.LossScaler("fp16", init_scale=2.0**32, growth_interval=2).state_dict())
+    train(parts, 6)
+    save(tmp_path / "last", parts)
+    train(parts, 14)
+    other = make("fp16", seed=1)
+    load(tmp_path / "last", other)
+    train(other, 14)
+    assert same(bits(other), bits(parts))
+    assert other[2].state_dict() == parts[2].state_dict()
+    assert 6 < parts[2].skipped.item() < 20
+
+
 def test_what_cannot_be_saved_is_named(tmp_path):
     model = dt.cast(nn.Linear(1, 1), "bf16")
     with pytest.raises(CheckpointError, match=r'"progress\.loader" is a object'):

@@ -150,16 +150,14 @@ def _check_range(name: str, param: nn.Parameter, residence: _Residence) -> None:
 def _settle(param: nn.Parameter, residence: _Residence) -> None:
     tail = tail_of(param)
     has_tail = residence.param in SPLIT_DTYPES and residence.rounding is None and param.requires_grad
+    grad, param.grad = param.grad, None
     if param.dtype != residence.param or has_tail != (tail is not None):
         weight, tail = read_master(param), None
         if residence.param in SPLIT_DTYPES:
             weight, tail = encode(weight, residence.param)
-        grad, param.grad = param.grad, None
         param.data = weight
-        param.grad_dtype = residence.grad
-        param.grad = None if grad is None else grad.to(residence.grad)
-    elif param.grad is None:
-        param.grad_dtype = residence.grad
+    param.grad_dtype = residence.grad
+    param.grad = None if grad is None else grad.to(residence.grad)
     set_storage(param, tail if has_tail else None, residence.rounding)
 
 

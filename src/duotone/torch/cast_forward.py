@@ -54,7 +54,7 @@ class CastForward:
         return result if self._output is None else cast_floating(result, self._output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
-        copied = copy.copy(self)
+        copied = object.__new__(CastForward)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         # torch copies a parameter without what is noted on it; a module's parameters are copied before its forward
@@ -65,6 +65,16 @@ class CastForward:
                 if param.is_floating_point():
                     twin.grad_dtype = param.grad_dtype
         return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch pickles a parameter with what is noted on it, but without the dtype of its gradient
+        params = self._module.parameters() if self._output is not None else ()
+        return {**self.__dict__, "_grad_dtypes": [(p, p.grad_dtype) for p in params if p.is_floating_point()]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for param, grad_dtype in state.pop("_grad_dtypes"):
+            param.grad_dtype = grad_dtype
+        self.__dict__.update(state)
 
     def remove(self) -> None:
         """Give the module the forward back that it had."""

@@ -5,6 +5,7 @@ and the policy. Loading checks all of it against the model before a single weigh
 checkpoint unless asked to convert, which goes through the FP32 masters.
 """
 
+import copy
 import os
 import random
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duotone.errors import CheckpointError
+from duotone.errors import CheckpointError, DuotoneError
 from duotone.policy import Policy
 from duotone.torch.cast import policy_of
 from duotone.torch.checkpoint_folder import read_folder, read_manifest, write_folder
@@ -99,7 +100,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: the folder is missing, damaged, of another policy, or does not fit the model, the optimizer
-            or the scheduler. Weights are unchanged then.
+            or the scheduler. Nothing is changed then.
     """
     path = Path(path)
     contents = read_folder(path)
@@ -112,16 +113,15 @@ def load_checkpoint(
             raise CheckpointError(f"{path} holds no {name}; load it without one")
     if optimizer is not None and _parameter_names(model, optimizer) != contents["optimizer_parameters"]:
         raise CheckpointError(f"{path} was saved with other parameters in its optimizer, or in another order")
-    try:
-        if optimizer is not None:
-            state = contents["optimizer"]
-            optimizer.load_state_dict(_with_own_tails(state, optimizer) if converting else state)
-        if scheduler is not None:
-            scheduler.load_state_dict(contents["scheduler"])
-        if scaler is not None and not converting:
-            scaler.load_state_dict(contents["scaler"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} does not fit: {error}") from error
+    parts = []
+    if optimizer is not None:
+        state = contents["optimizer"]
+        parts.append((optimizer, _with_own_tails(state, optimizer) if converting else state))
+    if scheduler is not None:
+        parts.append((scheduler, contents["scheduler"]))
+    if scaler is not None and not converting:
+        parts.append((scaler, contents["scaler"]))
+    _load_all(path, parts)
     _restore_model(contents, model, converting)
     _restore_random_states(contents["random"])
     return contents["progress"]
@@ -224,6 +224,22 @@ def _check_range(path: Path, contents: Mapping[str, Any], model: nn.Module) -> N
 def _saved_master(contents: Mapping[str, Any], name: str) -> Tensor:
     weight, tail = contents["model"][name], contents["tails"].get(name)
     return weight.float() if tail is None else decode(weight, tail)
+
+
+def _load_all(path: Path, parts: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Load every part's state, or none: what was loaded already is put back if a later part does not fit."""
+    undo = []
+    try:
+        for part, state in parts:
+            # an optimizer's tensors are replaced on loading, another part's may be written in place
+            old = part.state_dict()
+            undo.append((part, old if isinstance(part, torch.optim.Optimizer) else copy.deepcopy(old)))
+            part.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for part, old in reversed(undo):
+            part.load_state_dict(old)
+        kind = "" if isinstance(error, DuotoneError) else f"{type(error).__name__}: "
+        raise CheckpointError(f"{path} does not fit: {kind}{error}") from error
 
 
 def _with_own_tails(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def say_once_how_half_runs_on_cpu() -> None:
             "this CPU has no FP16 matrix products: they run in FP32 arithmetic on FP16 values, at FP32's speed; "
             'policy "bf16" is the faster choice where the CPU has BF16',
             DuotoneWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -79,7 +79,8 @@ def multiply_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs:
     """
     with torch.autocast("cpu", enabled=False):
         product = func(*map_tensors(_widen, args), **map_tensors(_widen, dict(kwargs)))
-        return product.to(torch.float16)
+        # integers and FP64 stay what they are, as under autocast
+        return product.to(torch.float16) if product.dtype == torch.float32 else product
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from duotone.errors import OptimizerError
 from duotone.policy import Policy
 from duotone.torch.cast import cast
 from duotone.torch.loss_scaler import LossScaler
-from duotone.torch.optim import SGD, AdamW, MasterOptimizer
+from duotone.torch.optim import SGD, AdamW, MasterOptimizer, check_parameters
 
 
 class Prepared(NamedTuple):
@@ -57,11 +57,14 @@ def _conversion(
 ) -> Callable[[torch.optim.Optimizer], torch.optim.Optimizer]:
     if isinstance(optimizer, MasterOptimizer):
         return lambda kept: kept
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     # exact types: a subclass may change the update
     if type(optimizer) is torch.optim.AdamW:
         _refuse(optimizer, "amsgrad")
+        check_parameters(params)
         return _to_adamw
     if type(optimizer) is torch.optim.SGD:
+        check_parameters(params)
         return _to_sgd
     if policy.param == "float32" and not policy.rules:
         return lambda kept: kept

@@ -5,7 +5,7 @@ Without them it steps as any torch optimizer does.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,19 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer that updates FP32 masters, whatever dtype the resident weights have."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, and take the tails that wait on its parameters."""
+        """Add a group as torch does, and take the tails that wait on its parameters.
+
+        Raises:
+            OptimizerError: a parameter is neither FP32, BF16 nor FP16. The group is not added then.
+        """
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.dtype not in _DTYPES:
-                raise OptimizerError(
-                    f"{type(self).__name__} cannot update a parameter in {param.dtype}; "
-                    "allowed are float32, bfloat16 and float16: give the others to a torch optimizer"
-                )
+        params = self.param_groups[-1]["params"]
+        try:
+            check_parameters(params)
+        except OptimizerError:
+            del self.param_groups[-1]
+            raise
+        for param in params:
             if param.requires_grad:
                 self._take_tail(param)
 
@@ -146,28 +151,57 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
             OptimizerError: the state holds no tails although the weights need them, or belongs to another kind of
                 optimizer. Nothing is loaded then.
         """
+        saved, own = (
+            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if saved != own:
+            raise OptimizerError(
+                f"the state is of parameter groups of {saved} parameters, this {type(self).__name__} has {own}"
+            )
         params = [(param, group) for group in self.param_groups for param in group["params"]]
-        for index, loaded in state_dict["state"].items():
-            param, group = params[index]
-            self._check_state(param, group, loaded, index)
+        states = dict(state_dict["state"])
+        for index, (param, group) in enumerate(params):
+            self._check_state(param, group, states.get(index, {}), index)
         # torch would cast moments and tails to the weight's dtype, so it is given the groups only
         super().load_state_dict({**state_dict, "state": {}})
-        for index, loaded in state_dict["state"].items():
+        for index, loaded in states.items():
             param, _ = params[index]
             self.state[param] = {key: value.detach().clone().to(param.device) for key, value in loaded.items()}
             if "tail" in loaded:
                 set_storage(param, self.state[param]["tail"], None)
 
     def _check_state(self, param: Tensor, group: dict[str, Any], loaded: Mapping[str, Any], index: int) -> None:
-        expected = {"step", *self._new_moments(torch.empty_like(param, device="meta"), group)}
-        untouched = set()
+        moments = self._new_moments(torch.empty_like(param, device="meta"), group)
+        stepped = {"step": torch.Size(), **{name: moment.shape for name, moment in moments.items()}}
+        allowed = [stepped]
+        # a parameter that never had a gradient holds its tail, and a frozen one may not even have that
         if needs_tail(param):
-            expected.add("tail")
-            untouched.add("tail")
-        # a parameter that never had a gradient holds only its tail
-        if set(loaded) not in (expected, untouched):
+            stepped["tail"] = param.shape
+            allowed.append({"tail": param.shape})
+        if not (needs_tail(param) and param.requires_grad):
+            allowed.append({})
+        if {name: getattr(value, "shape", None) for name, value in loaded.items()} not in allowed:
             raise OptimizerError(
-                f"the state of parameter {index} holds {sorted(loaded)}, {type(self).__name__} needs "
-                f"{sorted(expected)}; load a state dict that the same optimizer made under the same policy, or "
-                "hand the torch optimizer that made it to duotone.torch.prepare"
+                f"the state of parameter {index} holds {_listed(loaded)}, {type(self).__name__} needs "
+                f"{_listed(stepped)}; load a state dict that the same optimizer made under the same policy, "
+                "or hand the torch optimizer that made it to duotone.torch.prepare"
             )
+
+
+def check_parameters(params: Iterable[Tensor]) -> None:
+    """Raise unless a `MasterOptimizer` can update every one of the parameters.
+
+    Raises:
+        OptimizerError: one is neither FP32, BF16 nor FP16.
+    """
+    for param in params:
+        if param.dtype not in _DTYPES:
+            raise OptimizerError(
+                f"a MasterOptimizer cannot update a parameter in {param.dtype}; allowed are float32, bfloat16 and "
+                "float16: give the others to a torch optimizer"
+            )
+
+
+def _listed(state: Mapping[str, Any]) -> str:
+    shapes = {name: tuple(getattr(value, "shape", value) or ()) for name, value in sorted(state.items())}
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"

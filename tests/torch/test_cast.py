@@ -1,0 +1,214 @@
+"""Casting a model: every weight keeps its bits, what must not change does not, and what cannot be is refused whole."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import duotone.torch as dt
+from duotone.errors import PolicyError
+from duotone.torch.cast_forward import CastForward, cast_forward_of
+from duotone.torch.master import read_master, rounding_of, tail_of
+
+
+class Mixed(nn.Module):
+    """Parameters of every kind: tied, frozen, of a norm with statistics, FP64, complex; and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.blocks = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.wide = nn.Parameter(torch.randn(2, dtype=torch.float64))
+        self.turning = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+        self.register_buffer("table", torch.randn(3))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.frozen(self.blocks(self.norm(self.embed(tokens)))))
+
+
+@pytest.fixture
+def model() -> Mixed:
+    torch.manual_seed(0)
+    return Mixed()
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def snapshot(model: nn.Module) -> list[object]:
+    """Return everything that a cast may change, so that two of them compare equal only if nothing did."""
+    params = list(model.named_parameters(remove_duplicate=False))
+    dtypes = [(name, param.dtype, rounding_of(param), id(tail_of(param))) for name, param in params]
+    forwards = [id(cast_forward_of(module)) for module in model.modules()]
+    bits = [(name, value.cpu().numpy().tobytes()) for name, value in dt.master_weights(model).items()]
+    return [dtypes, forwards, bits]
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_the_masters_are_the_weights_that_were_there(model, policy, same_bits):
+    before = values(model)
+    dt.cast(model, policy)
+    for name, master in dt.master_weights(model).items():
+        param, was = model.get_parameter(name), before[name]
+        if not param.requires_grad or param.dtype == torch.float64:
+            continue
+        # FP16 keeps zeros and whatever is at least 2^-16 exactly, and nothing here is smaller
+        assert same_bits(master, was), name
+        assert torch.equal(param, was.to(param.dtype)), name
+
+
+@pytest.mark.parametrize(("policy", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_who_is_cast_and_who_has_a_tail(model, policy, dtype):
+    names, parameters, before = list(model.state_dict()), list(model.parameters()), values(model)
+    dt.cast(model, policy)
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model.head.weight is model.embed.weight
+    for param in (model.embed.weight, *model.blocks.parameters()):
+        assert (param.dtype, param.grad_dtype) == (dtype, dtype)
+        assert tail_of(param).dtype == torch.int16
+    for param in model.frozen.parameters():
+        assert param.dtype == dtype
+        assert tail_of(param) is None
+    untouched = ("wide", "turning", "table", "norm")
+    for name, value in model.state_dict().items():
+        if name.startswith(untouched):
+            assert value.dtype == before[name].dtype
+            assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "fp16", "bf16-mixed", "bf16-true,rounding=stochastic"])
+def test_casting_twice_is_casting_once(model, policy):
+    dt.cast(model, policy)
+    with torch.no_grad():
+        expected = model(torch.arange(7))
+    before = snapshot(model)
+    dt.cast(model, dt.policy_of(model))
+    # the forwards are made anew, and not one in front of the other
+    assert snapshot(model)[::2] == before[::2]
+    forwards = [cast_forward_of(module) for module in model.modules()]
+    assert not any(forward and isinstance(forward.__wrapped__, CastForward) for forward in forwards)
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(7)), expected)
+
+
+@pytest.mark.parametrize("way", [["fp32"], ["fp16", "fp32"], ["fp16", "bf16", "fp32"], ["bf16,grad=float32", "fp32"]])
+def test_going_on_to_another_policy_starts_from_the_masters(way):
+    # weights of at least 2^-16, which FP16 keeps exactly
+    model = nn.Linear(64, 64)
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(64, 64).sign() * (torch.rand(64, 64) + 2.0**-16))
+        model.bias.fill_(1 / 3)
+    before = values(model)
+    for policy in ["bf16", *way]:
+        dt.cast(model, policy)
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in before)
+    assert all(tail_of(param) is None for param in model.parameters())
+
+
+def test_a_policy_without_masters_gives_the_tails_up():
+    model = dt.cast(nn.Linear(8, 8), "bf16")
+    weight = model.weight.detach().clone()
+    dt.cast(model, "bf16-true,rounding=stochastic")
+    assert tail_of(model.weight) is None
+    assert rounding_of(model.weight) == "stochastic"
+    assert torch.equal(model.weight, weight)
+    dt.cast(model, "bf16")
+    assert rounding_of(model.weight) is None
+    assert torch.equal(read_master(model.weight), weight.float())
+
+
+def test_a_gradient_that_is_there_stays():
+    model = nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    dt.cast(model, "bf16,grad=float32")
+    assert model.weight.grad.dtype == torch.float32
+    dt.cast(model, "bf16")
+    assert model.weight.grad.dtype == model.weight.grad_dtype == torch.bfloat16
+    assert model.weight.grad.tolist() == [[1.0, 1.0]]
+
+
+def test_what_is_unfrozen_later_gets_its_tail():
+    model = nn.Linear(2, 1).requires_grad_(False)
+    dt.cast(model, "bf16").requires_grad_(True)
+    dt.cast(model, "bf16")
+    assert tail_of(model.weight) is not None
+
+
+def test_rules_by_path(model):
+    dt.cast(model, "bf16; blocks.1: param=float32,compute=float32; head: grad=float32; embed: grad=float32")
+    assert model.blocks[0].weight.dtype == torch.bfloat16
+    assert model.blocks[1].weight.dtype == torch.float32
+    assert tail_of(model.blocks[1].weight) is None
+    assert model.embed.weight.grad_dtype == torch.float32
+    assert dt.policy_of(model.blocks[1]).name == "fp32"
+
+
+def refusals():
+    too_large = 'parameter "blocks.0.weight" holds 70000, beyond FP16\'s largest 65504; use policy "bf16", or keep'
+    return [
+        ("fp16", too_large),
+        ("bf16; absent: compute=float32", r'rule "absent: .*" holds for no module of this Mixed, whose modules are em'),
+        (
+            "bf16; head: param=float32,compute=float32",
+            '"embed.weight" and "head.weight" are one tied parameter, but the rules keep it in',
+        ),
+        ("bf16,compute=float8_e4m3fn", "compute=float8_e4m3fn is not available in torch yet"),
+        ("bf16,state=bfloat16", "state=bfloat16 is not available in torch yet"),
+        ("half-ish", "half-ish"),
+    ]
+
+
+@pytest.mark.parametrize(("policy", "message"), refusals())
+@pytest.mark.parametrize("first", [None, "bf16"])
+def test_what_cannot_be_is_refused_and_nothing_changes(model, policy, message, first):
+    with torch.no_grad():
+        model.blocks[0].weight[1, 2] = 70000.0
+    if first:
+        dt.cast(model, first)
+    before = snapshot(model)
+    with pytest.raises(PolicyError, match=message):
+        dt.cast(model, policy)
+    assert snapshot(model) == before
+    assert (dt.policy_of(model) is None) == (first is None)
+
+
+def test_infinite_and_nan_weights_are_not_too_large():
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[float("inf"), float("nan")]]))
+    dt.cast(model, "fp16")
+    assert model.weight[0, 0].item() == float("inf")
+    assert model.weight[0, 1].isnan()
+
+
+def test_a_rule_may_keep_what_is_too_large(model):
+    with torch.no_grad():
+        model.blocks[0].weight[1, 2] = 70000.0
+    dt.cast(model, "fp16; blocks.0: param=float32,compute=float32")
+    assert model.blocks[0].weight[1, 2].item() == 70000.0
+    assert model(torch.arange(7)).dtype == torch.float32
+
+
+def test_a_lazy_parameter_is_refused():
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(PolicyError, match=r'parameter "0\.weight" has no shape yet; run one batch, then cast'):
+        dt.cast(model, "bf16")
+    model(torch.ones(1, 2))
+    dt.cast(model, "bf16")
+    assert model[0].weight.dtype == torch.bfloat16
+
+
+def test_the_policy_of_a_model(model):
+    assert dt.policy_of(model) is None
+    dt.cast(model, "bf16")
+    assert dt.policy_of(model) == dt.Policy.parse("bf16")
+    assert dt.policy_of(copy.deepcopy(model)) == dt.Policy.parse("bf16")
+    assert dt.policy_of(nn.Sequential(model)) == dt.Policy.parse("bf16")
+    assert dt.policy_of(nn.Sequential(nn.ReLU(), nn.ReLU())) is None

@@ -1,0 +1,90 @@
+"""Bytes by role, exactly: what the policies and optimizers cost per parameter, and what counts as what."""
+
+import pytest
+import torch
+from torch import nn
+
+import duotone.torch as dt
+
+
+def transformer_like() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
+
+
+def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> dt.Memory:
+    model(torch.arange(6)).float().sum().backward()
+    optimizer.step()
+    return dt.memory(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "settings", "expected"),
+    [
+        ("bf16", dt.AdamW, {}, 14.0),
+        ("fp16", dt.AdamW, {}, 14.0),
+        ("bf16,grad=float32", dt.AdamW, {}, 16.0),
+        ("fp32", dt.AdamW, {}, 16.0),
+        ("bf16-mixed", dt.AdamW, {}, 16.0),
+        ("fp32", torch.optim.AdamW, {}, 16.0),
+        ("bf16", dt.SGD, {"momentum": 0.9}, 10.0),
+        ("bf16", dt.SGD, {}, 6.0),
+        ("bf16-true,rounding=stochastic", dt.SGD, {"momentum": 0.9}, 8.0),
+    ],
+)
+def test_bytes_per_parameter(policy, kind, settings, expected):
+    model = dt.cast(transformer_like(), policy)
+    told = train_once(model, kind(model.parameters(), lr=1e-3, **settings))
+    assert told.bytes_per_parameter == expected
+    assert told.parameters == 11 * 8 + 2 * 8 + (8 + 1) * 16 + (16 + 1) * 2
+
+
+def test_every_role_of_bf16_with_adamw():
+    model = dt.cast(transformer_like(), "bf16")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    told = train_once(model, dt.AdamW(model.parameters()))
+    # beside each parameter's moments: a step count in int64 and two products of betas in FP64
+    counters = 7 * (8 + 16)
+    assert told == dt.Memory(
+        parameters=count,
+        weights_bytes=2 * count,
+        tails_bytes=2 * count,
+        gradients_bytes=2 * count,
+        moments_bytes=8 * count,
+        other_bytes=counters,
+    )
+
+
+def test_moments_exist_from_the_first_step_on_and_gradients_are_foreseen():
+    model = dt.cast(transformer_like(), "bf16,grad=float32")
+    optimizer = dt.AdamW(model.parameters())
+    before = dt.memory(model, optimizer)
+    assert before == dt.memory(model)
+    assert (before.moments_bytes, before.gradients_bytes) == (0, 4 * before.parameters)
+    after = train_once(model, optimizer)
+    assert (after.moments_bytes, after.gradients_bytes) == (8 * after.parameters, 4 * after.parameters)
+
+
+def test_scalars_have_moments_too():
+    parameter = nn.Parameter(torch.tensor(1.0))
+    parameter.grad = torch.tensor(1.0)
+    model = nn.ParameterList([parameter])
+    optimizer = dt.AdamW(model.parameters())
+    optimizer.step()
+    assert dt.memory(model, optimizer).bytes_per_parameter == 16.0
+
+
+def test_tied_parameters_count_once():
+    model = nn.Sequential(nn.Embedding(6, 3), nn.Linear(3, 6, bias=False))
+    model[1].weight = model[0].weight
+    dt.cast(model, "bf16")
+    told = train_once(model, dt.AdamW(model.parameters()))
+    assert (told.parameters, told.bytes_per_parameter) == (18, 14.0)
+
+
+def test_frozen_weights_and_buffers_are_other():
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5, affine=False))
+    model[0].weight.requires_grad_(False)
+    told = dt.memory(dt.cast(model, "bf16"))
+    # running mean and variance in FP32, and the count of batches in int64
+    assert told == dt.Memory(0, 0, 0, 0, 0, other_bytes=15 * 2 + 2 * 5 * 4 + 8)
+    assert told.bytes_per_parameter == 0.0
