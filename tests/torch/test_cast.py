@@ -13,7 +13,7 @@ from duotone.torch.master import read_master, rounding_of, tail_of
 
 
 class Mixed(nn.Module):
-    """Parameters of every kind: tied, frozen, of a norm with statistics, FP64, complex; and buffers."""
+    """Parameters of every kind: tied, frozen, of a norm with statistics, FP64, complex, integer; and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,6 +25,7 @@ class Mixed(nn.Module):
         self.head.weight = self.embed.weight
         self.wide = nn.Parameter(torch.randn(2, dtype=torch.float64))
         self.turning = nn.Parameter(torch.randn(2, dtype=torch.complex64))
+        self.counts = nn.Parameter(torch.arange(3), requires_grad=False)
         self.register_buffer("table", torch.randn(3))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def snapshot(model: nn.Module) -> list[object]:
     """Return everything that a cast may change, so that two of them compare equal only if nothing did."""
     params = list(model.named_parameters(remove_duplicate=False))
-    dtypes = [(name, param.dtype, rounding_of(param), id(tail_of(param))) for name, param in params]
+    dtypes = [(name, p.dtype, p.grad_dtype, rounding_of(p), id(tail_of(p))) for name, p in params]
     forwards = [id(cast_forward_of(module)) for module in model.modules()]
     bits = [(name, value.cpu().numpy().tobytes()) for name, value in dt.master_weights(model).items()]
     return [dtypes, forwards, bits]
@@ -76,7 +77,7 @@ def test_who_is_cast_and_who_has_a_tail(model, policy, dtype):
     for param in model.frozen.parameters():
         assert param.dtype == dtype
         assert tail_of(param) is None
-    untouched = ("wide", "turning", "table", "norm")
+    untouched = ("wide", "turning", "counts", "table", "norm")
     for name, value in model.state_dict().items():
         if name.startswith(untouched):
             assert value.dtype == before[name].dtype
@@ -211,4 +212,5 @@ def test_the_policy_of_a_model(model):
     assert dt.policy_of(model) == dt.Policy.parse("bf16")
     assert dt.policy_of(copy.deepcopy(model)) == dt.Policy.parse("bf16")
     assert dt.policy_of(nn.Sequential(model)) == dt.Policy.parse("bf16")
-    assert dt.policy_of(nn.Sequential(nn.ReLU(), nn.ReLU())) is None
+    # one cast part of several is not the whole
+    assert dt.policy_of(nn.Sequential(model, nn.ReLU())) is None

@@ -106,16 +106,15 @@ def test_float32_takes_16_bits_in(same_bits):
         assert same_bits(model(TOKENS, shift=shift)["logits"], got)
 
 
-@pytest.mark.parametrize(("policy", "dtype"), [("bf16-mixed", torch.bfloat16)])
-def test_a_mixed_policy_is_torchs_autocast(policy, dtype):
-    mixed, plain = make(policy), make(None)
+def test_mixed_bfloat16_is_torchs_autocast():
+    mixed, plain = make("bf16-mixed"), make(None)
     x = torch.randn(8, 3, 6, 6)
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Softmax(-1))
-    cast_convolutions = dt.cast(copy.deepcopy(convolutions), policy)
-    with torch.autocast("cpu", dtype):
+    cast_convolutions = dt.cast(copy.deepcopy(convolutions), "bf16-mixed")
+    with torch.autocast("cpu", torch.bfloat16):
         expected = plain(TOKENS)["logits"]
         expected_convolutions = convolutions(x)
-        assert expected.dtype == dtype
+        assert expected.dtype == torch.bfloat16
     got = mixed(TOKENS)["logits"]
     assert torch.equal(got, expected.float())
     assert torch.equal(cast_convolutions(x), expected_convolutions.float())
@@ -127,6 +126,15 @@ def test_a_mixed_policy_is_torchs_autocast(policy, dtype):
         {name: param.grad for name, param in mixed.named_parameters()},
         {name: param.grad for name, param in plain.named_parameters()},
     )
+
+
+def test_mixed_float16_is_torchs_autocast_but_for_the_order_of_sums():
+    with torch.autocast("cpu", torch.float16):
+        expected = make(None)(TOKENS)["logits"]
+    assert expected.dtype == torch.float16
+    got = make("fp16-mixed")(TOKENS)["logits"]
+    assert torch.equal(got, got.half().float())
+    assert (got - expected.float()).abs().max() <= torch.finfo(torch.float16).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize(("policy", "dtype"), PRECISIONS)

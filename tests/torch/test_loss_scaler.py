@@ -115,6 +115,7 @@ def test_settings_come_from_the_policy_or_are_given():
     assert dt.LossScaler("bf16").settings == LossScale.none()
     assert dt.LossScaler(LossScale(hysteresis=3)).settings.hysteresis == 3
     assert dt.LossScaler("fp16", hysteresis=2).settings == LossScale(hysteresis=2)
+    assert dt.LossScaler(LossScale(hysteresis=3), init_scale=8).settings == LossScale(hysteresis=3, init_scale=8)
     with pytest.raises(LossScaleError, match="hysteresis given, but this policy does not move its loss scale"):
         dt.LossScaler("bf16", hysteresis=2)
     with pytest.raises(LossScaleError, match="power of two"):
@@ -126,6 +127,7 @@ def test_its_state_goes_through_json(parameter, optimizer):
     for value in (math.inf, 1.0, 1.0):
         one_step(scaler, optimizer, parameter, value)
     state = json.loads(json.dumps(scaler.state_dict()))
+    assert {name for name, value in state["state"].items() if isinstance(value, float)} == {"scale"}
     other = dt.LossScaler("fp16")
     other.load_state_dict(state)
     for value in (1.0, math.inf):

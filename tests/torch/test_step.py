@@ -86,9 +86,11 @@ def test_finite_gradients_whose_squares_overflow_are_no_overflow(scaler):
     assert parameter.tolist() == pytest.approx([-0.5] * 4)
 
 
-def test_only_the_optimizer_that_overflowed_skips(scaler):
+@pytest.mark.parametrize("overflows_first", [True, False])
+def test_only_the_optimizer_that_overflowed_skips(scaler, overflows_first):
     good, bad = parameter_with(torch.ones(2) * BIG), parameter_with(torch.tensor([1.0, math.inf]))
-    report = scaler.step(dt.SGD([good], lr=1.0), dt.SGD([bad], lr=1.0))
+    optimizers = [dt.SGD([good], lr=1.0), dt.SGD([bad], lr=1.0)]
+    report = scaler.step(*optimizers[:: -1 if overflows_first else 1])
     assert good.tolist() == [-1.0, -1.0]
     assert bad.tolist() == [0.0, 0.0]
     assert report.skipped.item()
@@ -160,6 +162,16 @@ def test_an_optimizer_without_masters_is_refused(policy, fused):
     with pytest.raises(OptimizerError, match=r"torch's AdamW would lose small updates.*duotone\.torch\.prepare"):
         scaler.step(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("kind", [dt.SGD, torch.optim.SGD])
+def test_sparse_gradients_are_refused_before_anything_moves(kind):
+    dense, embedding = parameter_with(torch.ones(2)), nn.Embedding(4, 3, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    scaler = dt.LossScaler("bf16")
+    with pytest.raises(OptimizerError, match=r"sparse gradients cannot be unscaled here; use Embedding"):
+        scaler.step(dt.SGD([dense], lr=1.0), kind(embedding.parameters(), lr=1.0))
+    assert not dense.any()
 
 
 def test_named_plain_rounding_may_use_any_optimizer():

@@ -15,15 +15,21 @@ from torch.nn import functional as F
 
 from duotone.torch.nested import cast_floating, map_tensors
 
-SUMS = frozenset({F.embedding, F.embedding_bag, F.layer_norm})
+# each function, and where it takes the arguments under which it is called as it is: those that write into the weight
+# itself, or give it a sparse gradient
+SUMS: Mapping[Callable[..., Any], Mapping[str, int]] = {
+    F.embedding: {"max_norm": 3, "sparse": 6},
+    F.embedding_bag: {"max_norm": 3, "sparse": 7},
+    F.layer_norm: {},
+}
 _NARROW = (torch.bfloat16, torch.float16)
 
 
 def sum_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call `func` on FP32 operands and round the result to the narrowest dtype among them.
 
-    Without an operand whose gradient would be a sum (a LayerNorm without weights), or without one in 16 bits, `func`
-    is called as it is.
+    Without an operand whose gradient would be a sum (a LayerNorm without weights), without one in 16 bits, or with an
+    argument that needs the weight itself (`max_norm`, `sparse`), `func` is called as it is.
 
     Args:
         func: one of `SUMS`.
@@ -38,7 +44,8 @@ def sum_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
     """
     operands, weights = _floating((args, dict(kwargs))), _floating((args[1:], dict(kwargs)))
     narrow = next((operand.dtype for operand in operands if operand.dtype in _NARROW), None)
-    if narrow is None or not weights:
+    as_it_is = any(kwargs.get(name, args[at] if at < len(args) else None) for name, at in SUMS[func].items())
+    if narrow is None or not weights or as_it_is:
         return func(*args, **kwargs)
     with torch.autocast("cpu", enabled=False):
         result = func(*cast_floating(args, torch.float32), **cast_floating(dict(kwargs), torch.float32))

@@ -64,6 +64,16 @@ def test_a_copy_goes_on_bit_for_bit(train, everything_in, same_everything, make,
     assert all(torch.equal(copied_masters[name], master) for name, master in dt.master_weights(model).items())
 
 
+@both
+def test_what_is_loaded_is_a_copy(train, everything_in, same_everything, make):
+    optimizer, other = make(linear().parameters()), make(linear().parameters())
+    train(optimizer, range(2))
+    before = everything_in(optimizer)
+    other.load_state_dict(optimizer.state_dict())
+    train(other, range(2))
+    assert same_everything(everything_in(optimizer), before)
+
+
 def test_settings_come_along():
     model = linear()
     optimizer = ADAMW([{"params": [model.weight], "lr": 0.5}, {"params": [model.bias], "betas": (0.5, 0.6)}])

@@ -52,7 +52,8 @@ def decode(weight: Tensor, tail: Tensor) -> Tensor:
 
     Returns:
         FP32 masters. A weight that was edited since its tail was made decodes to a value that rounds back to the
-        edited weight; +-0, Inf and NaN decode to themselves when the tail cannot be theirs.
+        edited weight, or lies half-way to its neighbour; +-0, Inf and NaN decode to themselves when the tail cannot
+        be theirs.
     """
     return _decode_bfloat16(weight, tail) if weight.dtype == torch.bfloat16 else _decode_float16(weight, tail)
 
