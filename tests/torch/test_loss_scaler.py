@@ -148,6 +148,15 @@ def test_a_wrong_state_is_refused_whole(change):
     assert scaler.state_dict() == before
 
 
+@pytest.mark.parametrize("scale", [0.0, 1000.0, math.inf, 2.0**40])
+def test_a_scale_that_could_not_be_is_refused(scale):
+    scaler = dt.LossScaler("fp16")
+    before = scaler.state_dict()
+    with pytest.raises(LossScaleError, match="init_scale"):
+        scaler.load_state_dict({**before, "state": {**before["state"], "scale": scale}})
+    assert scaler.state_dict() == before
+
+
 def test_a_copy_is_independent(parameter, optimizer):
     scaler = dt.LossScaler("fp16")
     one_step(scaler, optimizer, parameter, 1.0)

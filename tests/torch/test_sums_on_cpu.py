@@ -65,7 +65,7 @@ BAGS = torch.arange(0, ROWS, 10)
 GATHERS = {
     "embedding": (F.embedding, (), {}),
     "embedding with padding": (F.embedding, (), {"padding_idx": 1}),
-    "bags of sums": (F.embedding_bag, (BAGS,), {"mode": "sum"}),
+    "bags of sums": (F.embedding_bag, (BAGS, None, 2.0, False, "sum"), {}),
     "bags of means with padding": (F.embedding_bag, (), {"offsets": BAGS, "mode": "mean", "padding_idx": 1}),
     "bags of largest": (F.embedding_bag, (BAGS,), {"mode": "max"}),
 }

@@ -4,7 +4,7 @@ Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. Left 
 gradients overflow.
 """
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -132,13 +132,16 @@ class LossScaler:
         """Restore what `state_dict` returned.
 
         Raises:
-            LossScaleError: keys are missing or unknown, or a setting is out of range. Nothing is loaded then.
+            LossScaleError: keys are missing or unknown, or a setting or the scale is out of range. Nothing is
+                loaded then.
         """
         try:
             settings = LossScale(**state_dict["settings"])
             state = LossScaleState(**state_dict["state"])
         except (KeyError, TypeError) as error:
             raise LossScaleError(f"this is not the state of a LossScaler: {error}") from error
+        # whatever holds for a scale to begin with holds for every later one
+        replace(settings, init_scale=state.scale)
         self.settings, self._state = settings, state
 
     def _move_to(self, device: torch.device) -> None:

@@ -30,7 +30,7 @@ def encode(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     Returns:
         The weights in `dtype`, the nearest to the masters, and the tails in int16, both shaped like `master`. NaN
-        becomes a quiet NaN of the same sign with tail 0; Inf, -0 and subnormals are kept exactly. A finite master
+        becomes a quiet NaN with tail 0; Inf, -0 and subnormals are kept exactly. A finite master
         that rounds to Inf keeps its value in BF16; in FP16, whose tail cannot hold it, it becomes Inf (`cast`
         refuses such a weight beforehand).
 
