@@ -192,8 +192,9 @@ def update(
 
     shrunk = state.scale * settings.backoff_factor
     shrunk = where(shrunk < settings.min_scale, settings.min_scale, shrunk)
-    grown = state.scale * settings.growth_factor
-    grown = where(grown > settings.max_scale, settings.max_scale, grown)
+    # clamped before it is multiplied, for the product with the largest scale may not be a number of its dtype
+    highest = settings.max_scale / settings.growth_factor
+    grown = where(state.scale > highest, highest, state.scale) * settings.growth_factor
 
     return LossScaleState(
         scale=where(
