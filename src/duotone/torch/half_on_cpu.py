@@ -1,6 +1,6 @@
 """FP16 storage with FP32 arithmetic on CPUs that have no FP16 matrix product.
 
-Such CPUs emulate FP16 products several times slower than FP32 ones. Here the operands of a matrix product, a convolution
+Such CPUs emulate FP16 products several times slower than FP32 ones. Here the operands of a product, a convolution
 or an attention are rounded to FP16, widened, multiplied in FP32 and the result rounded once to FP16, which is what a
 tensor core does. Autograd sees the conversions, so the backward products take the same way without any mode around it.
 Left out: keeping the widened operands out of what is saved for backward, and recurrent cells.
