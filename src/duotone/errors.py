@@ -43,6 +43,10 @@ class OptimizerError(DuotoneError, ValueError):
     """An optimizer whose settings, state or gradients it cannot work with, or that lacks the masters it needs."""
 
 
+class BackendError(DuotoneError, RuntimeError):
+    """A backend of the kernels that does not exist, or was asked for by name and does not work here."""
+
+
 class TaskError(DuotoneError, ValueError):
     """A training task, or a run's settings, that cannot be used."""
 

@@ -11,16 +11,18 @@ from duotone.policy import Policy, Rule
 from duotone.torch.cast import cast, policy_of
 from duotone.torch.checkpoint import load_checkpoint, save_checkpoint
 from duotone.torch.loss_scaler import LossScaler
-from duotone.torch.master import master_weights
+from duotone.torch.master import load_master_weights, master_weights
 from duotone.torch.memory import Memory, memory
-from duotone.torch.optim import SGD, AdamW
+from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
 from duotone.torch.prepare import Prepared, prepare
 from duotone.torch.step import StepReport, step
 
 __all__ = [
     "SGD",
     "AdamW",
+    "Lion",
     "LossScaler",
+    "MasterWeights",
     "Memory",
     "Policy",
     "Prepared",
@@ -28,6 +30,7 @@ __all__ = [
     "StepReport",
     "cast",
     "load_checkpoint",
+    "load_master_weights",
     "master_weights",
     "memory",
     "policy_of",

@@ -18,7 +18,7 @@ from duotone.policy import Policy
 from duotone.torch.cast_forward import CastForward, cast_forward_of, torch_dtype
 from duotone.torch.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.master import beyond_range, read_master, set_storage, tail_of
+from duotone.torch.master import beyond_range, read_master, set_state_dtype, set_storage, tail_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -32,6 +32,7 @@ class _Residence:
     param: torch.dtype
     grad: torch.dtype
     rounding: Rounding | None
+    state: torch.dtype
 
 
 def cast(model: Module, policy: Policy | str) -> Module:
@@ -123,19 +124,18 @@ def _compute_formats(policy: Policy) -> set[str | None]:
 
 
 def _residence(module: nn.Module, param: nn.Parameter, policy: Policy) -> _Residence:
+    state = torch_dtype(policy.state)
     if isinstance(module, _NormBase):
-        return _Residence(torch.float32, torch.float32, None)
+        return _Residence(torch.float32, torch.float32, None, state)
     rounding = None
     if policy.param != "float32" and policy.master is None:
         rounding = Rounding(policy.rounding)
-    return _Residence(torch_dtype(policy.param), torch_dtype(policy.grad), rounding)
+    return _Residence(torch_dtype(policy.param), torch_dtype(policy.grad), rounding, state)
 
 
 def _check_available(policy: Policy) -> None:
     if policy.compute.startswith("float8"):
         raise PolicyError(f"compute={policy.compute} is not available in torch yet; use bfloat16 or float16")
-    if policy.state != "float32":
-        raise PolicyError(f"state={policy.state} is not available in torch yet; use state=float32")
 
 
 def _check_range(name: str, param: nn.Parameter, residence: _Residence) -> None:
@@ -159,6 +159,7 @@ def _settle(param: nn.Parameter, residence: _Residence) -> None:
     param.grad_dtype = residence.grad
     param.grad = None if grad is None else grad.to(residence.grad)
     set_storage(param, tail if has_tail else None, residence.rounding)
+    set_state_dtype(param, residence.state)
 
 
 def _forward_for(module: nn.Module, path: str, policy: Policy) -> CastForward | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.policy import Policy
-from duotone.torch.master import rounding_of, set_storage, tail_of
+from duotone.torch.master import rounding_of, set_state_dtype, set_storage, state_dtype_of, tail_of
 from duotone.torch.nested import cast_floating
 from duotone.torch.op_rules import Region
 
@@ -62,6 +62,7 @@ class CastForward:
             twin = memo.get(id(param))
             if isinstance(twin, Tensor):
                 set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
+                set_state_dtype(twin, state_dtype_of(param))
                 if param.is_floating_point():
                     twin.grad_dtype = param.grad_dtype
         return copied

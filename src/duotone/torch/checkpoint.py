@@ -22,7 +22,11 @@ from duotone.torch.cast import policy_of
 from duotone.torch.checkpoint_folder import read_folder, read_manifest, write_folder
 from duotone.torch.kernels import decode
 from duotone.torch.loss_scaler import LossScaler
-from duotone.torch.master import beyond_range, needs_tail, tail_of, write_master
+from duotone.torch.master import beyond_range, needs_tail, state_dtype_of, tail_of, write_master
+
+# what an optimizer keeps for a parameter because of its policy
+_OF_POLICY = ("tail", "rounding_step")
+_MOMENTS = (torch.float32, torch.bfloat16)
 
 
 def save_checkpoint(
@@ -116,7 +120,7 @@ def load_checkpoint(
     parts = []
     if optimizer is not None:
         state = contents["optimizer"]
-        parts.append((optimizer, _with_own_tails(state, optimizer) if converting else state))
+        parts.append((optimizer, _converted(state, optimizer) if converting else state))
     if scheduler is not None:
         parts.append((scheduler, contents["scheduler"]))
     if scaler is not None and not converting:
@@ -242,17 +246,29 @@ def _load_all(path: Path, parts: list[tuple[Any, dict[str, Any]]]) -> None:
         raise CheckpointError(f"{path} does not fit: {kind}{error}") from error
 
 
-def _with_own_tails(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return an optimizer's state with the tails that the current policy has, to be filled from the masters."""
+def _converted(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return an optimizer's state under the current policy: moments in its dtype, tails to fill from the masters."""
+    own = optimizer.state_dict()
+    if "duotone" not in state_dict or "duotone" not in own:
+        return state_dict
     params = [param for group in optimizer.param_groups for param in group["params"]]
     states = {}
-    for index, state in state_dict["state"].items():
-        kept = {key: value for key, value in state.items() if key != "tail"}
-        if needs_tail(params[index]):
-            kept["tail"] = torch.zeros_like(params[index], dtype=torch.int16)
-        if kept:
-            states[index] = kept
-    return {**state_dict, "state": states}
+    for index, param in enumerate(params):
+        kept = {key: value for key, value in state_dict["state"].get(index, {}).items() if key not in _OF_POLICY}
+        if "wrapped" not in own["duotone"]:
+            kept = {
+                key: value.to(state_dtype_of(param)) if _is_moment(value, param) else value
+                for key, value in kept.items()
+            }
+        if kept and needs_tail(param):
+            kept["tail"] = torch.zeros_like(param, dtype=torch.int16)
+        states[index] = kept | {key: value for key, value in own["state"].get(index, {}).items() if key in _OF_POLICY}
+    marks = {**state_dict["duotone"], "weights": own["duotone"]["weights"]}
+    return {**state_dict, "state": {index: state for index, state in states.items() if state}, "duotone": marks}
+
+
+def _is_moment(value: Any, param: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dtype in _MOMENTS and value.shape == param.shape
 
 
 def _restore_model(contents: Mapping[str, Any], model: nn.Module, converting: bool) -> None:

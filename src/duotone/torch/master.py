@@ -5,14 +5,17 @@ nothing is stored twice and neither can go stale. A parameter without a tail is 
 16-bit under a policy without masters.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from duotone.errors import OptimizerError
+from duotone.errors import OptimizerError, nearest_names
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, decode, encode
 
 _TAIL = "duotone_tail"
 _ROUNDING = "duotone_rounding"
+_STATE = "duotone_state"
 # the smallest magnitude that rounds to Inf in FP16
 _FP16_OVERFLOW = 65520.0
 
@@ -27,10 +30,20 @@ def rounding_of(param: Tensor) -> Rounding | None:
     return getattr(param, _ROUNDING, None)
 
 
+def state_dtype_of(param: Tensor) -> torch.dtype:
+    """Return the dtype of the moments that an optimizer keeps for a parameter; FP32 if no policy says otherwise."""
+    return getattr(param, _STATE, torch.float32)
+
+
 def set_storage(param: Tensor, tail: Tensor | None, rounding: Rounding | None) -> None:
     """Note on a parameter which tail it has, or by which rounding it does without."""
     setattr(param, _TAIL, tail)
     setattr(param, _ROUNDING, rounding)
+
+
+def set_state_dtype(param: Tensor, dtype: torch.dtype) -> None:
+    """Note on a parameter which dtype its moments are to have."""
+    setattr(param, _STATE, dtype)
 
 
 def needs_tail(param: Tensor) -> bool:
@@ -129,3 +142,51 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             )
         masters[name] = read_master(param)
     return masters
+
+
+def load_master_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> None:
+    """Write FP32 masters into a model: the inverse of `master_weights`.
+
+    A 16-bit weight gets its tail and loses nothing; one without a tail (frozen, or without a master) is rounded to
+    nearest. NaN, Inf and -0 are kept.
+
+    Args:
+        model: a model, cast or not; its optimizer follows, moments stay as they are.
+        masters: name to tensor for every floating-point parameter, tied ones once; in FP32, BF16 or FP16, any device.
+
+    Raises:
+        OptimizerError: a name is missing or unknown, a tensor has another shape or is in none of those dtypes, or a
+            value is too large for a weight in FP16. Nothing is written then.
+
+    >>> import duotone.torch as dt
+    >>> model = dt.cast(nn.Linear(2, 1, bias=False), "bf16")
+    >>> load_master_weights(model, {"weight": torch.tensor([[0.1, 0.2]])})
+    >>> model.weight.tolist(), dt.master_weights(model)["weight"]
+    ([[0.10009765625, 0.2001953125]], tensor([[0.1000, 0.2000]]))
+    """
+    params = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
+    for name in masters:
+        if name not in params:
+            raise OptimizerError(f'there is no floating-point parameter "{name}"; {nearest_names(name, params)}')
+    for name, param in params.items():
+        if name not in masters:
+            raise OptimizerError(f'the master of "{name}" is missing; give all of them, as master_weights returns them')
+        _check_master(name, masters[name], param)
+    for name, param in params.items():
+        if needs_tail(param) and param.requires_grad:
+            ensure_tail(param)
+        write_master(param, masters[name])
+
+
+def _check_master(name: str, master: Tensor, param: Tensor) -> None:
+    if master.shape != param.shape or master.dtype not in (torch.float32, *SPLIT_DTYPES):
+        raise OptimizerError(
+            f'the master of "{name}" is {master.dtype} {tuple(master.shape)}; allowed is torch.float32 '
+            f"{tuple(param.shape)}: give what master_weights of the same model returned"
+        )
+    largest = beyond_range(master, param.dtype)
+    if largest is not None:
+        raise OptimizerError(
+            f'the master of "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or keep its '
+            "module in FP32 by a rule: param=float32,compute=float32"
+        )

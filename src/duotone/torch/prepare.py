@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from duotone.errors import OptimizerError
 from duotone.policy import Policy
 from duotone.torch.cast import cast
 from duotone.torch.loss_scaler import LossScaler
-from duotone.torch.optim import SGD, AdamW, MasterOptimizer, check_parameters
+from duotone.torch.optim import SGD, AdamW, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
 
 
 class Prepared(NamedTuple):
@@ -22,10 +22,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy | str) -> Prepared:
-    """Cast a model, replace its torch optimizer by one with FP32 masters, and make the scaler.
+    """Cast a model, give its torch optimizer FP32 masters, and make the scaler.
 
-    Hyper-parameters, parameter groups and state are taken over. `torch.optim.AdamW` and `SGD` have counterparts;
-    any other optimizer is kept if the policy's weights are FP32, and refused if they are 16-bit.
+    Hyper-parameters, parameter groups and state are taken over. `torch.optim.AdamW` and `SGD` become Duotone's own; any
+    other optimizer, and AdamW with amsgrad, is kept if the policy's weights are FP32, and wrapped in `MasterWeights` if
+    some are 16-bit.
 
     Args:
         model: a module; cast in place.
@@ -38,8 +39,8 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy |
 
     Raises:
         PolicyError: as `cast` does.
-        OptimizerError: there is no counterpart with masters, or a setting that it does not have. The model is
-            unchanged then.
+        OptimizerError: the optimizer can neither be replaced nor wrapped, or would keep moments in another dtype than
+            the policy. The model is unchanged then.
 
     >>> model = nn.Linear(2, 1)
     >>> model, optimizer, scaler = prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-4), "bf16")
@@ -59,64 +60,31 @@ def _conversion(
         return lambda kept: kept
     params = [param for group in optimizer.param_groups for param in group["params"]]
     # exact types: a subclass may change the update
-    if type(optimizer) is torch.optim.AdamW:
-        _refuse(optimizer, "amsgrad")
+    if type(optimizer) is torch.optim.AdamW and not any(group["amsgrad"] for group in optimizer.param_groups):
         check_parameters(params)
-        return _to_adamw
+        return lambda theirs: _taken_over(theirs, AdamW, ("lr", "betas", "eps", "weight_decay", "maximize"))
     if type(optimizer) is torch.optim.SGD:
         check_parameters(params)
-        return _to_sgd
+        settings = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        return lambda theirs: _taken_over(theirs, SGD, settings)
+    _check_moments(optimizer, policy)
     if policy.param == "float32" and not policy.rules:
         return lambda kept: kept
-    raise OptimizerError(
-        f"{type(optimizer).__name__} has no counterpart that keeps FP32 masters of 16-bit weights; use AdamW or "
-        'SGD, or a policy with FP32 weights such as "bf16-mixed"'
-    )
+    check_wrappable(optimizer)
+    return MasterWeights
 
 
-def _refuse(optimizer: torch.optim.Optimizer, setting: str) -> None:
-    if any(group.get(setting) for group in optimizer.param_groups):
-        raise OptimizerError(f"{type(optimizer).__name__}({setting}=True) has no counterpart; switch {setting} off")
+def _check_moments(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
+    formats = {policy.state, *(dict(rule.roles).get("state") for rule in policy.rules)} - {None}
+    if formats != {"float32"}:
+        raise OptimizerError(
+            f'policy "{policy.name}" keeps moments in bfloat16, but {type(optimizer).__name__} keeps them in float32; '
+            "use a policy with state=float32, or AdamW or SGD"
+        )
 
 
-def _to_adamw(optimizer: torch.optim.Optimizer) -> AdamW:
-    def state_of(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-        step = float(state["step"])
-        return {
-            "exp_avg": state["exp_avg"].float(),
-            "exp_avg_sq": state["exp_avg_sq"].float(),
-            "beta_products": torch.tensor([beta**step for beta in group["betas"]], dtype=torch.float64),
-            "step": torch.tensor(int(step)),
-        }
-
-    return _convert(optimizer, AdamW, ("lr", "betas", "eps", "weight_decay", "maximize"), state_of)
-
-
-def _to_sgd(optimizer: torch.optim.Optimizer) -> SGD:
-    def state_of(state: dict[str, Any], group: dict[str, Any]) -> dict[str, Tensor]:
-        if group["momentum"] == 0.0 or state.get("momentum_buffer") is None:
-            return {}
-        # torch's SGD counts no steps; the buffer is what tells that there was one
-        return {"momentum_buffer": state["momentum_buffer"].float(), "step": torch.tensor(1)}
-
-    settings = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    return _convert(optimizer, SGD, settings, state_of)
-
-
-def _convert(
-    optimizer: torch.optim.Optimizer,
-    kind: type[Any],
-    settings: tuple[str, ...],
-    state_of: Callable[[dict[str, Any], dict[str, Any]], dict[str, Tensor]],
-) -> Any:
-    # what else a group holds is a scheduler's or the user's, and goes along
-    dropped = {"foreach", "capturable", "differentiable", "fused", "amsgrad", "decoupled_weight_decay"}
-    groups = [{k: v for k, v in group.items() if k not in dropped} for group in optimizer.param_groups]
+def _taken_over(optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], settings: tuple[str, ...]) -> Any:
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
     converted = kind(groups, **{name: optimizer.defaults[name] for name in settings})
-    for group in converted.param_groups:
-        for param in group["params"]:
-            old = optimizer.state.get(param)
-            if old:
-                new = {key: value.to(param.device) for key, value in state_of(old, group).items()}
-                converted.state[param].update(new)
+    converted.load_portable_state_dict(optimizer.state_dict())
     return converted

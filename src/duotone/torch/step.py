@@ -84,7 +84,7 @@ def step(
     total = torch.zeros((), dtype=torch.float64, device=device)
     skipped = torch.zeros((), dtype=torch.bool, device=device)
     for optimizer, grads in gradients.items():
-        sum_of_squares, found_inf = kernels.grad_stats(grads, inverse_scale)
+        sum_of_squares, found_inf = kernels.grad_stats(grads, inverse_scale, _backend(optimizer))
         multiplier = _grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
         if isinstance(optimizer, MasterOptimizer):
             optimizer.step(grad_multiplier=multiplier, found_inf=found_inf)
@@ -112,12 +112,17 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return grads
 
 
+def _backend(optimizer: torch.optim.Optimizer) -> kernels.Backend:
+    return optimizer.backend if isinstance(optimizer, MasterOptimizer) else "auto"
+
+
 def _check_foreign(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
     if needs_tail(param) or rounding_of(param) == kernels.Rounding.STOCHASTIC:
         name = type(optimizer).__name__
         raise OptimizerError(
             f"torch's {name} would lose small updates to weights in {param.dtype}: it keeps no FP32 masters and "
-            f"rounds to nearest; use duotone.torch.AdamW or SGD, or duotone.torch.prepare(model, optimizer, policy)"
+            "rounds to nearest; use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion from there, or "
+            "duotone.torch.prepare(model, optimizer, policy)"
         )
 
 

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from duotone import rounding
-from duotone.torch.kernels import Rounding, Weights, grad_stats, sgd
+from duotone.torch.kernels import Rounding, reference
 from duotone.torch.kernels.philox import random_16_bits
-from duotone.torch.kernels.reference import round_stochastically
+from duotone.torch.kernels.reference import CHUNK, LANES, PARTS, ROWS, grad_stats
+from duotone.torch.kernels.round_stochastically import round_stochastically
+
+from .grid import SETTINGS, make_operand
 
 ONE = torch.ones(())
 
@@ -130,24 +133,65 @@ def test_the_mean_is_kept():
 def test_a_weight_without_a_tail_is_rounded_as_told(mode, dtype, found_inf):
     generator = torch.Generator().manual_seed(0)
     old = torch.rand((40, 30), generator=generator).to(dtype)
+    operand = make_operand(str(dtype).removeprefix("torch."), torch.float32, 0, torch.float32, 1200, 2)
     grad = torch.rand((40, 30), generator=generator)
-    weight, step = old.clone(), torch.tensor(5)
-    sgd(
-        Weights([weight], [None], [step], indices=[3], roundings=[mode], seed=9),
-        [grad],
-        [None],
-        lr=1e-3,
-        momentum=0.0,
-        dampening=0.0,
-        weight_decay=0.0,
-        nesterov=False,
-        maximize=False,
-        grad_multiplier=ONE,
-        found_inf=torch.tensor(found_inf),
-    )
+    operand = operand._replace(weight=old.clone(), grad=grad, rounding=mode)
+    settings = SETTINGS["sgd"]._replace(lr=1e-3, seed=9)
+    reference.sgd([operand], [settings], ONE, torch.tensor(found_inf))
     exact = old.float() - grad * 1e-3
-    random = random_16_bits(1200, seed=9, step=torch.tensor(5), parameter=3).view(40, 30)
+    random = random_16_bits(1200, seed=9, step=torch.tensor(5), parameter=2).view(40, 30)
     rounded = exact.to(dtype) if mode == Rounding.NEAREST else round_stochastically(exact, dtype, random)
-    assert torch.equal(weight, old if found_inf else rounded)
+    assert torch.equal(operand.weight, old if found_inf else rounded)
     assert not torch.equal(rounded, old)
-    assert step.item() == (5 if found_inf else 6)
+    assert operand.step.item() == (5 if found_inf else 6)
+
+
+def test_moments_in_bfloat16_keep_the_mean_that_nearest_rounding_would_lose():
+    # v = 0.999 v + 0.001 g^2 moves by less than half a step of BF16, so that to nearest it would stand still for ever
+    operand = make_operand("float32", torch.float32, 2, torch.bfloat16, 2**14, 0)
+    operand.moments[1].fill_(1.0)
+    operand.grad.fill_(0.0)
+    for _ in range(100):
+        reference.adamw([operand], [SETTINGS["adamw"]], ONE, torch.tensor(False))
+    expected = 0.999**100
+    # each step adds at most one step of 2^-8: by Hoeffding's bound the mean of 2^14 is off by more than this with
+    # probability 1e-9 at most
+    bound = 2.0**-8 * math.sqrt(100 * math.log(2e9) / 2 / 2**14)
+    assert abs(operand.moments[1].double().mean().item() - expected) < bound
+    assert bound < (1 - expected) / 10
+
+
+def test_the_square_root_is_rounded_to_nearest():
+    values = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    exact = values.double().numpy() ** 0.5
+    assert np.array_equal(reference._sqrt(values).numpy(), np.float32(exact))
+    assert reference._sqrt(torch.tensor(2.0, dtype=torch.float64)).item() == math.sqrt(2.0)
+
+
+def test_sums_have_one_order():
+    generator = np.random.default_rng(0)
+    grad = generator.standard_normal(CHUNK + 5000).astype(np.float32)
+    squares = np.zeros(2 * CHUNK)
+    squares[: grad.size] = grad.astype(np.float64) ** 2
+    expected = []
+    for chunk in squares.reshape(2, PARTS, ROWS, LANES):
+        sums = np.zeros((PARTS, LANES))
+        for row in range(ROWS):
+            sums += chunk[:, row]
+        sums = sums.ravel()
+        while sums.size > 1:
+            sums = sums[: sums.size // 2] + sums[sums.size // 2 :]
+        expected.append(sums[0])
+    assert grad_stats([torch.from_numpy(grad)], ONE)[0].item() == expected[0] + expected[1]
+
+
+@pytest.mark.parametrize(("moment", "value", "direction"), [(1.0, -2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, 2.0, -1.0)])
+def test_lion_goes_by_the_sign_of_what_it_remembers(moment, value, direction):
+    operand = make_operand("float32", torch.float32, 1, torch.float32, 1, 1)
+    operand.weight.fill_(1.0)
+    operand.moments[0].fill_(moment)
+    operand.grad.fill_(value)
+    settings = SETTINGS["lion"]._replace(lr=0.125, beta1=0.75, beta2=0.5, weight_decay=1.0)
+    reference.lion([operand], [settings], ONE, torch.tensor(False))
+    assert operand.weight.item() == 0.875 - 0.125 * direction
+    assert operand.moments[0].item() == 0.5 * moment + 0.5 * value

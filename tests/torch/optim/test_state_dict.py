@@ -119,6 +119,12 @@ def of_torch(kind: type[torch.optim.Optimizer]) -> dict:
     return state_of(kind((model := nn.Linear(4, 2)).parameters(), lr=0.1), model)
 
 
+def of_a_parameter_too_many() -> dict:
+    state = of_ours(ADAMW)
+    state["state"][7] = state["state"][0]
+    return state
+
+
 def of_ours(make, **shape) -> dict:
     return state_of(make((model := linear(**shape)).parameters()), model)
 
@@ -127,13 +133,28 @@ def of_ours(make, **shape) -> dict:
     ("wrong", "message"),
     [
         (without_tails, "the state of parameter 0 holds .*beta_products.* AdamW needs .*tail"),
-        (lambda: of_torch(torch.optim.AdamW), "needs .*tail.*; load a state dict that the same optimizer made"),
-        (lambda: of_torch(torch.optim.SGD), r"AdamW needs .*tail.*duotone\.torch\.prepare"),
-        (lambda: of_ours(MOMENTUM), "holds .*momentum_buffer.* AdamW needs"),
-        (lambda: of_ours(ADAMW, policy="fp32"), "needs .*tail"),
+        (lambda: of_torch(torch.optim.AdamW), "not one of Duotone's; AdamW reads .* with load_portable_state_dict"),
+        (lambda: of_torch(torch.optim.SGD), "not one of Duotone's; AdamW reads .* with load_portable_state_dict"),
+        (lambda: of_ours(MOMENTUM), "the state is one of SGD, not of AdamW"),
+        (lambda: of_ours(ADAMW, policy="fp32"), r"of weights in float32, but parameter 0 is in torch\.bfloat16; cast"),
+        (lambda: of_ours(ADAMW, policy="fp16"), r"of weights in float16, but parameter 0 is in torch\.bfloat16; cast"),
+        (lambda: of_ours(ADAMW, policy="bf16,state=bf16"), r"holds .*exp_avg bfloat16 .* needs .*exp_avg float32"),
         (lambda: of_ours(ADAMW, outputs=3), r"holds .*\(3, 4\).* AdamW needs .*\(2, 4\)"),
+        (of_a_parameter_too_many, r"the state is of parameters \[7\], this AdamW has 2"),
+        (dict, 'a state dict holds "state" and "param_groups", this one nothing'),
     ],
-    ids=["without tails", "torch's AdamW", "torch's SGD", "SGD", "fp32", "another shape"],
+    ids=[
+        "without tails",
+        "torch's AdamW",
+        "torch's SGD",
+        "SGD",
+        "fp32",
+        "fp16",
+        "BF16 moments",
+        "another shape",
+        "one too many",
+        "none at all",
+    ],
 )
 def test_a_state_that_does_not_fit_is_refused_whole(train, everything_in, same_everything, wrong, message):
     optimizer = ADAMW(linear().parameters())
@@ -152,6 +173,28 @@ def test_a_state_of_more_or_fewer_parameters_is_refused_whole(train, everything_
     optimizer = ADAMW(model.parameters())
     train(optimizer, range(2))
     before = everything_in(optimizer)
-    with pytest.raises(ValueError, match="parameter group"):
+    message = rf"of parameter groups of \[{2 * layers}\] parameters, this AdamW has \[4\]"
+    with pytest.raises(OptimizerError, match=message):
         optimizer.load_state_dict(state_of(ADAMW(wrong.parameters()), wrong))
     assert same_everything(everything_in(optimizer), before)
+
+
+def test_a_cast_after_the_last_step_is_part_of_the_state(train, everything_in, same_everything):
+    model, other = linear("bf16"), linear("fp32")
+    optimizer, loaded = ADAMW(model.parameters()), ADAMW(other.parameters())
+    train(optimizer, range(2))
+    dt.cast(model, "fp32")
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(optimizer.state_dict())
+    assert same_everything(everything_in(optimizer), everything_in(loaded))
+
+
+def test_settings_that_decide_what_a_state_holds_come_along(train, everything_in, same_everything):
+    models = linear(), linear()
+    optimizer, other = MOMENTUM(models[0].parameters()), dt.SGD(models[1].parameters())
+    train(optimizer, range(2))
+    models[1].load_state_dict(models[0].state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, other):
+        train(each, range(2, 4))
+    assert same_everything(everything_in(optimizer), everything_in(other))

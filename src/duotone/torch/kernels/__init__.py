@@ -1,11 +1,26 @@
-"""The operations of an optimizer step, one signature for every backend.
+"""The operations of an optimizer step, one signature for every backend, chosen by device.
 
-`reference` is plain torch, runs anywhere and defines the bits. The fused CPU and CUDA backends will stand beside it and
-be chosen here by device; whoever calls these functions will not notice.
+`reference` is plain torch, runs anywhere and defines the bits. `cpu` (compiled by Numba) and `cuda` (Triton) equal it
+bit for bit, one launch over all parameters of one form.
 """
 
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
-from duotone.torch.kernels.reference import adamw, grad_stats, sgd
-from duotone.torch.kernels.weights import Rounding, Weights
+from duotone.torch.kernels.dispatch import Backend, adamw, check_backend, grad_stats, lion, sgd
+from duotone.torch.kernels.operands import AdamWSettings, LionSettings, Operand, Rounding, SGDSettings
 
-__all__ = ["SPLIT_DTYPES", "Rounding", "Weights", "adamw", "decode", "encode", "grad_stats", "sgd"]
+__all__ = [
+    "SPLIT_DTYPES",
+    "AdamWSettings",
+    "Backend",
+    "LionSettings",
+    "Operand",
+    "Rounding",
+    "SGDSettings",
+    "adamw",
+    "check_backend",
+    "decode",
+    "encode",
+    "grad_stats",
+    "lion",
+    "sgd",
+]

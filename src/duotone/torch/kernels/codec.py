@@ -69,14 +69,13 @@ def _encode_bfloat16(master: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decode_bfloat16(weight: Tensor, tail: Tensor) -> Tensor:
-    high = weight.view(torch.int16).to(torch.int32)
-    low = tail.to(torch.int32) & 0xFFFF
-    bits = ((high - (low >> 15)) << 16) | low
-    magnitude = high & 0x7FFF
-    # a zero cannot have been rounded up to, nor an infinity down to: such a tail belongs to an earlier weight
-    rounded_up = low >= 0x8000
-    stale = ((magnitude == 0) & rounded_up) | ((magnitude == 0x7F80) & ~rounded_up)
-    return torch.where(stale, high << 16, bits).view(torch.float32)
+    plain = weight.view(torch.int16).to(torch.int32) << 16
+    # (weight - (tail >> 15)) << 16 | tail is this sum, the tail taken as a signed number
+    joined = plain + tail
+    # a zero cannot have been rounded up to, nor an infinity down to: such a tail belongs to an earlier weight, and
+    # with it just these two would become a NaN
+    is_nan = (joined & _MAGNITUDE) > _INFINITY
+    return torch.where(is_nan, plain, joined).view(torch.float32)
 
 
 def _encode_float16(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,16 +42,18 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tenso
     return c0, c1, c2, c3
 
 
-def random_16_bits(numel: int, *, seed: int, step: Tensor, parameter: int) -> Tensor:
+def random_16_bits(numel: int, *, seed: int, step: Tensor, parameter: int, stream: int = 0) -> Tensor:
     """Draw 16 random bits for each element of one parameter in one step.
 
-    Element `e` takes half-word `e % 8` (low half first) of the block with counter `(e // 8, step, parameter)`.
+    Element `e`, in the order of memory, takes half-word `e % 8` (low half first) of the block with counter
+    `((e // 8) mod 2^32, e // 2^35, step mod 2^32, parameter + stream * 2^30)`.
 
     Args:
         numel: how many elements the parameter has; 0 gives an empty tensor.
         seed: any integer; its low 64 bits are the key.
         step: int64, 0-d, on the device of the parameter.
-        parameter: the parameter's index in its optimizer.
+        parameter: the parameter's index in its optimizer, below 2^30.
+        stream: which of up to four tensors of the parameter: 0 for its weight, then its moments.
 
     Returns:
         int32 of shape `(numel,)` with values in [0, 2^16).
@@ -61,7 +63,7 @@ def random_16_bits(numel: int, *, seed: int, step: Tensor, parameter: int) -> Te
     """
     block = torch.arange((numel + 7) // 8, device=step.device)
     words = philox4x32(
-        (block & _WORD, block >> 32, step & _WORD, torch.full_like(step, parameter)),
+        (block & _WORD, block >> 32, step & _WORD, torch.full_like(step, parameter | stream << 30)),
         (seed & _WORD, (seed >> 32) & _WORD),
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]

@@ -1,7 +1,10 @@
-"""Optimizers on FP32 masters: one file each on one base."""
+"""Optimizers on FP32 masters: one file each on one base, and `MasterWeights` around any other."""
 
 from duotone.torch.optim.adamw import AdamW
 from duotone.torch.optim.base import MasterOptimizer, check_parameters
+from duotone.torch.optim.lion import Lion
+from duotone.torch.optim.master_weights import MasterWeights
 from duotone.torch.optim.sgd import SGD
+from duotone.torch.optim.wrappable import check_wrappable
 
-__all__ = ["SGD", "AdamW", "MasterOptimizer", "check_parameters"]
+__all__ = ["SGD", "AdamW", "Lion", "MasterOptimizer", "MasterWeights", "check_parameters", "check_wrappable"]

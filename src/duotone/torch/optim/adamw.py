@@ -1,8 +1,10 @@
 """AdamW on FP32 masters: Loshchilov and Hutter, "Decoupled weight decay regularization" (1711.05101).
 
-14 bytes per parameter with 16-bit weights: weight 2, tail 2, gradient 2, two FP32 moments 8.
+14 bytes per parameter with 16-bit weights: weight 2, tail 2, gradient 2, two FP32 moments 8; 10 with BF16 moments
+(`state=bfloat16` in the policy), which are rounded stochastically.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,10 +13,19 @@ from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
-from duotone.torch.optim.base import MasterOptimizer
+from duotone.torch.optim.fused import FusedOptimizer
+from duotone.torch.optim.portable import PortableForm
+
+_PORTABLE = PortableForm(
+    moments=("exp_avg", "exp_avg_sq"),
+    counts_steps=True,
+    telling=frozenset({"betas", "eps"}),
+    implementation={"foreach": None, "capturable": False, "differentiable": False, "fused": None},
+    fixed={"amsgrad": False, "decoupled_weight_decay": True},
+)
 
 
-class AdamW(MasterOptimizer):
+class AdamW(FusedOptimizer):
     """AdamW that updates FP32 masters of 16-bit weights, or FP32 weights.
 
     Args:
@@ -24,10 +35,12 @@ class AdamW(MasterOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
         maximize: ascend instead of descend.
-        seed: of the random bits for weights that are rounded stochastically; without meaning elsewhere.
+        seed: of the random bits where weights or moments are rounded stochastically; without meaning elsewhere.
+        backend: whose kernels run: `"auto"` for those of the device, or `"reference"`, `"cpu"`, `"cuda"` by name.
 
     Raises:
         OptimizerError: a setting is out of range, or a parameter is neither FP32, BF16 nor FP16.
+        BackendError: there is no such backend; at a step, that it does not work here.
 
     >>> import duotone.torch as dt
     >>> model = dt.cast(torch.nn.Linear(2, 1), "bf16")
@@ -46,6 +59,7 @@ class AdamW(MasterOptimizer):
         *,
         maximize: bool = False,
         seed: int = 0,
+        backend: kernels.Backend = "auto",
     ) -> None:
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise OptimizerError(f"betas are {betas}; each must be in [0, 1)")
@@ -59,35 +73,33 @@ class AdamW(MasterOptimizer):
             "maximize": maximize,
             "seed": seed,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, backend)
 
-    def _new_moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {
-            "exp_avg": torch.zeros_like(param, dtype=torch.float32, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(param, dtype=torch.float32, requires_grad=False),
-            "beta_products": torch.ones(2, dtype=torch.float64, device=param.device),
-        }
+    @property
+    def _portable(self) -> PortableForm:
+        return _PORTABLE
+
+    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def _new_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
+        products = torch.ones(2, dtype=torch.float64, device=param.device)
+        return {**super()._new_state(param, names), "beta_products": products}
+
+    def _state_after(
+        self, steps: int, moments: Mapping[str, Tensor], param: Tensor, group: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        state = super()._state_after(steps, moments, param, group)
+        products = torch.tensor([beta**steps for beta in group["betas"]], dtype=torch.float64, device=param.device)
+        return {**state, "beta_products": products}
+
+    def _settings(self, group: dict[str, Any]) -> kernels.AdamWSettings:
+        beta1, beta2 = group["betas"]
+        return kernels.AdamWSettings(
+            group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], group["seed"]
+        )
 
     def _update(
-        self,
-        group: dict[str, Any],
-        weights: kernels.Weights,
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_multiplier: Tensor,
-        found_inf: Tensor,
+        self, operands: list[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
     ) -> None:
-        kernels.adamw(
-            weights,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["beta_products"] for state in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            grad_multiplier=grad_multiplier,
-            found_inf=found_inf,
-        )
+        kernels.adamw(operands, settings, grad_multiplier, found_inf, self.backend)

@@ -1,44 +1,33 @@
-"""What every Duotone optimizer shares: tails, step counts, skipping on the device, and exact state dicts.
+"""What every optimizer that keeps FP32 masters has in common: the step that can be skipped, and the tails.
 
 An optimizer reads `grad_multiplier` and `found_inf`, two device scalars, and knows nothing of loss scaling or clipping.
 Without them it steps as any torch optimizer does.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
-from duotone.torch.kernels import Rounding, Weights
-from duotone.torch.master import ensure_tail, needs_tail, rounding_of, set_storage
+from duotone.torch.kernels import Backend
+from duotone.torch.master import ensure_tail, needs_tail, tail_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class MasterOptimizer(torch.optim.Optimizer, ABC):
-    """An optimizer that updates FP32 masters, whatever dtype the resident weights have."""
+    """An optimizer that updates FP32 masters, whatever dtype the resident weights have.
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does, and take the tails that wait on its parameters.
+    Attributes:
+        backend: whose kernels run: `"auto"` for those of the device, or `"reference"`, `"cpu"`, `"cuda"`.
+    """
 
-        Raises:
-            OptimizerError: a parameter is neither FP32, BF16 nor FP16. The group is not added then.
-        """
-        super().add_param_group(param_group)
-        params = self.param_groups[-1]["params"]
-        try:
-            check_parameters(params)
-        except OptimizerError:
-            del self.param_groups[-1]
-            raise
-        for param in params:
-            if param.requires_grad:
-                self._take_tail(param)
+    backend: Backend = "auto"
 
-    @torch.no_grad()
+    @abstractmethod
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Tensor] | None = None,
@@ -57,135 +46,106 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
             What the closure returned, or None.
 
         Raises:
-            OptimizerError: a gradient is sparse, or a parameter has moved to another device.
+            OptimizerError: a gradient is sparse, a parameter has moved to another device, or a closure comes together
+                with one of the scalars.
         """
-        loss = None
-        if closure is not None:
-            if grad_multiplier is not None or found_inf is not None:
-                raise OptimizerError("a closure recomputes the gradients; call it before the step, not in it")
-            with torch.enable_grad():
-                loss = closure()
-        index = 0
-        for group in self.param_groups:
-            params, indices = [], []
-            for param in group["params"]:
-                if param.grad is not None:
-                    params.append(param)
-                    indices.append(index)
-                index += 1
-            if params:
-                self._step_group(group, params, indices, grad_multiplier, found_inf)
-        return loss
 
-    @abstractmethod
-    def _new_moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the state of a parameter before its first update, tail and step count apart."""
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as torch does, and take the tails that wait on its parameters.
 
-    @abstractmethod
-    def _update(
-        self,
-        group: dict[str, Any],
-        weights: Weights,
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_multiplier: Tensor,
-        found_inf: Tensor,
-    ) -> None:
-        """Call the kernel that updates one group."""
+        Raises:
+            OptimizerError: a parameter is neither FP32, BF16 nor FP16. The group is not added then.
+        """
+        self._append_group(param_group)
+        try:
+            self._take_up(self.param_groups[-1]["params"])
+        except OptimizerError:
+            del self.param_groups[-1]
+            raise
 
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        indices: list[int],
-        grad_multiplier: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        device = params[0].device
-        if grad_multiplier is None:
-            grad_multiplier = torch.ones((), device=device)
-        if found_inf is None:
-            found_inf = torch.zeros((), dtype=torch.bool, device=device)
-        grads, states = [], []
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "backend": self.backend}
+
+    def _append_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+
+    def _take_up(self, params: list[Tensor]) -> None:
+        check_parameters(params)
         for param in params:
-            assert param.grad is not None
-            if param.grad.is_sparse:
-                raise OptimizerError(f"{type(self).__name__} takes no sparse gradients; use Embedding(sparse=False)")
-            grads.append(param.grad)
-            states.append(self._state_of(param, group))
-        weights = Weights(
-            values=[param.detach() for param in params],
-            tails=[state.get("tail") for state in states],
-            steps=[state["step"] for state in states],
-            indices=indices,
-            roundings=[rounding_of(param) or Rounding.NEAREST for param in params],
-            seed=group["seed"],
-        )
-        self._update(group, weights, grads, states, grad_multiplier, found_inf)
+            if param.requires_grad:
+                self._take_tail(param)
 
-    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        state = self._take_tail(param)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
-            state.update(self._new_moments(param, group))
-        if state["step"].device != param.device:
-            raise OptimizerError(
-                f"a parameter has moved from {state['step'].device} to {param.device} since the optimizer first "
-                "stepped; move the model first, then build the optimizer and load its state"
-            )
-        return state
+    def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        """Yield every parameter with its group, in the order of their indices."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                yield param, group
 
     def _take_tail(self, param: Tensor) -> dict[str, Any]:
-        # at every step, since a parameter may have been unfrozen or cast anew since the last one
-        state = self.state[param]
+        """Return what is kept for a parameter's master, its tail in it if it needs one.
+
+        Called at every step, since a parameter may have been unfrozen or cast anew since the last one.
+        """
+        state = self._kept_for(param)
         if needs_tail(param):
-            state["tail"] = ensure_tail(param, state.get("tail"))
+            held = state.get("tail")
+            if held is None or held is not tail_of(param) or held.device != param.device:
+                state["tail"] = ensure_tail(param, held)
         else:
             state.pop("tail", None)
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Load a state dict of the same optimizer bit for bit; no tensor changes its dtype.
+    def _kept_for(self, param: Tensor) -> dict[str, Any]:
+        """Return where what belongs to a parameter's master is kept: in its state."""
+        return self.state[param]
+
+    def _take_tails(self) -> None:
+        """Take the tails that a step would take: a cast since the last one may have made others."""
+        for param, _ in self._parameters():
+            if param.requires_grad or tail_of(param) is not None:
+                self._take_tail(param)
+
+    def _marks(self) -> dict[str, Any]:
+        """Return what a state dict must be a state of to be loaded."""
+        weights = [str(param.dtype).removeprefix("torch.") for param, _ in self._parameters()]
+        return {"optimizer": type(self).__name__, "weights": weights}
+
+    def _check_kind(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise unless a state dict is one of the same optimizer, groups and weights.
 
         Raises:
-            OptimizerError: the state holds no tails although the weights need them, or belongs to another kind of
-                optimizer. Nothing is loaded then.
+            OptimizerError: it is not.
         """
-        saved, own = (
-            [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
-        )
-        if saved != own:
+        name = type(self).__name__
+        check_groups(self, state_dict)
+        marks = state_dict.get("duotone")
+        if marks is None:
             raise OptimizerError(
-                f"the state is of parameter groups of {saved} parameters, this {type(self).__name__} has {own}"
+                f"the state is not one of Duotone's; {name} reads the state of a torch optimizer, or a portable one, "
+                "with load_portable_state_dict"
             )
-        params = [(param, group) for group in self.param_groups for param in group["params"]]
-        states = dict(state_dict["state"])
-        for index, (param, group) in enumerate(params):
-            self._check_state(param, group, states.get(index, {}), index)
-        # torch would cast moments and tails to the weight's dtype, so it is given the groups only
-        super().load_state_dict({**state_dict, "state": {}})
-        for index, loaded in states.items():
-            param, _ = params[index]
-            self.state[param] = {key: value.detach().clone().to(param.device) for key, value in loaded.items()}
-            if "tail" in loaded:
-                set_storage(param, self.state[param]["tail"], None)
+        if marks["optimizer"] != name:
+            raise OptimizerError(f"the state is one of {marks['optimizer']}, not of {name}")
+        for index, (param, _) in enumerate(self._parameters()):
+            if f"torch.{marks['weights'][index]}" != str(param.dtype):
+                raise OptimizerError(
+                    f"the state is of weights in {marks['weights'][index]}, but parameter {index} is in {param.dtype}; "
+                    "cast the model to the policy that it was saved under, or go through a portable state"
+                )
 
-    def _check_state(self, param: Tensor, group: dict[str, Any], loaded: Mapping[str, Any], index: int) -> None:
-        moments = self._new_moments(torch.empty_like(param, device="meta"), group)
-        stepped = {"step": torch.Size(), **{name: moment.shape for name, moment in moments.items()}}
-        allowed = [stepped]
-        # a parameter that never had a gradient holds its tail, and a frozen one may not even have that
-        if needs_tail(param):
-            stepped["tail"] = param.shape
-            allowed.append({"tail": param.shape})
-        if not (needs_tail(param) and param.requires_grad):
-            allowed.append({})
-        if {name: getattr(value, "shape", None) for name, value in loaded.items()} not in allowed:
-            raise OptimizerError(
-                f"the state of parameter {index} holds {_listed(loaded)}, {type(self).__name__} needs "
-                f"{_listed(stepped)}; load a state dict that the same optimizer made under the same policy, "
-                "or hand the torch optimizer that made it to duotone.torch.prepare"
-            )
+
+def run_closure(closure: Callable[[], Tensor] | None, *scalars: Tensor | None) -> Tensor | None:
+    """Return what a closure returns, with gradients enabled; None if there is none.
+
+    Raises:
+        OptimizerError: the step was given scalars besides.
+    """
+    if closure is None:
+        return None
+    if any(scalar is not None for scalar in scalars):
+        raise OptimizerError("a closure recomputes the gradients; call it before the step, not in it")
+    with torch.enable_grad():
+        return closure()
 
 
 def check_parameters(params: Iterable[Tensor]) -> None:
@@ -202,6 +162,48 @@ def check_parameters(params: Iterable[Tensor]) -> None:
             )
 
 
-def _listed(state: Mapping[str, Any]) -> str:
-    shapes = {name: tuple(getattr(value, "shape", value) or ()) for name, value in sorted(state.items())}
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "nothing"
+def check_gradient(optimizer: torch.optim.Optimizer, grad: Tensor) -> None:
+    """Raise if a gradient is sparse.
+
+    Raises:
+        OptimizerError: it is.
+    """
+    if grad.layout is not torch.strided:
+        raise OptimizerError(f"{type(optimizer).__name__} takes no sparse gradients; use Embedding(sparse=False)")
+
+
+def check_groups(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Raise unless a state dict, of whatever optimizer, is of parameter groups of the same sizes.
+
+    Raises:
+        OptimizerError: it is not, or it is no state dict at all.
+    """
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise OptimizerError(
+            f'a state dict holds "state" and "param_groups", this one {sorted(map(str, state_dict)) or "nothing"}; '
+            "give what the state_dict of an optimizer returned"
+        )
+    saved, own = (
+        [len(group["params"]) for group in groups] for groups in (state_dict["param_groups"], optimizer.param_groups)
+    )
+    name = type(optimizer).__name__
+    if saved != own:
+        raise OptimizerError(f"the state is of parameter groups of {saved} parameters, this {name} has {own}")
+    unknown = [index for index in state_dict["state"] if isinstance(index, int) and not 0 <= index < sum(own)]
+    if unknown:
+        raise OptimizerError(f"the state is of parameters {unknown}, this {name} has {sum(own)}")
+
+
+def listed(state: Mapping[str, Any]) -> str:
+    """Return names, dtypes and shapes of a parameter's state as text.
+
+    >>> listed({"step": torch.tensor(1), "exp_avg": torch.zeros(2, 3), "tail": None})
+    'exp_avg float32 (2, 3), step int64 (), tail NoneType'
+    """
+    parts = [
+        f"{name} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"{name} {type(value).__name__}"
+        for name, value in state.items()
+    ]
+    return ", ".join(sorted(parts)) or "nothing"

@@ -6,16 +6,25 @@ Sutskever et al., "On the importance of initialization and momentum in deep lear
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
-from duotone.torch.optim.base import MasterOptimizer
+from duotone.torch.optim.fused import FusedOptimizer
+from duotone.torch.optim.portable import PortableForm
+
+# torch counts no steps of this one
+_PORTABLE = PortableForm(
+    moments=("momentum_buffer",),
+    counts_steps=False,
+    telling=frozenset({"momentum", "dampening", "nesterov"}),
+    implementation={"foreach": None, "differentiable": False, "fused": None},
+    fixed={},
+)
 
 
-class SGD(MasterOptimizer):
+class SGD(FusedOptimizer):
     """SGD that updates FP32 masters of 16-bit weights, or FP32 weights.
 
     Args:
@@ -26,11 +35,14 @@ class SGD(MasterOptimizer):
         weight_decay: added to the gradient as `weight_decay * weight`.
         nesterov: Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend instead of descend.
-        seed: of the random bits for weights that are rounded stochastically; without meaning elsewhere.
+        seed: of the random bits where weights or moments are rounded stochastically; without meaning elsewhere.
+        backend: whose kernels run: `"auto"` for those of the device, or `"reference"`, `"cpu"`, `"cuda"` by name.
 
     Raises:
         OptimizerError: a setting is out of range, or a parameter is neither FP32, BF16 nor FP16.
+        BackendError: there is no such backend; at a step, that it does not work here.
 
+    >>> import torch
     >>> weight = torch.nn.Parameter(torch.tensor([1.0]))
     >>> weight.grad = torch.tensor([0.5])
     >>> SGD([weight], lr=0.1).step()
@@ -49,6 +61,7 @@ class SGD(MasterOptimizer):
         *,
         maximize: bool = False,
         seed: int = 0,
+        backend: kernels.Backend = "auto",
     ) -> None:
         if momentum < 0.0 or weight_decay < 0.0 or (not isinstance(lr, Tensor) and lr < 0.0):
             raise OptimizerError(f"lr is {lr}, momentum {momentum}, weight_decay {weight_decay}; none may be negative")
@@ -65,32 +78,27 @@ class SGD(MasterOptimizer):
             "maximize": maximize,
             "seed": seed,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, backend)
 
-    def _new_moments(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        if group["momentum"] == 0.0:
-            return {}
-        return {"momentum_buffer": torch.zeros_like(param, dtype=torch.float32, requires_grad=False)}
+    @property
+    def _portable(self) -> PortableForm:
+        return _PORTABLE
+
+    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return () if group["momentum"] == 0.0 else ("momentum_buffer",)
+
+    def _settings(self, group: dict[str, Any]) -> kernels.SGDSettings:
+        return kernels.SGDSettings(
+            group["lr"],
+            group["momentum"],
+            group["dampening"],
+            group["weight_decay"],
+            group["nesterov"],
+            group["maximize"],
+            group["seed"],
+        )
 
     def _update(
-        self,
-        group: dict[str, Any],
-        weights: kernels.Weights,
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        grad_multiplier: Tensor,
-        found_inf: Tensor,
+        self, operands: list[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
     ) -> None:
-        kernels.sgd(
-            weights,
-            grads,
-            [state.get("momentum_buffer") for state in states],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            grad_multiplier=grad_multiplier,
-            found_inf=found_inf,
-        )
+        kernels.sgd(operands, settings, grad_multiplier, found_inf, self.backend)

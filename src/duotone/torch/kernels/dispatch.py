@@ -1,0 +1,143 @@
+"""Which backend runs an operation: the fused one of the device, or the one that was asked for by name.
+
+A fused backend is tried once on a gradient of one element. Where it does not work (no compiler, no Numba, no Triton),
+that is said once and the reference runs, which gives the same bits; a backend that was asked for by name raises.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from duotone.errors import BackendError, DuotoneWarning, nearest_names
+from duotone.torch.kernels import reference
+from duotone.torch.kernels.layout import dense, in_one_layout
+from duotone.torch.kernels.operands import AdamWSettings, LionSettings, Operand, SGDSettings
+
+Backend = Literal["auto", "reference", "cpu", "cuda"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+
+def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """Return the sum of squares of the true gradient and `found_inf`, as `reference.grad_stats` does.
+
+    Args:
+        grads: as there, in any memory layout.
+        inverse_scale: as there.
+        backend: whose kernel; as in `adamw`.
+    """
+    module = _module(inverse_scale.device, backend)
+    return module.grad_stats([dense(grad) for grad in grads], inverse_scale)
+
+
+def adamw(
+    operands: Sequence[Operand],
+    settings: Sequence[AdamWSettings],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    backend: Backend = "auto",
+) -> None:
+    """Update in place by one step of AdamW, as `reference.adamw` does, operands in any memory layout.
+
+    Args:
+        operands: as there, all on one device; may be empty.
+        settings: as there.
+        grad_multiplier: as there.
+        found_inf: as there.
+        backend: `"auto"` for the device's own, or one by name.
+
+    Raises:
+        BackendError: the backend was asked for by name and does not work here, or not on this device.
+    """
+    _update("adamw", operands, settings, grad_multiplier, found_inf, backend)
+
+
+def sgd(
+    operands: Sequence[Operand],
+    settings: Sequence[SGDSettings],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    backend: Backend = "auto",
+) -> None:
+    """Update in place by one step of SGD, as `reference.sgd` does; arguments as in `adamw`."""
+    _update("sgd", operands, settings, grad_multiplier, found_inf, backend)
+
+
+def lion(
+    operands: Sequence[Operand],
+    settings: Sequence[LionSettings],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    backend: Backend = "auto",
+) -> None:
+    """Update in place by one step of Lion, as `reference.lion` does; arguments as in `adamw`."""
+    _update("lion", operands, settings, grad_multiplier, found_inf, backend)
+
+
+def check_backend(name: str) -> None:
+    """Raise unless a backend of this name exists.
+
+    Raises:
+        BackendError: there is none.
+    """
+    if name not in BACKENDS:
+        raise BackendError(f'there is no backend "{name}"; {nearest_names(name, BACKENDS)}')
+
+
+def _update(
+    operation: str,
+    operands: Sequence[Operand],
+    settings: Sequence[tuple],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    backend: Backend,
+) -> None:
+    if not operands:
+        return
+    module = _module(operands[0].weight.device, backend)
+    placed, write_back = in_one_layout(operands)
+    getattr(module, operation)(placed, settings, grad_multiplier, found_inf)
+    for copy_back in write_back:
+        copy_back()
+    # autograd must notice what was written through raw addresses
+    torch.autograd.graph.increment_version([operand.weight for operand in operands])
+
+
+def _module(device: torch.device, backend: Backend) -> ModuleType:
+    check_backend(backend)
+    own = device.type if device.type in BACKENDS else "reference"
+    if backend not in ("auto", "reference", own):
+        raise BackendError(f'backend "{backend}" was asked for, but the tensors are on {device}; use backend "{own}"')
+    if backend == "reference" or own == "reference":
+        return reference
+    problem = _problem(own)
+    if problem is None:
+        return import_module(f"duotone.torch.kernels.{own}")
+    if backend == own:
+        raise BackendError(f'backend "{own}" does not work here: {problem}; mend that, or use backend "reference"')
+    return reference
+
+
+@cache
+def _problem(name: str) -> str | None:
+    """Try a fused backend; return what is wrong with it, said once, or None."""
+    try:
+        module = import_module(f"duotone.torch.kernels.{name}")
+        total, found_inf = module.grad_stats([torch.full((1,), 3.0, device=name)], torch.ones((), device=name))
+        if (total.item(), found_inf.item()) == (9.0, False):
+            return None
+        problem = f"the square of 3 came out as {total.item()}"
+    except Exception as error:  # whatever a compiler that is missing or broken may raise
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    warnings.warn(
+        f'the fused "{name}" kernels do not work here ({problem}); the plain torch ones run instead, with the same '
+        "results, slower",
+        DuotoneWarning,
+        stacklevel=2,
+    )
+    return problem

@@ -1,0 +1,359 @@
+"""FP32 masters for any torch optimizer.
+
+Between steps a master is a 16-bit weight and its tail, as everywhere in Duotone. For the time of a step a parameter is
+represented in the wrapped optimizer by a stand-in, an FP32 parameter that holds the master and the true gradient,
+`grad * grad_multiplier`; afterwards the stand-in is encoded into the old weight and tail. So the optimizer computes in
+FP32 and keeps FP32 state, and the model's own parameters, with what autograd or DDP attached to them, are never
+exchanged: giving one another dtype, for a moment only, would detach the hooks that reduce its gradient.
+
+The stand-ins cost 8 bytes per 16-bit parameter, and 4 per FP32 one, during the step. Left out: optimizers that keep
+weights outside of their groups, where no stand-in takes their place; they are refused.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duotone.errors import OptimizerError
+from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
+from duotone.torch.kernels.philox import random_16_bits
+from duotone.torch.kernels.round_stochastically import round_stochastically
+from duotone.torch.master import needs_tail, read_master, rounding_of, set_storage, tail_of
+from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
+from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
+from duotone.torch.optim.state_tensors import copy_state, in_float32
+from duotone.torch.optim.wrappable import check_moments, check_wrappable
+
+# what is kept here beside the wrapped optimizer's state
+_KEPT = ("tail", "rounding_step")
+
+
+class MasterWeights(MasterOptimizer):
+    """Any torch optimizer, updating FP32 masters of 16-bit weights.
+
+    It shares groups, state and defaults with the wrapped optimizer, so a scheduler may be built on either; only this
+    one steps, loads and saves. A skipped step leaves everything as it was: a fused torch optimizer skips on the device,
+    for any other, and in a first step, `found_inf` is waited for. If the optimizer raises, 16-bit weights and all
+    gradients are as before.
+
+    Args:
+        optimizer: a torch optimizer, or one written like them. State that it already has in a weight's 16-bit dtype
+            becomes FP32.
+        seed: of the random bits where weights without a master are rounded stochastically; without meaning elsewhere.
+
+    Attributes:
+        optimizer: the wrapped one.
+        seed: as above.
+
+    Raises:
+        OptimizerError: it cannot be wrapped: `LBFGS`, `SparseAdam`, one with masters of its own or with references to
+            weights outside of its groups; or a parameter is neither FP32, BF16 nor FP16, or its policy asks for
+            moments in another dtype than FP32.
+
+    >>> import duotone.torch as dt
+    >>> model = dt.cast(nn.Linear(2, 1, bias=False), "bf16")
+    >>> optimizer = MasterWeights(torch.optim.NAdam(model.parameters(), lr=1e-4))
+    >>> before = dt.master_weights(model)["weight"]
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> (before - dt.master_weights(model)["weight"]).abs().max() > 0, optimizer.state[model.weight]["exp_avg"].dtype
+    (tensor(True), torch.float32)
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int = 0) -> None:
+        check_wrappable(optimizer)
+        # not torch's constructor, which would add the groups a second time
+        self.__setstate__({"optimizer": optimizer, "seed": seed, "_kept": defaultdict(dict)})
+        self._take_up([param for param, _ in self._parameters()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("optimizer", "seed", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer: torch.optim.Optimizer = state["optimizer"]
+        self.seed: int = state["seed"]
+        self._kept: defaultdict[Tensor, dict[str, Tensor]] = state["_kept"]
+        self._begun: set[Tensor] = set()
+        self._is_inside = False
+        super().__setstate__({})
+        # torch copies and pickles optimizers without their hooks
+        self.optimizer.register_step_pre_hook(self._refuse_outside)
+        self.optimizer.register_load_state_dict_pre_hook(self._refuse_outside)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state, in which there are no tails."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        *,
+        grad_multiplier: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Tensor | None:
+        """Let the wrapped optimizer update the masters; see `MasterOptimizer.step`.
+
+        A closure is called once, before the step: the wrapped optimizer does not get to see it.
+        """
+        loss = run_closure(closure, grad_multiplier, found_inf)
+        params = {}
+        for index, (param, _) in enumerate(self._parameters()):
+            if param.grad is not None:
+                check_gradient(self, param.grad)
+                params[param] = index
+        check_moments(self.optimizer, params)
+        skips_on_device = self._skips_on_device() and self._begun.issuperset(params)
+        if found_inf is not None and not skips_on_device:
+            if found_inf:
+                return loss
+            found_inf = None
+        stand_ins = {param: self._stand_in(param, grad_multiplier) for param in params}
+        with self._represented_by(stand_ins), self._told(found_inf):
+            self.optimizer.step()
+        for param, index in params.items():
+            self._write(param, stand_ins[param].detach(), index, found_inf)
+        self._begun.update(params)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state dict, the tails among its states, and what they are states of."""
+        self._take_tails()
+        packed = self.optimizer.state_dict()
+        states = dict(packed["state"])
+        for index, (param, _) in enumerate(self._parameters()):
+            if self._kept.get(param):
+                states[index] = {**states.get(index, {}), **self._kept[param]}
+        return {**packed, "state": states, "duotone": self._marks()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Load a state dict of the same optimizer, wrapped, bit for bit; no tensor changes its dtype.
+
+        Raises:
+            OptimizerError: it is the state of another kind of optimizer, or of other weights, or a tail is missing or
+                of another shape or dtype. Nothing is loaded then.
+        """
+        self._check_kind(state_dict)
+        states = state_dict["state"]
+        for index, (param, _) in enumerate(self._parameters()):
+            self._check_kept(param, states.get(index, {}), index)
+        self._replace(state_dict, states)
+        self.seed = state_dict["duotone"]["seed"]
+        for index, (param, _) in enumerate(self._parameters()):
+            loaded = states.get(index, {})
+            self._kept[param] = {name: copy_state(loaded[name], param.device) for name in _KEPT if name in loaded}
+            if "tail" in loaded:
+                set_storage(param, self._kept[param]["tail"], None)
+
+    def portable_state_dict(self) -> dict[str, Any]:
+        """Return a copy of the wrapped optimizer's own state dict, which it loads unwrapped, for FP32 weights.
+
+        Masters are not part of it: give that optimizer weights from `master_weights`.
+        """
+        return copy.deepcopy(self.optimizer.state_dict())
+
+    def load_portable_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what the wrapped kind of optimizer, or `portable_state_dict`, returned as its state.
+
+        State in a 16-bit dtype becomes FP32. Masters and weights stay as they are; `load_master_weights` sets them.
+
+        Raises:
+            OptimizerError: it is the state of another kind of optimizer or model. Nothing is loaded then.
+        """
+        if "duotone" in state_dict:
+            raise OptimizerError("the state is one of Duotone's own; load it with load_state_dict")
+        check_groups(self, state_dict)
+        groups = []
+        for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            check_same_kind(self.optimizer, own, loaded)
+            groups.append(keep_implementation(own, loaded))
+        states = {key: in_float32(state, *SPLIT_DTYPES) for key, state in state_dict["state"].items()}
+        for index, (param, _) in enumerate(self._parameters()):
+            if states.get(index):
+                check_same_state(self.optimizer, param, states[index], index)
+        self._take_tails()
+        self._replace({**state_dict, "param_groups": groups}, states)
+
+    def _append_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def _take_up(self, params: list[Tensor]) -> None:
+        check_moments(self.optimizer, params)
+        super()._take_up(params)
+        for param in params:
+            # an optimizer that makes its state at once made it for the 16-bit weight
+            if param.dtype in SPLIT_DTYPES and self.state.get(param):
+                self.state[param] = in_float32(self.state[param], param.dtype)
+
+    def _take_tail(self, param: Tensor) -> dict[str, Any]:
+        kept = super()._take_tail(param)
+        if param.dtype in SPLIT_DTYPES and rounding_of(param) == Rounding.STOCHASTIC:
+            step = kept.get("rounding_step", torch.zeros((), dtype=torch.int64))
+            kept["rounding_step"] = step.to(param.device)
+        else:
+            kept.pop("rounding_step", None)
+        return kept
+
+    def _kept_for(self, param: Tensor) -> dict[str, Any]:
+        # many optimizers begin with a parameter when its state is empty
+        return self._kept[param]
+
+    def _refuse_outside(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not self._is_inside:
+            raise OptimizerError(
+                f"this {type(optimizer).__name__} is wrapped in MasterWeights, and would lose small updates without; "
+                "step, save and load the MasterWeights instead"
+            )
+
+    def _skips_on_device(self) -> bool:
+        # in a first step torch's fused SGD would leave an unwritten momentum behind if it were skipped on the device
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
+            group.get("fused", True) for group in self.param_groups
+        )
+
+    def _stand_in(self, param: Tensor, grad_multiplier: Tensor | None) -> nn.Parameter:
+        self._take_tail(param)
+        master = param.detach() if param.dtype == torch.float32 else read_master(param)
+        stand_in = nn.Parameter(master, requires_grad=param.requires_grad)
+        # some optimizers look for what their users noted on a parameter
+        for name, note in vars(param).items():
+            if not name.startswith("duotone_"):
+                setattr(stand_in, name, note)
+        assert param.grad is not None
+        grad = param.grad.detach().to(torch.float32, copy=True)
+        stand_in.grad = grad if grad_multiplier is None else grad.mul_(grad_multiplier.to(grad.device))
+        return stand_in
+
+    @contextmanager
+    def _represented_by(self, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
+        self._exchange(stand_ins)
+        self._is_inside = True
+        try:
+            yield
+        finally:
+            self._is_inside = False
+            self._exchange({stand_in: param for param, stand_in in stand_ins.items()})
+
+    def _exchange(self, new: Mapping[Tensor, Tensor]) -> None:
+        for group in self.param_groups:
+            # in place, for whoever holds the list
+            group["params"][:] = [new.get(param, param) for param in group["params"]]
+        items = [(new.get(key, key), value) for key, value in self.state.items()]
+        self.state.clear()
+        self.state.update(items)
+
+    @contextmanager
+    def _told(self, found_inf: Tensor | None) -> Iterator[None]:
+        """Tell torch's fused kernels whether to skip; their gradients need no unscaling any more."""
+        if found_inf is None:
+            yield
+            return
+        inner: Any = self.optimizer
+        inner.grad_scale, inner.found_inf = torch.ones((), device=found_inf.device), found_inf.float()
+        try:
+            yield
+        finally:
+            del inner.grad_scale, inner.found_inf
+
+    def _write(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
+        if param.dtype == torch.float32:
+            # some optimizers put a new tensor in the place of a weight
+            if master.data_ptr() != param.data_ptr():
+                param.copy_(master)
+            torch.autograd.graph.increment_version(param)
+            return
+        tail = tail_of(param)
+        if tail is not None:
+            weight, new_tail = encode(master, param.dtype)
+            _write_unless(found_inf, tail, new_tail)
+        elif rounding_of(param) == Rounding.STOCHASTIC:
+            weight = self._rounded(param, master, index, found_inf)
+        else:
+            weight = master.to(param.dtype)
+        _write_unless(found_inf, param, weight)
+
+    def _rounded(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> Tensor:
+        step = self._kept[param]["rounding_step"]
+        bits = random_16_bits(master.numel(), seed=self.seed, step=step, parameter=index)
+        # random bits go by the order of memory
+        bits = bits.as_strided(master.size(), master.stride())
+        self._kept[param]["rounding_step"] = step + 1 if found_inf is None else step + ~found_inf.to(step.device)
+        return round_stochastically(master, param.dtype, bits)
+
+    def _marks(self) -> dict[str, Any]:
+        shapes = [list(param.shape) for param, _ in self._parameters()]
+        return {**super()._marks(), "wrapped": type(self.optimizer).__name__, "shapes": shapes, "seed": self.seed}
+
+    def _check_kind(self, state_dict: Mapping[str, Any]) -> None:
+        super()._check_kind(state_dict)
+        marks, own = state_dict["duotone"], self._marks()
+        if marks["wrapped"] != own["wrapped"]:
+            raise OptimizerError(f"the state is one of a wrapped {marks['wrapped']}, not of {own['wrapped']}")
+        for index, (saved, shape) in enumerate(zip(marks["shapes"], own["shapes"], strict=True)):
+            if saved != shape:
+                raise OptimizerError(
+                    f"the state is of a weight of shape {tuple(saved)}, but parameter {index} has {tuple(shape)}; load "
+                    "it into the optimizer of the same model"
+                )
+
+    def _check_kept(self, param: Tensor, loaded: Mapping[str, Any], index: int) -> None:
+        held = {name: loaded[name] for name in _KEPT if name in loaded}
+        meta = torch.empty_like(param, device="meta")
+        needed: dict[str, Tensor] = {}
+        if needs_tail(param) and (param.requires_grad or loaded):
+            needed["tail"] = torch.empty_like(meta, dtype=torch.int16)
+        if (
+            param.dtype in SPLIT_DTYPES
+            and rounding_of(param) == Rounding.STOCHASTIC
+            and (param.requires_grad or loaded)
+        ):
+            needed["rounding_step"] = torch.zeros((), dtype=torch.int64, device="meta")
+        if listed(held) != listed(needed):
+            raise OptimizerError(
+                f"the state of parameter {index} holds {listed(held)} beside that of {type(self.optimizer).__name__}, "
+                f"needed is {listed(needed)}; load a state dict that was made under the same policy"
+            )
+
+    def _replace(self, state_dict: Mapping[str, Any], states: Mapping[Any, Any]) -> None:
+        # torch would cast every state to the weight's dtype, so it is given the groups only
+        rest = {key: value for key, value in state_dict.items() if key not in ("state", "duotone")}
+        self._is_inside = True
+        try:
+            self.optimizer.load_state_dict({**rest, "state": {}})
+        finally:
+            self._is_inside = False
+        self._begun.clear()
+        params = list(self._parameters())
+        for key, loaded in states.items():
+            if not isinstance(key, int):
+                self.state[key] = copy.deepcopy(loaded)
+                continue
+            param, group = params[key]
+            own = {name: value for name, value in loaded.items() if name not in _KEPT}
+            # as torch does: step counts stay on the host unless a kernel reads them
+            step_device = param.device if group.get("fused") or group.get("capturable") else None
+            if own:
+                self.state[param] = {
+                    name: copy_state(value, step_device if name == "step" else param.device)
+                    for name, value in own.items()
+                }
+
+
+def _write_unless(found_inf: Tensor | None, target: Tensor, value: Tensor) -> None:
+    target.copy_(value if found_inf is None else torch.where(found_inf.to(target.device), target, value))

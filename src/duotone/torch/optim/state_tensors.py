@@ -1,0 +1,37 @@
+"""The tensors in a parameter's state, however an optimizer nests them."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def copy_state(value: Any, device: torch.device | None = None) -> Any:
+    """Return a deep copy of a state, its tensors on a device, or where they are; no dtype changes.
+
+    >>> copy_state({"step": 3, "moments": [torch.ones(1, dtype=torch.int8)]})
+    {'step': 3, 'moments': [tensor([1], dtype=torch.int8)]}
+    """
+    return _mapped(lambda tensor: tensor.detach().clone().to(device or tensor.device), value)
+
+
+def in_float32(value: Any, *dtypes: torch.dtype) -> Any:
+    """Return a state with its tensors of some dtypes in FP32.
+
+    >>> in_float32([torch.ones(1, dtype=torch.bfloat16), torch.tensor(1)], torch.bfloat16)
+    [tensor([1.]), tensor(1)]
+    """
+    return _mapped(lambda tensor: tensor.float() if tensor.dtype in dtypes else tensor, value)
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(change, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_mapped(change, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return copy.deepcopy(value)

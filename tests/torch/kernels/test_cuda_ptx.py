@@ -1,0 +1,110 @@
+"""The machine code of the CUDA kernels, compiled ahead of time without a GPU: exact arithmetic and wide accesses."""
+
+import re
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("triton", reason="the cuda backend needs Triton")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from duotone.torch.kernels.cuda.coefficients import BLOCK, coefficients_kernel
+from duotone.torch.kernels.cuda.launch import OPTIONS
+from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
+from duotone.torch.kernels.cuda.update import tile_of, update_kernel
+from duotone.torch.kernels.table import Form
+
+TYPES = {
+    "parameters": "*i64",
+    "chunks": "*i64",
+    "settings": "*i64",
+    "coefficients": "*i32",
+    "grad_multiplier": "*fp32",
+    "inverse_scale": "*fp32",
+    "found_inf": "*i1",
+    "values": "*fp64",
+    "sums": "*fp64",
+    "total": "*fp64",
+    "count": "i32",
+}
+# rule, form, and how many 4-byte words a thread moves at once: of loads, of stores
+UPDATES = [
+    ("adamw", Form("bfloat16+tail", "bfloat16", "float32"), {2: 3, 4: 2}, {2: 2, 4: 2}),
+    ("adamw", Form("bfloat16+tail", "bfloat16", "bfloat16"), {4: 5}, {4: 4}),
+    ("adamw", Form("float16+tail", "float16", "float32"), {2: 3, 4: 2}, {2: 2, 4: 2}),
+    ("adamw", Form("float32", "bfloat16", "float32"), {2: 1, 4: 3}, {4: 3}),
+    ("sgd", Form("float32", "float32", "none"), {4: 2}, {4: 1}),
+    ("sgd", Form("float16+stochastic", "float16", "bfloat16"), {4: 3}, {4: 2}),
+    ("sgd", Form("bfloat16", "bfloat16", "none"), {4: 2}, {4: 1}),
+    ("lion", Form("bfloat16+stochastic", "float16", "float32"), {2: 2, 4: 1}, {2: 1, 4: 1}),
+]
+
+
+def instructions(kernel, architecture=90, **constants):
+    """Return how often each instruction stands in a kernel's PTX, as it is launched."""
+    types = {name: TYPES.get(name, "constexpr") for name in kernel.arg_names}
+    source = ASTSource(kernel, types, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=OPTIONS)
+    return Counter(re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*\.[\w.:]+)", compiled.asm["ptx"], re.MULTILINE))
+
+
+def of_update(rule, form, *, aligned=True, architecture=90):
+    weight, _, kind = form.weight.partition("+")
+    constants = {"RULE": rule, "WEIGHT": weight, "KIND": kind, "GRAD": form.grad, "MOMENTS": form.moments}
+    return instructions(update_kernel, architecture, **constants, TILE=tile_of(form), ALIGNED=aligned)
+
+
+def widths(found, access):
+    return {width: found[f"{access}.global.v{width}.b32"] for width in (2, 4) if found[f"{access}.global.v{width}.b32"]}
+
+
+def inexact(found):
+    """Return what rounds otherwise than the reference: flushed subnormals, approximations, fused products."""
+    return {name for name in found if re.search(r"ftz|approx|\bfma|\bmad\.rn|div\.full", name)}
+
+
+@pytest.mark.parametrize(("rule", "form", "loads", "stores"), UPDATES)
+def test_updates_are_exact_and_their_accesses_wide(rule, form, loads, stores):
+    found = of_update(rule, form)
+    assert not inexact(found)
+    assert (widths(found, "ld"), widths(found, "st")) == (loads, stores)
+    # whatever moves between threads goes through shared memory
+    assert not [name for name in found if "shared" in name or name.startswith("bar")]
+    if rule == "adamw":
+        assert {"div.rn.f32", "sqrt.rn.f32"} <= set(found)
+
+
+@pytest.mark.parametrize("architecture", [80, 89, 100])
+def test_other_architectures(architecture):
+    found = of_update("adamw", Form("float16+tail", "bfloat16", "float32"), architecture=architecture)
+    assert not inexact(found)
+    assert widths(found, "st") == {2: 2, 4: 2}
+
+
+def test_unaligned_addresses_are_accessed_element_by_element():
+    found = of_update("adamw", Form("bfloat16+tail", "bfloat16", "float32"), aligned=False)
+    assert not inexact(found)
+    assert (widths(found, "ld"), widths(found, "st")) == ({}, {})
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "lion"])
+def test_coefficients_are_exact(rule):
+    found = instructions(coefficients_kernel, RULE=rule, BLOCK=BLOCK)
+    assert not inexact(found)
+    if rule == "adamw":
+        assert {"div.rn.f64", "sqrt.rn.f64"} <= set(found)
+
+
+@pytest.mark.parametrize(("name", "width"), [("float32", 8), ("bfloat16", 4), ("float16", 4)])
+def test_sums_of_squares_are_wide(name, width):
+    found = instructions(squares_kernel, FORMAT=name, WIDE=True)
+    assert not inexact(found)
+    assert widths(found, "ld") == {4: width}
+    assert not widths(instructions(squares_kernel, FORMAT=name, WIDE=False), "ld")
+
+
+@pytest.mark.parametrize("kernel", [sums_kernel, total_kernel])
+def test_sums_of_sums_are_exact(kernel):
+    assert not inexact(instructions(kernel))

@@ -1,0 +1,77 @@
+"""Tables of raw addresses: forms, chunks, and when they are made anew."""
+
+import numpy as np
+import torch
+
+from duotone.torch.kernels import table
+from duotone.torch.kernels.reference import CHUNK
+from duotone.torch.kernels.table import GROUP, INDEX, MOMENT1, MOMENT2, NUMEL, TAIL, WEIGHT, Form
+
+from .grid import make_operand
+
+FORMS = [
+    (("bfloat16+tail", torch.bfloat16, 2, torch.float32), Form("bfloat16+tail", "bfloat16", "float32")),
+    (("float32", torch.float16, 0, torch.float32), Form("float32", "float16", "none")),
+    (("float16+stochastic", torch.float32, 1, torch.bfloat16), Form("float16+stochastic", "float32", "bfloat16")),
+    (("float16", torch.float32, 1, torch.float32), Form("float16", "float32", "float32")),
+]
+
+
+def test_there_is_one_table_for_each_form():
+    operands = [make_operand(*FORMS[index % 4][0], 10 + index, index, index % 2) for index in range(8)]
+    tables = table.tables_of(operands)
+    assert [one.form for one in tables] == [form for _, form in FORMS]
+    for number, one in enumerate(tables):
+        own = operands[number::4]
+        assert one.parameters[:, WEIGHT].tolist() == [operand.weight.data_ptr() for operand in own]
+        assert one.parameters[:, INDEX].tolist() == [number, number + 4]
+        assert one.parameters[:, GROUP].tolist() == [number % 2, number % 2]
+        assert one.parameters[:, NUMEL].tolist() == [10 + number, 14 + number]
+    assert tables[0].parameters[0, TAIL] == operands[0].tail.data_ptr()
+    assert tables[0].parameters[0, MOMENT2] == operands[0].moments[1].data_ptr()
+    assert not tables[1].parameters[:, [TAIL, MOMENT1, MOMENT2]].any()
+
+
+def test_chunks_cover_every_element_once():
+    sizes = [0, 1, CHUNK, 0, 2 * CHUNK + 1, 5]
+    operands = [make_operand(*FORMS[1][0], size, index) for index, size in enumerate(sizes)]
+    (one,) = table.tables_of(operands)
+    expected = [[1, 0], [2, 0], [4, 0], [4, CHUNK], [4, 2 * CHUNK], [5, 0]]
+    assert one.chunks.tolist() == expected
+    assert one.chunks.dtype == np.int64
+
+
+def test_lengths_beyond_two_to_the_31():
+    owners, starts = table._chunks(np.array([3, 2**40 + 1]))
+    assert owners.size == 2 + 2**40 // CHUNK
+    assert (owners[-1], starts[-1]) == (1, 2**40)
+    assert (np.diff(starts[1:]) == CHUNK).all()
+
+
+def test_a_table_is_made_anew_just_when_an_address_or_a_form_changes():
+    operands = [make_operand(*FORMS[0][0], 100, index) for index in range(2)]
+    first = table.tables_of(operands)
+    assert table.tables_of(list(operands)) is first
+    other = [operands[0], operands[1]._replace(grad=operands[1].grad.clone())]
+    assert table.tables_of(other) is not first
+    assert table.tables_of(operands[:1]) is not first
+    # the same address read as another dtype
+    read_as_fp16 = [operand._replace(grad=operand.grad.view(torch.float16)) for operand in operands]
+    assert table.tables_of(read_as_fp16)[0].form.grad == "float16"
+    assert table.tables_of(operands) is first
+
+
+def test_gradients_keep_their_place_whatever_their_dtype():
+    dtypes = (torch.float32, torch.bfloat16, torch.float32)
+    grads = [torch.zeros(size, dtype=dtype) for size, dtype in zip((CHUNK + 1, 7, 0), dtypes, strict=True)]
+    whole, half = table.grad_tables_of(grads)
+    address = grads[0].data_ptr()
+    assert whole.dtype == "float32"
+    assert whole.chunks.tolist() == [[address, CHUNK, 0], [address + 4 * CHUNK, 1, 1]]
+    assert half.dtype == "bfloat16"
+    assert half.chunks.tolist() == [[grads[1].data_ptr(), 7, 2]]
+
+
+def test_no_gradient_has_no_table():
+    assert table.grad_tables_of([]) == ()
+    assert table.grad_tables_of([torch.zeros(0)])[0].chunks.size == 0
