@@ -8,10 +8,7 @@ and upper quartile; its ratio is to the FP32 run of the same task and seed.
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,12 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+import report
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "policies.json"
-README = ROOT / "README.md"
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+RESULTS = report.RESULTS / "policies.json"
 POLICIES = ("fp32", "bf16", "fp16")
 SEEDS = {"stdlib-text": (0,), "digits": (0, 1, 2), "digits:convnet": (0, 1, 2)}
 
@@ -39,7 +33,6 @@ def train(task: str, policy: str, seed: int, folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     # the first interval holds what every process does once
     speeds = [line["units_per_second"] for line in lines[1:]]
-    quartiles = statistics.quantiles(speeds, n=4)
     return {
         "task": task,
         "policy": policy,
@@ -49,7 +42,7 @@ def train(task: str, policy: str, seed: int, folder: Path) -> dict[str, Any]:
         "seconds": summary["seconds"],
         "evaluation": summary["evaluation"],
         "bytes_per_parameter": summary["bytes_per_parameter"],
-        "units_per_second": {"lower": quartiles[0], "median": quartiles[1], "upper": quartiles[2]},
+        "units_per_second": report.quartiles(speeds),
     }
 
 
@@ -60,35 +53,11 @@ def baselines(task: str) -> dict[str, float]:
     return dict(find_task(task).baselines)
 
 
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on besides the code."""
-    model = next(
-        (line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), platform.processor()
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-
-
-def _cpu_info() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
 def tables(results: dict[str, Any]) -> str:
     """Return README's tables in Markdown."""
-    where = results["machine"]
-    device = where["gpu"] or f"{where['cores']} cores of an {where['cpu']}"
     text = _text_table(results) + "\n" + _digits_table(results)
-    return (
-        f"{text}\nSpeeds are medians over a run, quartiles stand in the results file. Measured {where['date']} on\n"
-        f"{device}, torch {where['torch']}, Python {where['python']}. Repeat it with `make bench`.\n"
+    return f"{text}\nSpeeds are medians over a run, quartiles stand in the results file. " + report.provenance(
+        results["machine"]
     )
 
 
@@ -123,13 +92,6 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
-def fill_readme(results: dict[str, Any]) -> None:
-    """Put the tables between README's marks."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    README.write_text(f"{before}{BEGIN}\n{tables(results)}{END}{after}", encoding="utf-8")
-
-
 def measure() -> dict[str, Any]:
     """Train every task under every policy and return all of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +101,7 @@ def measure() -> dict[str, Any]:
             for seed in seeds
             for policy in POLICIES
         ]
-    return {"machine": machine(), "baselines": {task: baselines(task) for task in SEEDS}, "runs": runs}
+    return {"machine": report.machine(), "baselines": {task: baselines(task) for task in SEEDS}, "runs": runs}
 
 
 def main() -> None:
@@ -149,7 +111,7 @@ def main() -> None:
     if not parser.parse_args().tables:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
-    fill_readme(json.loads(RESULTS.read_text(encoding="utf-8")))
+    report.fill_readme("results", tables(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":

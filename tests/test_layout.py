@@ -27,7 +27,7 @@ ALLOWED = {
     "duotone.loss_scale": ("duotone.errors",),
     "duotone.policy": ("duotone.errors", "duotone.formats", "duotone.policy_spelling"),
     "duotone.policy_spelling": ("duotone.errors", "duotone.formats"),
-    "duotone.torch.kernels": ("duotone.torch.kernels",),
+    "duotone.torch.kernels": ("duotone.errors", "duotone.torch.kernels"),
     "duotone.torch.nested": (),
     "duotone.torch.half_on_cpu": ("duotone.errors", "duotone.torch.nested"),
     "duotone.torch.sums_on_cpu": ("duotone.torch.nested",),
@@ -103,6 +103,17 @@ def test_train_uses_the_public_verbs_alone() -> None:
             assert inner <= {"duotone.torch"}, module
 
 
+def test_backends_do_not_see_each_other_or_whoever_chooses() -> None:
+    kernels = "duotone.torch.kernels"
+    for module, path in MODULES.items():
+        backend = next((name for name in ("cpu", "cuda") if covers(f"{kernels}.{name}", module)), None)
+        if backend is not None:
+            other = {"cpu": "cuda", "cuda": "cpu"}[backend]
+            for imported in imports_of(path):
+                assert not covers(f"{kernels}.{other}", imported), f"{module} -> {imported}"
+                assert imported not in (kernels, f"{kernels}.dispatch"), f"{module} -> {imported}"
+
+
 def test_only_the_step_joins_the_scaler_and_the_optimizers() -> None:
     assert "duotone.torch.optim" not in imports_of(MODULES["duotone.torch.loss_scaler"])
     for module, path in MODULES.items():
@@ -117,8 +128,8 @@ def test_only_the_step_joins_the_scaler_and_the_optimizers() -> None:
         ("duotone.policy", {"numpy", "torch", "jax"}),
         ("duotone.loss_scale", {"numpy", "torch", "jax"}),
         ("duotone.rounding", {"torch", "jax"}),
-        ("duotone.torch", {"triton", "numba", "typer", "rich", "matplotlib", "sklearn"}),
-        ("duotone.train", {"triton", "numba", "typer", "rich", "matplotlib", "sklearn"}),
+        ("duotone.torch", {"triton", "numba", "llvmlite", "typer", "rich", "matplotlib", "sklearn"}),
+        ("duotone.train", {"triton", "numba", "llvmlite", "typer", "rich", "matplotlib", "sklearn"}),
         ("duotone.cli.main", {"torch", "sklearn", "matplotlib"}),
     ],
 )
@@ -141,7 +152,9 @@ def test_public_names() -> None:
     assert set(duotone.torch.__all__) == {
         "SGD",
         "AdamW",
+        "Lion",
         "LossScaler",
+        "MasterWeights",
         "Memory",
         "Policy",
         "Prepared",
@@ -149,6 +162,7 @@ def test_public_names() -> None:
         "StepReport",
         "cast",
         "load_checkpoint",
+        "load_master_weights",
         "master_weights",
         "memory",
         "policy_of",

@@ -1,5 +1,6 @@
 """Every example in README runs as it stands there; its commands run with fewer steps."""
 
+import importlib
 import json
 import re
 import shlex
@@ -54,9 +55,9 @@ def test_no_example_was_missed():
     assert {command[0] for command in COMMANDS} == {"make", "duotone"}
 
 
-def test_the_tables_are_those_of_the_results(monkeypatch):
+@pytest.mark.parametrize("name", ["policies", "step"])
+def test_the_tables_are_those_of_the_results(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import policies
-
-    results = json.loads(policies.RESULTS.read_text(encoding="utf-8"))
-    assert policies.tables(results) in README
+    benchmark = importlib.import_module(name)
+    results = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert benchmark.tables(results) in README

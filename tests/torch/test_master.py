@@ -136,3 +136,76 @@ def test_tails_that_are_not_the_models_are_named():
     optimizer.state[model.weight]["tail"] = optimizer.state[model.weight]["tail"].clone()
     with pytest.raises(OptimizerError, match=r'a tail for "weight" that is not the model\'s; build the optimizer from'):
         dt.master_weights(model, optimizer)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16-mixed", "bf16-true,rounding=nearest"])
+def test_masters_that_are_loaded_are_read_back(policy, same_bits):
+    model, other = dt.cast(Mixed(), policy), dt.cast(Mixed(), policy)
+    tails = [tail_of(param) for param in other.parameters()]
+    masters = {name: master * 1.01 + 0.5 for name, master in dt.master_weights(model).items()}
+    dt.load_master_weights(model, masters)
+    for name, param in model.named_parameters():
+        if param.is_floating_point():
+            rounded = masters[name] if tail_of(param) is not None else masters[name].to(param.dtype).float()
+            assert same_bits(read_master(param), rounded)
+            assert torch.equal(param, masters[name].to(param.dtype))
+    # what master_weights returned is loaded without a loss into a model of the same policy
+    dt.load_master_weights(other, dt.master_weights(model))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert all(a is b for a, b in zip(tails, (tail_of(param) for param in other.parameters()), strict=True))
+    assert model.head.weight is model.embedding.weight
+
+
+def test_the_optimizer_follows_masters_that_are_loaded(same_bits):
+    model = dt.cast(nn.Linear(2, 1, bias=False), "bf16")
+    optimizer = dt.SGD(model.parameters(), lr=0.5)
+    dt.load_master_weights(model, {"weight": torch.tensor([[0.1, 0.2]])})
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    assert same_bits(read_master(model.weight), torch.tensor([[0.1, 0.2]]) - 0.5)
+
+
+def test_a_weight_that_has_no_tail_yet_gets_one(same_bits):
+    model = nn.Linear(2, 1, bias=False).bfloat16()
+    master = torch.tensor([[0.1, float("nan")]])
+    dt.load_master_weights(model, {"weight": master})
+    assert same_bits(read_master(model.weight)[0, 0], master[0, 0])
+    assert read_master(model.weight)[0, 1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda masters: masters.pop("norm.bias"), r'the master of "norm\.bias" is missing; give all of them'),
+        (lambda masters: masters.update(heads=torch.ones(1)), 'no floating-point parameter "heads"; known: embedding'),
+        (
+            lambda masters: masters.update({"norm.bias": torch.ones(5)}),
+            r'of "norm\.bias" is torch\.float32 \(5,\); allowed is torch\.float32 \(4,\)',
+        ),
+        (
+            lambda masters: masters.update({"norm.bias": torch.ones(4).double()}),
+            r'of "norm\.bias" is torch\.float64 \(4,\); allowed is torch\.float32 \(4,\): give what master_weights',
+        ),
+        (
+            lambda masters: masters["frozen.weight"].fill_(70000.0),
+            r'of "frozen\.weight" holds 70000, beyond FP16\'s largest 65504; use policy "bf16"',
+        ),
+    ],
+)
+def test_masters_that_do_not_fit_are_refused_whole(change, message, same_bits):
+    model = dt.cast(Mixed(), "fp16")
+    before = dt.master_weights(model)
+    masters = {name: master + 1.0 for name, master in before.items()}
+    change(masters)
+    with pytest.raises(OptimizerError, match=message):
+        dt.load_master_weights(model, masters)
+    assert all(same_bits(master, before[name]) for name, master in dt.master_weights(model).items())
+
+
+def test_a_master_beyond_the_weights_range_is_kept_in_bfloat16(same_bits):
+    model = dt.cast(nn.Linear(1, 1, bias=False), "bf16")
+    master = torch.tensor([[torch.finfo(torch.float32).max]])
+    dt.load_master_weights(model, {"weight": master})
+    assert model.weight.isinf().all()
+    assert same_bits(read_master(model.weight), master)

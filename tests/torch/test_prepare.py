@@ -109,26 +109,97 @@ class OwnAdamW(torch.optim.AdamW):
     """A subclass, which may change the update."""
 
 
+OTHERS = [
+    (torch.optim.RMSprop, {"momentum": 0.9}),
+    (torch.optim.Adam, {"fused": True}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.Adafactor, {}),
+    (OwnAdamW, {}),
+    (torch.optim.AdamW, {"amsgrad": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), OTHERS)
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32; 0: param=bf16,compute=bf16"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_any_other_optimizer_is_wrapped_with_groups_and_state(kind, settings, policy, steps):
+    model, optimizer = make(kind, **settings)
+    train(model, optimizer, steps)
+    masters = [param.detach().clone() for param in model.parameters()]
+    state = {index: dict(state) for index, state in optimizer.state_dict()["state"].items()}
+    prepared = dt.prepare(model, optimizer, policy)
+    assert type(prepared.optimizer) is dt.MasterWeights
+    assert prepared.optimizer.optimizer is optimizer
+    assert [group["lr"] for group in prepared.optimizer.param_groups] == [0.05, 0.01]
+    for index, (param, master) in enumerate(zip(model.parameters(), masters, strict=True)):
+        assert torch.equal(read_master(param), master)
+        assert (tail_of(param) is not None) == (param.dtype != torch.float32)
+        for name, value in state.get(index, {}).items():
+            assert optimizer.state[param][name] is value
+            assert value.dtype == torch.float32
+    prepared.scaler.backward(model(X).square().mean() * 1e-3)
+    assert not prepared.scaler.step(prepared.optimizer, clip_norm=1.0).skipped.item()
+    assert not all(torch.equal(read_master(p), m) for p, m in zip(model.parameters(), masters, strict=True))
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_a_wrapped_optimizer_is_kept(policy):
+    model, optimizer = make(torch.optim.NAdam)
+    wrapped = dt.MasterWeights(optimizer)
+    assert dt.prepare(model, wrapped, policy).optimizer is wrapped
+    before = read_master(model[0].weight)
+    model(X).square().mean().backward()
+    wrapped.step()
+    assert not torch.equal(read_master(model[0].weight), before)
+    assert tail_of(model[0].weight).any()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(torch.optim.AdamW, "exp_avg"), (torch.optim.SGD, "momentum_buffer")])
+def test_moments_get_the_dtype_of_the_policy(kind, name):
+    model, optimizer = make(kind, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
+    train(model, optimizer, 2)
+    expected = [optimizer.state[param][name].bfloat16() for param in model.parameters()]
+    prepared = dt.prepare(model, optimizer, "bf16,state=bf16").optimizer
+    for param, moment in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(prepared.state[param][name], moment)
+        assert prepared.state[param][name].dtype == torch.bfloat16
+
+
+NO_BF16_MOMENTS = "keeps moments in bfloat16, but RMSprop keeps them in float32; use a policy with state=float32"
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "policy", "error", "message"),
     [
-        (torch.optim.RMSprop, {}, "bf16", OptimizerError, "RMSprop has no counterpart that keeps FP32 masters"),
-        (torch.optim.Adam, {}, "fp16", OptimizerError, "Adam has no counterpart that keeps FP32 masters"),
-        (OwnAdamW, {}, "bf16", OptimizerError, "OwnAdamW has no counterpart"),
-        (torch.optim.RMSprop, {}, "fp32; 0: param=bf16,compute=bf16", OptimizerError, "RMSprop has no counterpart"),
-        (torch.optim.AdamW, {"amsgrad": True}, "bf16", OptimizerError, r"AdamW\(amsgrad=True\) has no counterpart"),
+        (torch.optim.LBFGS, {}, "bf16", OptimizerError, "LBFGS cannot be wrapped in MasterWeights: its step evaluates"),
+        (
+            torch.optim.SparseAdam,
+            {},
+            "fp16",
+            OptimizerError,
+            "SparseAdam cannot be wrapped.*takes sparse gradients only",
+        ),
+        (torch.optim.RMSprop, {}, "bf16,state=bf16", OptimizerError, NO_BF16_MOMENTS),
+        (torch.optim.RMSprop, {}, "fp32,state=bf16", OptimizerError, NO_BF16_MOMENTS),
+        (torch.optim.RMSprop, {}, "bf16; 0: state=bf16", OptimizerError, NO_BF16_MOMENTS),
         (torch.optim.AdamW, {}, "bf16; absent: param=fp32,compute=fp32", PolicyError, "holds for no module"),
+        (torch.optim.NAdam, {}, "bf16; absent: param=fp32,compute=fp32", PolicyError, "holds for no module"),
     ],
 )
 def test_what_cannot_be_is_refused_and_the_model_unchanged(kind, settings, policy, error, message):
-    model, optimizer = make(kind, **settings)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    optimizer = kind(model.parameters(), **settings)
     with pytest.raises(error, match=message):
         dt.prepare(model, optimizer, policy)
     assert dt.policy_of(model) is None
     assert {param.dtype for param in model.parameters()} == {torch.float32}
+    if kind is not torch.optim.LBFGS and kind is not torch.optim.SparseAdam:
+        # the optimizer may still be used by itself
+        train(model, optimizer, 1)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam])
 def test_a_parameter_that_no_master_optimizer_takes_leaves_the_model_unchanged(kind):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1).double())
     with pytest.raises(OptimizerError, match=r"cannot update a parameter in torch\.float64"):

@@ -5,7 +5,7 @@ nothing is stored twice and neither can go stale. A parameter without a tail is 
 16-bit under a policy without masters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ def tail_of(param: Tensor) -> Tensor | None:
 def rounding_of(param: Tensor) -> Rounding | None:
     """Return how a 16-bit parameter without a master is rounded, or None if it is to have a master."""
     return getattr(param, _ROUNDING, None)
+
+
+def storage_marks_of(params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Rounding | None]]:
+    """Return the tails and the roundings of many parameters at once."""
+    noted = list(map(vars, params))
+    return [marks.get(_TAIL) for marks in noted], [marks.get(_ROUNDING) for marks in noted]
 
 
 def state_dtype_of(param: Tensor) -> torch.dtype:

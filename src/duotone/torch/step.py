@@ -99,16 +99,13 @@ def step(
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    grads = []
-    for param in params:
-        if param.grad is None:
-            continue
-        if not isinstance(optimizer, MasterOptimizer):
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    if not isinstance(optimizer, MasterOptimizer):
+        for param in params:
             _check_foreign(optimizer, param)
-        if param.grad.is_sparse:
-            raise OptimizerError("sparse gradients cannot be unscaled here; use Embedding(sparse=False)")
-        grads.append(param.grad)
+    grads = [param.grad for param in params]
+    if any([grad.is_sparse for grad in grads]):
+        raise OptimizerError("sparse gradients cannot be unscaled here; use Embedding(sparse=False)")
     return grads
 
 

@@ -1,7 +1,7 @@
 """The CUDA kernels against the reference, bit for bit: what `test_cuda.py` runs in a process of its own.
 
 On a GPU if there is one, else in Triton's interpreter, which has to be chosen before Triton is imported; CPU tensors
-stand for CUDA tensors there. Sizes are small, since the interpreter takes some 20 ms for a tile of 512 elements.
+stand for CUDA tensors there. Sizes are small, since the interpreter takes tens of milliseconds for a tile.
 """
 
 import math
@@ -82,8 +82,9 @@ def step_and_compare(optimizer, operands, steps, settings=None):
 
 @pytest.mark.parametrize(("optimizer", "form", "grad", "moment"), list(every_case()))
 def test_every_form(optimizer, form, grad, moment):
-    # a whole tile and a part of one, from the first step on
-    step_and_compare(optimizer, pair(520, form=(form, grad, MOMENTS[optimizer], moment)), 2)
+    # from the first step on; a whole tile and a part of one, or, since tiles take time, a part of one
+    numel = 520 if grad == torch.float32 else 300
+    step_and_compare(optimizer, pair(numel, form=(form, grad, MOMENTS[optimizer], moment)), 2)
 
 
 @pytest.mark.parametrize("optimizer", SETTINGS)
@@ -95,7 +96,7 @@ def test_maximize(optimizer):
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_sizes_around_a_tile(form):
-    step_and_compare("adamw", pair(0, 1, 7, 1024, 1025, 3000, form=form), 2)
+    step_and_compare("adamw", pair(0, 1, 7, 1024, 1025, 3000, form=form), 1)
 
 
 @pytest.mark.parametrize("form", [FORMS["split"], FORMS["stochastic"]], ids=["split", "stochastic"])
@@ -104,11 +105,12 @@ def test_more_than_one_chunk(form):
 
 
 @pytest.mark.parametrize("optimizer", SETTINGS)
-@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-def test_gradients_that_are_not_finite_do_the_same_damage(optimizer, bad):
-    operands = pair(100, form=("bfloat16+tail", torch.float32, MOMENTS[optimizer], torch.float32))
+@pytest.mark.parametrize("form", ["bfloat16+tail", "float16+stochastic"])
+@pytest.mark.parametrize("bad", [0x7F80_0000, -0x80_0000, 0x7FC1_2345], ids=["Inf", "-Inf", "NaN with a payload"])
+def test_gradients_that_are_not_finite_do_the_same_damage(optimizer, form, bad):
+    operands = pair(100, form=(form, torch.float32, MOMENTS[optimizer], torch.float32))
     grads = grads_for(operands[0], 0)
-    grads[0][::7] = bad
+    grads[0].view(torch.int32)[::7] = bad
     for _ in range(2):
         step_both(optimizer, *operands, grads)
         assert not differences(operands[1], operands[0])
@@ -127,7 +129,7 @@ def test_groups_have_their_own_settings(optimizer, lr_dtype):
     if lr_dtype is not None:
         own[1] = groups[1]._replace(lr=number.to(DEVICE))
     forms = [(form, grad, MOMENTS[optimizer], moment) for form, grad, _, moment in FORMS.values()]
-    operands = [make_operand(*forms[index % 5], 20 + index, index, index % 3) for index in range(7)]
+    operands = [make_operand(*forms[index % 5], 20 + index, index, index // 2 % 3) for index in range(7)]
     step_and_compare(optimizer, (operands, moved(operands, DEVICE)), 2, (groups, own))
 
 
@@ -225,8 +227,8 @@ def test_grad_stats(sizes):
     dtypes = (torch.bfloat16, torch.float32, torch.float16)
     grads = [adversarial_grads(size, index).to(dtypes[index % 3]) for index, size in enumerate(sizes)]
     grads = [torch.where(grad.isfinite(), grad, 1.0) for grad in grads]
-    total, found_inf = reference.grad_stats(grads, torch.tensor(2.0**-7))
-    assert stats(grads, 2.0**-7) == (total.item(), found_inf.item())
+    total, found_inf = reference.grad_stats(grads, torch.tensor(0.3))
+    assert stats(grads, 0.3) == (total.item(), found_inf.item())
 
 
 def test_grad_stats_at_any_address():
@@ -238,7 +240,7 @@ def test_grad_stats_at_any_address():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("position", [0, 31, 1024, 4096])
+@pytest.mark.parametrize("position", [31, 4099])
 def test_one_element_that_is_not_finite_is_found(dtype, bad, position):
     grad = torch.full((4100,), torch.finfo(dtype).max, dtype=dtype)
     grad[position] = bad
@@ -252,9 +254,11 @@ def test_large_finite_gradients_are_not_taken_for_an_overflow():
     )
 
 
-def test_more_chunks_than_a_chunk_has_elements():
+@pytest.mark.parametrize("inverse_scale", [0.5, 0.1, 0.3, 0.7])
+def test_more_chunks_than_a_chunk_has_elements(inverse_scale):
     sums = torch.rand(CHUNK + 1500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = reference._chunk_sums(reference._chunk_sums(sums)) / 4
-    total, found_inf = launch()._total(sums.to(DEVICE), torch.tensor(0.5, device=DEVICE))
+    inverse = torch.tensor(inverse_scale)
+    expected = reference._chunk_sums(reference._chunk_sums(sums)) * inverse.double().square()
+    total, found_inf = launch()._total(sums.to(DEVICE), inverse.to(DEVICE))
     assert total.item() == expected.item()
     assert not found_inf.item()

@@ -80,7 +80,7 @@ KINDS = {
     "SGD": partial(torch.optim.SGD, lr=1e-3),
     "SGD momentum": partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=0.1),
     "SGD fused": partial(torch.optim.SGD, lr=1e-3, momentum=0.9, dampening=0.5, fused=True),
-    "Adagrad": partial(torch.optim.Adagrad, lr=1e-3, initial_accumulator_value=0.1),
+    "Adagrad": partial(torch.optim.Adagrad, lr=1e-3, initial_accumulator_value=0.125),
     "Adagrad fused": partial(torch.optim.Adagrad, lr=1e-3, fused=True),
     "Adadelta": partial(torch.optim.Adadelta, lr=1e-3),
     "Adamax": partial(torch.optim.Adamax, lr=1e-3),

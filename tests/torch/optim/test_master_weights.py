@@ -1,6 +1,7 @@
 """MasterWeights: bit for bit the wrapped optimizer on FP32 weights; skips, failures and refusals leave no trace."""
 
 import copy
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
 from duotone.torch.master import ensure_tail, read_master, set_storage, tail_of, write_master
 
-from .other_optimizers import FUSED, KINDS, Around, Failing, HoldsWeights
+from .bits import bits_of, everything_of
+from .other_optimizers import FUSED, KINDS, Failing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = ((5, 7), (), (33,), (2, 3, 4))
@@ -36,25 +38,10 @@ def make_weights(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPE
     return weights
 
 
-def everything(value: Any) -> Any:
-    """Return a deep copy of nested state in which bits can be compared by `==`."""
-    if isinstance(value, Tensor):
-        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-        bits = value.detach() if value.dtype == torch.bool else value.detach().contiguous().view(integer)
-        return value.dtype, tuple(value.shape), bits.tolist()
-    if isinstance(value, dict):
-        return {key: everything(item) for key, item in value.items()}
-    return [everything(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def all_of(optimizer: dt.MasterWeights) -> Any:
-    weights = [param for group in optimizer.param_groups for param in group["params"]]
-    return everything([weights, [read_master(weight) for weight in weights], optimizer.state_dict()])
-
-
 def states_of(optimizer: torch.optim.Optimizer) -> Any:
     states = optimizer.state_dict()["state"]
-    return everything({index: {k: v for k, v in states[index].items() if k != "tail"} for index in states})
+    without_tails = {index: {k: v for k, v in states[index].items() if k != "tail"} for index in states}
+    return bits_of({index: state for index, state in without_tails.items() if state})
 
 
 @every_kind
@@ -68,15 +55,16 @@ def test_it_is_the_optimizer_on_float32_weights(give_gradients, same_bits, kind,
         give_gradients(narrow, step)
         for one, other in zip(wide, narrow, strict=True):
             one.grad = other.grad.float() * multiplier
-        if step in (0, 7):
+        # torch's fused SGD cannot begin with some of its momenta only
+        if step in (0, 7) and kind != "SGD fused":
             wide[0].grad = narrow[0].grad = None
         grads = [weight.grad for weight in narrow]
-        before = everything(grads)
+        before = bits_of(grads)
         reference.step()
         optimizer.step(grad_multiplier=multiplier, found_inf=GO)
         assert all(same_bits(one, read_master(other)) for one, other in zip(wide, narrow, strict=True))
         assert all(weight.grad is grad for weight, grad in zip(narrow, grads, strict=True))
-        assert everything(grads) == before
+        assert bits_of(grads) == before
     assert states_of(optimizer) == states_of(reference)
     assert not any(torch.equal(one, other) for one, other in zip(wide, make_weights(torch.float32), strict=True))
     assert [(weight.data_ptr(), ensure_address(weight)) for weight in narrow] == addresses
@@ -107,11 +95,11 @@ def test_a_skipped_step_might_as_well_not_have_been(train, kind, dtype, value):
 
     def skip(times: int) -> None:
         for _ in range(times):
-            before = all_of(skipping)
+            before = everything_of(skipping)
             for weight in skipping.param_groups[0]["params"]:
                 weight.grad = torch.full_like(weight, value)
             skipping.step(grad_multiplier=torch.ones(()), found_inf=SKIP)
-            assert all_of(skipping) == before
+            assert everything_of(skipping) == before
 
     states = len(skipping.state)
     skip(2)
@@ -120,7 +108,7 @@ def test_a_skipped_step_might_as_well_not_have_been(train, kind, dtype, value):
         for optimizer in (skipping, other):
             train(optimizer, steps, grad_multiplier=torch.tensor(0.5), found_inf=GO)
         skip(2)
-    assert all_of(skipping) == all_of(other)
+    assert everything_of(skipping) == everything_of(other)
 
 
 @pytest.mark.parametrize("kind", FUSED)
@@ -132,12 +120,12 @@ def test_a_fused_optimizer_does_not_wait_for_the_device(train, monkeypatch, kind
     def waiting(tensor: Tensor) -> bool:
         raise AssertionError("the host looked at a tensor")
 
-    before = all_of(optimizer)
+    before = everything_of(optimizer)
     with monkeypatch.context() as patched:
         for name in ("__bool__", "__float__", "__int__", "item"):
             patched.setattr(Tensor, name, waiting)
         train(optimizer, range(1, 2), grad_multiplier=torch.tensor(0.5), found_inf=found_inf)
-    assert (all_of(optimizer) == before) == found_inf.item()
+    assert (everything_of(optimizer) == before) == found_inf.item()
     assert not hasattr(optimizer.optimizer, "found_inf")
     assert not hasattr(optimizer.optimizer, "grad_scale")
 
@@ -148,11 +136,11 @@ def test_a_fused_optimizer_that_is_told_not_to_be_still_skips(train, kind):
     train(optimizer, range(1), found_inf=GO)
     # as loading the state of one that is not fused would
     optimizer.param_groups[0]["fused"] = False
-    before = all_of(optimizer)
+    before = everything_of(optimizer)
     train(optimizer, range(1, 2), found_inf=SKIP)
-    assert all_of(optimizer) == before
+    assert everything_of(optimizer) == before
     train(optimizer, range(1, 2), found_inf=GO)
-    assert all_of(optimizer) != before
+    assert everything_of(optimizer) != before
 
 
 def test_one_optimizer_takes_every_dtype(give_gradients, same_bits):
@@ -164,7 +152,7 @@ def test_one_optimizer_takes_every_dtype(give_gradients, same_bits):
             give_gradients(weights, step)
         for optimizer in (together, *optimizers):
             optimizer.step()
-    for one, other in zip(sum(mixed, []), sum(alone, []), strict=True):
+    for one, other in zip(chain(*mixed), chain(*alone), strict=True):
         assert same_bits(read_master(one), read_master(other))
 
 
@@ -274,11 +262,11 @@ def test_a_failing_optimizer_takes_nothing_along(give_gradients, dtype):
     optimizer = dt.MasterWeights(Failing(weights, lr=0.1, momentum=0.9))
     give_gradients(weights, 0)
     grads = [weight.grad for weight in weights]
-    before = everything([grads, [ensure_address(weight) for weight in weights]])
+    before = bits_of([grads, [ensure_address(weight) for weight in weights]])
     masters = [read_master(weight) for weight in weights]
     with pytest.raises(ArithmeticError, match="failed on purpose"):
         optimizer.step(grad_multiplier=torch.tensor(0.5))
-    assert everything([grads, [ensure_address(weight) for weight in weights]]) == before
+    assert bits_of([grads, [ensure_address(weight) for weight in weights]]) == before
     assert all(weight.grad is grad for weight, grad in zip(weights, grads, strict=True))
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], weights, strict=True))
     assert all(a is b for a, b in zip(optimizer.state, weights, strict=True))
@@ -385,66 +373,6 @@ def test_groups_can_be_added(train):
     with pytest.raises(OptimizerError, match=r"cannot update a parameter in torch\.float64"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1).double())]})
     assert len(optimizer.param_groups) == 2
-
-
-def test_the_wrapped_optimizer_is_not_stepped_or_loaded_by_itself():
-    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = dt.MasterWeights(torch.optim.NAdam([weight]))
-    for made in (optimizer, copy.deepcopy(optimizer)):
-        with pytest.raises(
-            OptimizerError, match="this NAdam is wrapped in MasterWeights.*step, save and load the Master"
-        ):
-            made.optimizer.step()
-        with pytest.raises(OptimizerError, match="this NAdam is wrapped in MasterWeights"):
-            made.optimizer.load_state_dict(made.optimizer.state_dict())
-
-
-def test_an_optimizer_that_wraps_another_itself_is_fine():
-    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    weight.grad = torch.ones_like(weight)
-    dt.MasterWeights(Around([weight], lr=0.25)).step()
-    assert weight.tolist() == [0.75, 0.75]
-
-
-def of_policy(policy: str) -> list[nn.Parameter]:
-    return list(dt.cast(nn.Linear(2, 1), policy).parameters())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: torch.optim.LBFGS(of_policy("bf16")), "LBFGS cannot be wrapped.*evaluates the model many times.*FP32"),
-        (
-            lambda: torch.optim.SparseAdam(of_policy("bf16")),
-            r"SparseAdam cannot.*sparse gradients only; use torch\.optim",
-        ),
-        (lambda: HoldsWeights(of_policy("bf16")), "HoldsWeights cannot.*in its attribute names, outside of its param"),
-        (lambda: dt.AdamW(of_policy("bf16")), "AdamW keeps FP32 masters already; use it as it is"),
-        (lambda: dt.MasterWeights(torch.optim.SGD(of_policy("bf16"))), "MasterWeights keeps FP32 masters already"),
-        (lambda: of_policy("bf16"), r"wraps a torch\.optim\.Optimizer, but this is a list; build one first"),
-        (
-            lambda: torch.optim.SGD([nn.Parameter(torch.ones(1).double())]),
-            r"cannot update a parameter in torch\.float64",
-        ),
-        (
-            lambda: torch.optim.SGD(of_policy("bf16,state=bf16")),
-            r"the policy keeps moments in torch\.bfloat16, but SGD in MasterWeights keeps them in float32; use",
-        ),
-    ],
-)
-def test_what_cannot_be_wrapped_is_named(make, message):
-    with pytest.raises(OptimizerError, match=message):
-        dt.MasterWeights(make())
-
-
-def test_sparse_gradients_are_refused_before_anything_moves():
-    dense, embedding = nn.Parameter(torch.ones(2)), nn.Embedding(4, 3, sparse=True)
-    optimizer = dt.MasterWeights(torch.optim.SGD([dense, embedding.weight], lr=1.0))
-    dense.grad = torch.ones(2)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(OptimizerError, match=r"takes no sparse gradients; use Embedding\(sparse=False\)"):
-        optimizer.step()
-    assert dense.tolist() == [1.0, 1.0]
 
 
 def test_it_is_shown_as_what_it_is():

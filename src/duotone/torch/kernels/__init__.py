@@ -6,12 +6,14 @@ bit for bit, one launch over all parameters of one form.
 
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
 from duotone.torch.kernels.dispatch import Backend, adamw, check_backend, grad_stats, lion, sgd
-from duotone.torch.kernels.operands import AdamWSettings, LionSettings, Operand, Rounding, SGDSettings
+from duotone.torch.kernels.layout import is_contiguous
+from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, Rounding, SGDSettings
 
 __all__ = [
     "SPLIT_DTYPES",
     "AdamWSettings",
     "Backend",
+    "Batch",
     "LionSettings",
     "Operand",
     "Rounding",
@@ -21,6 +23,7 @@ __all__ = [
     "decode",
     "encode",
     "grad_stats",
+    "is_contiguous",
     "lion",
     "sgd",
 ]

@@ -5,7 +5,7 @@ that is said once and the reference runs, which gives the same bits; a backend t
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -17,7 +17,7 @@ from torch import Tensor
 from duotone.errors import BackendError, DuotoneWarning, nearest_names
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout
-from duotone.torch.kernels.operands import AdamWSettings, LionSettings, Operand, SGDSettings
+from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, SGDSettings
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -32,7 +32,8 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor, backend: Backend 
         backend: whose kernel; as in `adamw`.
     """
     module = _module(inverse_scale.device, backend)
-    return module.grad_stats([dense(grad) for grad in grads], inverse_scale)
+    is_dense = all(map(Tensor.is_contiguous, grads))
+    return module.grad_stats(grads if is_dense else [dense(grad) for grad in grads], inverse_scale)
 
 
 def adamw(
@@ -79,14 +80,19 @@ def lion(
     _update("lion", operands, settings, grad_multiplier, found_inf, backend)
 
 
-def check_backend(name: str) -> None:
-    """Raise unless a backend of this name exists.
+def check_backend(name: str, devices: Iterable[torch.device] = ()) -> None:
+    """Raise unless a backend of this name exists, and try it on the GPUs among some devices.
+
+    Trying waits for the device, which a step, captured in a CUDA graph perhaps, must not do.
 
     Raises:
-        BackendError: there is none.
+        BackendError: there is none, or it does not work although it was asked for.
     """
     if name not in BACKENDS:
         raise BackendError(f'there is no backend "{name}"; {nearest_names(name, BACKENDS)}')
+    for device in set(devices):
+        if device.type == "cuda":
+            _module(device, name)  # type: ignore[arg-type]
 
 
 def _update(
@@ -105,11 +111,17 @@ def _update(
     for copy_back in write_back:
         copy_back()
     # autograd must notice what was written through raw addresses
-    torch.autograd.graph.increment_version([operand.weight for operand in operands])
+    torch.autograd.graph.increment_version(_weights(operands))
+
+
+def _weights(operands: Sequence[Operand]) -> list[Tensor]:
+    noted = operands.noted if isinstance(operands, Batch) else {}
+    if "weights" not in noted:
+        noted["weights"] = [operand.weight for operand in operands]
+    return noted["weights"]
 
 
 def _module(device: torch.device, backend: Backend) -> ModuleType:
-    check_backend(backend)
     own = device.type if device.type in BACKENDS else "reference"
     if backend not in ("auto", "reference", own):
         raise BackendError(f'backend "{backend}" was asked for, but the tensors are on {device}; use backend "{own}"')

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from duotone.torch.kernels.operands import Operand
+from duotone.torch.kernels.operands import Batch, Operand
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -29,13 +29,14 @@ def in_one_layout(operands: Sequence[Operand]) -> tuple[Sequence[Operand], list[
     Args:
         operands: any; those that are in one layout already are returned as they are.
     """
-    if all(map(_all_contiguous, operands)):
+    if isinstance(operands, Batch) or all(map(is_contiguous, operands)):
         return operands, []
     write_back: list[Callable[[], object]] = []
     return [_in_layout_of_weight(operand, write_back) for operand in operands], write_back
 
 
-def _all_contiguous(operand: Operand) -> bool:
+def is_contiguous(operand: Operand) -> bool:
+    """Return whether all tensors of an operand are contiguous, which is one layout."""
     weight, tail, grad, moments, *_ = operand
     return (
         weight.is_contiguous()

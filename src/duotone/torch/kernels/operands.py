@@ -1,7 +1,8 @@
 """What an update reads and writes: one operand per parameter, one set of settings per parameter group."""
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +40,31 @@ class Operand(NamedTuple):
     rounding: Rounding
     index: int
     group: int
+
+
+class Batch(Sequence[Operand]):
+    """The operands of one step, contiguous, of which all but the gradients are the same in many steps.
+
+    What is worked out about the addresses of such operands is noted in `noted`, for as long as no address changes.
+
+    Args:
+        operands: the operands, their gradients left out as None.
+        grads: their gradients in this step.
+        noted: what is known already of operands at these addresses; written to.
+    """
+
+    def __init__(self, operands: Sequence[Operand], grads: Sequence[Tensor], noted: dict[str, Any]) -> None:
+        self._operands = operands
+        self._grads = grads
+        self.noted = noted
+
+    def __len__(self) -> int:
+        return len(self._operands)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return list(self)[place]
+        return self._operands[place]._replace(grad=self._grads[place])
 
 
 class AdamWSettings(NamedTuple):

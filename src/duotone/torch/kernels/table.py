@@ -7,18 +7,20 @@ these changes.
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.torch.kernels.operands import Operand, Rounding
+from duotone.torch.kernels.operands import Batch, Operand, Rounding
 from duotone.torch.kernels.reference import CHUNK
 
 # columns of `Table.parameters`
 GRAD, WEIGHT, TAIL, MOMENT1, MOMENT2, STEP, BETA_PRODUCTS, NUMEL, INDEX, GROUP = range(10)
 
+_DTYPE_OF = attrgetter("dtype")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -65,12 +67,17 @@ class GradTable(NamedTuple):
 
 def tables_of(operands: Sequence[Operand]) -> tuple[Table, ...]:
     """Return one table for each form among operands, which lie dense and in one layout each."""
-    return _tables(tuple([_row(operand) for operand in operands]))
+    noted = operands.noted if isinstance(operands, Batch) else {}
+    if "tables" not in noted:
+        noted["tables"] = _tables(tuple([_row(operand) for operand in operands]))
+    return noted["tables"]
 
 
 def grad_tables_of(grads: Sequence[Tensor]) -> tuple[GradTable, ...]:
     """Return one table for each dtype among dense gradients."""
-    return _grad_tables(tuple([(_NAMES[grad.dtype], grad.data_ptr(), grad.numel()) for grad in grads]))
+    return _grad_tables(
+        tuple(map(_DTYPE_OF, grads)), tuple(map(Tensor.data_ptr, grads)), tuple(map(Tensor.numel, grads))
+    )
 
 
 def _row(operand: Operand) -> tuple[Form, tuple[int, ...]]:
@@ -114,15 +121,17 @@ def _tables(rows: tuple[tuple[Form, tuple[int, ...]], ...]) -> tuple[Table, ...]
 
 
 @lru_cache(maxsize=32)
-def _grad_tables(rows: tuple[tuple[str, int, int], ...]) -> tuple[GradTable, ...]:
-    dtypes = np.array([name for name, _, _ in rows])
-    addresses, numels = (np.array([row[column] for row in rows], dtype=np.int64) for column in (1, 2))
+def _grad_tables(
+    dtypes: tuple[torch.dtype, ...], addresses: tuple[int, ...], lengths: tuple[int, ...]
+) -> tuple[GradTable, ...]:
+    names = np.array([_NAMES[dtype] for dtype in dtypes])
+    firsts, numels = (np.array(values, dtype=np.int64) for values in (addresses, lengths))
     owners, starts = _chunks(numels)
     tables = []
-    for name in dict.fromkeys(dtypes.tolist()):
-        (numbers,) = np.nonzero(dtypes[owners] == name)
+    for name in dict.fromkeys(names.tolist()):
+        (numbers,) = np.nonzero(names[owners] == name)
         owner, start = owners[numbers], starts[numbers]
-        first = addresses[owner] + start * getattr(torch, name).itemsize
+        first = firsts[owner] + start * getattr(torch, name).itemsize
         length = np.minimum(numels[owner] - start, CHUNK)
         tables.append(GradTable(name, np.stack((first, length, numbers), axis=1)))
     return tuple(tables)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,9 @@ class AdamW(FusedOptimizer):
     def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
+    def _held_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "step", "beta_products", "exp_avg", "exp_avg_sq"
+
     def _new_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         products = torch.ones(2, dtype=torch.float64, device=param.device)
         return {**super()._new_state(param, names), "beta_products": products}
@@ -100,6 +104,6 @@ class AdamW(FusedOptimizer):
         )
 
     def _update(
-        self, operands: list[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
+        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
     ) -> None:
         kernels.adamw(operands, settings, grad_multiplier, found_inf, self.backend)

@@ -1,7 +1,7 @@
 """The base of the optimizers whose update is one kernel over all parameters; each says its settings and moments."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.master import needs_tail, rounding_of, set_state_dtype, set_storage, state_dtype_of
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
+from duotone.torch.optim.gathering import Gathering
 from duotone.torch.optim.portable import (
     PortableForm,
     portable_group,
@@ -33,7 +34,13 @@ class FusedOptimizer(MasterOptimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: kernels.Backend) -> None:
         kernels.check_backend(backend)
         self.backend = backend
+        self._gathering = Gathering()
         super().__init__(params, defaults)
+        kernels.check_backend(backend, [param.device for param, _ in self._parameters()])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._gathering = Gathering()
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -46,7 +53,8 @@ class FusedOptimizer(MasterOptimizer):
         """Update every parameter that has a gradient; see `MasterOptimizer.step`."""
         loss = run_closure(closure, grad_multiplier, found_inf)
         settings = [self._settings(group) for group in self.param_groups]
-        for device, operands in self._operands_by_device().items():
+        by_device = self._gathering.operands(self.param_groups, self.state, self._held_names, self._operands_by_device)
+        for device, operands in by_device.items():
             multiplier = torch.ones((), device=device) if grad_multiplier is None else grad_multiplier.to(device)
             is_skipped = torch.zeros((), dtype=torch.bool, device=device) if found_inf is None else found_inf.to(device)
             self._update(operands, settings, multiplier, is_skipped)
@@ -62,9 +70,13 @@ class FusedOptimizer(MasterOptimizer):
 
     @abstractmethod
     def _update(
-        self, operands: list[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
+        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
     ) -> None:
         """Call the kernel."""
+
+    def _held_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the tensors in a state that are part of an operand, the tail apart."""
+        return ("step", *self._moment_names(group))
 
     def _operands_by_device(self) -> dict[torch.device, list[kernels.Operand]]:
         by_device: dict[torch.device, list[kernels.Operand]] = {}

@@ -5,6 +5,7 @@ updates all have the size of the learning rate, so that is three to ten times sm
 as much larger (section 5 there).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +86,6 @@ class Lion(FusedOptimizer):
         return kernels.LionSettings(group["lr"], beta1, beta2, group["weight_decay"], group["maximize"], group["seed"])
 
     def _update(
-        self, operands: list[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
+        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
     ) -> None:
         kernels.lion(operands, settings, grad_multiplier, found_inf, self.backend)

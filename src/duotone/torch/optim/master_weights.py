@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
+from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.master import needs_tail, read_master, rounding_of, set_storage, tail_of
@@ -67,6 +68,7 @@ class MasterWeights(MasterOptimizer):
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int = 0) -> None:
         check_wrappable(optimizer)
+        check_moments(optimizer, [param for group in optimizer.param_groups for param in group["params"]])
         # not torch's constructor, which would add the groups a second time
         self.__setstate__({"optimizer": optimizer, "seed": seed, "_kept": defaultdict(dict)})
         self._take_up([param for param, _ in self._parameters()])
@@ -157,7 +159,9 @@ class MasterWeights(MasterOptimizer):
         self.seed = state_dict["duotone"]["seed"]
         for index, (param, _) in enumerate(self._parameters()):
             loaded = states.get(index, {})
-            self._kept[param] = {name: copy_state(loaded[name], param.device) for name in _KEPT if name in loaded}
+            self._kept[param] = {
+                name: copy_state(loaded[name], param.device, param) for name in _KEPT if name in loaded
+            }
             if "tail" in loaded:
                 set_storage(param, self._kept[param]["tail"], None)
 
@@ -229,14 +233,15 @@ class MasterWeights(MasterOptimizer):
 
     def _stand_in(self, param: Tensor, grad_multiplier: Tensor | None) -> nn.Parameter:
         self._take_tail(param)
-        master = param.detach() if param.dtype == torch.float32 else read_master(param)
+        master = dense(param.detach()) if param.dtype == torch.float32 else read_master(param)
         stand_in = nn.Parameter(master, requires_grad=param.requires_grad)
         # some optimizers look for what their users noted on a parameter
         for name, note in vars(param).items():
             if not name.startswith("duotone_"):
                 setattr(stand_in, name, note)
         assert param.grad is not None
-        grad = param.grad.detach().to(torch.float32, copy=True)
+        # fused kernels go through memory, so it lies as the master does
+        grad = torch.empty_like(master).copy_(param.grad.detach())
         stand_in.grad = grad if grad_multiplier is None else grad.mul_(grad_multiplier.to(grad.device))
         return stand_in
 
@@ -273,7 +278,7 @@ class MasterWeights(MasterOptimizer):
 
     def _write(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
         if param.dtype == torch.float32:
-            # some optimizers put a new tensor in the place of a weight
+            # it was not dense, or the optimizer put a new tensor in its place
             if master.data_ptr() != param.data_ptr():
                 param.copy_(master)
             torch.autograd.graph.increment_version(param)
@@ -350,7 +355,7 @@ class MasterWeights(MasterOptimizer):
             step_device = param.device if group.get("fused") or group.get("capturable") else None
             if own:
                 self.state[param] = {
-                    name: copy_state(value, step_device if name == "step" else param.device)
+                    name: copy_state(value, step_device if name == "step" else param.device, param)
                     for name, value in own.items()
                 }
 

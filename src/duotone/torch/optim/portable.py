@@ -171,7 +171,7 @@ def check_same_state(optimizer: torch.optim.Optimizer, param: Tensor, loaded: Ma
             f"the state of parameter {index} holds {listed(loaded)}, that of {name} {listed(own)}; "
             "load the state of the same kind of optimizer"
         )
-    if not type(optimizer).__module__.startswith("torch.optim."):
+    if type(optimizer).__module__.split(".")[:2] != ["torch", "optim"]:
         return
     for key, value in loaded.items():
         # what torch's optimizers keep is a scalar, or has the parameter's shape, or would have but for sums over it

@@ -4,6 +4,7 @@ Sutskever et al., "On the importance of initialization and momentum in deep lear
 10 bytes per parameter with 16-bit weights and momentum: weight 2, tail 2, gradient 2, FP32 momentum 4.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -99,6 +100,6 @@ class SGD(FusedOptimizer):
         )
 
     def _update(
-        self, operands: list[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
+        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
     ) -> None:
         kernels.sgd(operands, settings, grad_multiplier, found_inf, self.backend)

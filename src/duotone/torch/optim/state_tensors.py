@@ -8,13 +8,25 @@ import torch
 from torch import Tensor
 
 
-def copy_state(value: Any, device: torch.device | None = None) -> Any:
-    """Return a deep copy of a state, its tensors on a device, or where they are; no dtype changes.
+def copy_state(value: Any, device: torch.device | None = None, param: Tensor | None = None) -> Any:
+    """Return a deep copy of a state; no dtype changes.
+
+    Args:
+        value: tensors, nested in dicts, lists and tuples, among anything else.
+        device: where tensors go; None for where they are.
+        param: the parameter whose state it is: tensors of its shape are laid out as it is, as fused kernels need them.
 
     >>> copy_state({"step": 3, "moments": [torch.ones(1, dtype=torch.int8)]})
     {'step': 3, 'moments': [tensor([1], dtype=torch.int8)]}
     """
-    return _mapped(lambda tensor: tensor.detach().clone().to(device or tensor.device), value)
+
+    def copied(tensor: Tensor) -> Tensor:
+        goal = device or tensor.device
+        if param is None or tensor.shape != param.shape:
+            return tensor.detach().clone().to(goal)
+        return torch.empty_like(param, dtype=tensor.dtype, device=goal, requires_grad=False).copy_(tensor.detach())
+
+    return _mapped(copied, value)
 
 
 def in_float32(value: Any, *dtypes: torch.dtype) -> Any:

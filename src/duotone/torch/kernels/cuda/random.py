@@ -1,7 +1,7 @@
 """Philox4x32-10 for one tile, as `duotone.torch.kernels.philox` defines it: a block for eight consecutive elements.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3. A thread computes the block of its own
-elements, eight of them, or four, which is half of the block, so no bits move between threads.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), section 3.3. A thread computes the block of its
+own elements, eight of them, or four, which is half of the block, so no bits move between threads.
 """
 
 # Triton unrolls a static_range and wraps a constexpr by itself

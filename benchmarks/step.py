@@ -1,0 +1,272 @@
+"""The optimizer step against its peers: equality first, then time, as ratios within one run.
+
+    python benchmarks/step.py             # checks, measures, writes benchmarks/results/step.json, fills README's table
+    python benchmarks/step.py --tables    # fills README's table from the results that are there
+    python benchmarks/step.py --device cuda --out FOLDER
+
+The arms, each on its own copies of the same parameters, in turn within each round:
+
+- `duotone`: `LossScaler.step(AdamW, clip_norm=1.0)` on BF16 weights with tails and BF16 gradients.
+- `torch chain`: what `torch.amp` does to FP32 weights in a step: `GradScaler.unscale_`, `clip_grad_norm_`, fused AdamW under
+  `GradScaler.step`, `update`, and the cast of every weight to BF16 that autocast makes in the next forward pass.
+- `torch chain, foreach`: the same with foreach AdamW.
+- `torch FP32`: fused AdamW on FP32 weights, no scaling, clipping or casting.
+- `copy`: `Tensor.copy_` of as many bytes as a step of Duotone moves, 28 per parameter, reads and writes together.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from torch import nn
+
+import duotone.torch as dt
+from duotone.torch.kernels import Backend
+from duotone.torch.master import ensure_tail, read_master, write_master
+
+# a step reads weight, tail, gradient (twice) and two FP32 moments, and writes all but the gradient
+BYTES_PER_PARAMETER = 28
+SECONDS = 25.0
+ROUNDS = (9, 101)
+
+
+def gpt_shapes(width: int = 768, layers: int = 12, vocabulary: int = 50257, context: int = 1024) -> list[list[int]]:
+    """Return the shapes of a GPT with tied embeddings, 124 M parameters by default."""
+    block = [
+        *([width], [width], [3 * width, width], [3 * width], [width, width], [width]),
+        *([width], [width], [4 * width, width], [4 * width], [width, 4 * width], [width]),
+    ]
+    return [[vocabulary, width], [context, width], *(block * layers), [width], [width]]
+
+
+SIZES: dict[str, list[list[int]]] = {
+    "one tensor of 30 M": [[30_000_000]],
+    "124 M GPT, 148 tensors": gpt_shapes(),
+    "1,000 tensors of 256": [[256]] * 1000,
+}
+CUDA_SIZES = {**SIZES, "one tensor of 1 B": [[1_000_000_000]]}
+
+Step = Callable[[], object]
+
+
+def duotone_step(shapes: list[list[int]], device: str, backend: Backend = "auto") -> tuple[Step, list[nn.Parameter]]:
+    """Return a step of Duotone, and its parameters."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        master = torch.randn(shape, generator=generator, device=device)
+        param = nn.Parameter(master.bfloat16())
+        ensure_tail(param)
+        write_master(param, master)
+        param.grad = torch.randn(shape, generator=generator, device=device).mul_(1e-3).bfloat16()
+        params.append(param)
+    optimizer = dt.AdamW(params, lr=1e-3, backend=backend)
+    scaler = dt.LossScaler("bf16")
+    return lambda: scaler.step(optimizer, clip_norm=1.0), params
+
+
+def torch_chain(shapes: list[list[int]], device: str, kind: str) -> tuple[Step, list[nn.Parameter]]:
+    """Return the same step as `torch.amp` takes it on FP32 weights, and its parameters."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        param = nn.Parameter(torch.randn(shape, generator=generator, device=device))
+        param.grad = torch.randn(shape, generator=generator, device=device).mul_(1e-3).bfloat16().float()
+        params.append(param)
+    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=kind == "fused", foreach=kind == "foreach")
+    scaler = torch.amp.GradScaler(device, init_scale=1.0, growth_interval=10**9)
+    scaler.scale(torch.ones((), device=device))
+
+    def chain() -> list[torch.Tensor]:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(params, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        return [param.detach().to(torch.bfloat16) for param in params]
+
+    return chain, params
+
+
+def torch_fp32(shapes: list[list[int]], device: str) -> Step:
+    """Return a step of torch's fused AdamW on FP32 weights and gradients."""
+    params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param).mul_(1e-3)
+    return torch.optim.AdamW(params, lr=1e-3, fused=True).step
+
+
+def copy_step(numel: int, device: str) -> Step:
+    """Return a copy that reads and writes as many bytes as a step of Duotone."""
+    source = torch.ones(BYTES_PER_PARAMETER * numel // 8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def check(shapes: list[list[int]], device: str) -> dict[str, Any]:
+    """Compare one step of the fused kernels with the reference, in every bit, and with torch's chain.
+
+    Raises:
+        SystemExit: they differ; nothing is timed then.
+    """
+    fused, params = duotone_step(shapes, device)
+    plain, expected = duotone_step(shapes, device, "reference")
+    chain, peers = torch_chain(shapes, device, "fused")
+    fused(), plain(), chain()
+    if not all(map(same_master, params, expected)):
+        raise SystemExit("the fused kernels differ from the reference; nothing was timed")
+    distance = max(
+        ((read_master(one) - other.detach()).abs() / other.detach().abs().clamp(min=1.0)).max().item()
+        for one, other in zip(params, peers, strict=True)
+    )
+    if distance > 1e-6:
+        raise SystemExit(f"a step differs from torch's chain by {distance:.2e} of a weight; nothing was timed")
+    return {"equal_to_reference_in_every_bit": True, "largest_distance_to_torch_chain": distance}
+
+
+def same_master(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether the masters of two parameters have the same bits."""
+    return torch.equal(read_master(one).view(torch.int32), read_master(other).view(torch.int32))
+
+
+def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
+    """Check, then time every arm in turn, and return medians, quartiles and ratios round by round."""
+    checked = check(shapes, device)
+    numel = sum(torch.Size(shape).numel() for shape in shapes)
+    arms: dict[str, Step] = {"duotone": duotone_step(shapes, device)[0]}
+    arms["torch chain"] = torch_chain(shapes, device, "fused")[0]
+    if numel < 500_000_000:
+        arms["torch chain, foreach"] = torch_chain(shapes, device, "foreach")[0]
+        arms["torch FP32"] = torch_fp32(shapes, device)
+    arms["copy"] = copy_step(numel, device)
+    for arm in arms.values():
+        for _ in range(3):
+            arm()
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    started = time.perf_counter()
+    while len(seconds["copy"]) < ROUNDS[0] or (
+        time.perf_counter() - started < SECONDS and len(seconds["copy"]) < ROUNDS[1]
+    ):
+        for name, arm in arms.items():
+            seconds[name].append(timed(arm, device))
+    own = seconds["duotone"]
+    moved = BYTES_PER_PARAMETER * numel
+    return {
+        "parameters": numel,
+        "tensors": len(shapes),
+        "rounds": len(own),
+        **checked,
+        "milliseconds": {name: report.quartiles([1e3 * value for value in values]) for name, values in seconds.items()},
+        "times_faster_than": {
+            name: report.quartiles([peer / mine for peer, mine in zip(values, own, strict=True)])
+            for name, values in seconds.items()
+            if name != "duotone"
+        },
+        "bytes_per_second": report.quartiles([moved / value for value in own]),
+    }
+
+
+def timed(arm: Step, device: str) -> float:
+    """Return the seconds that one call takes, the device's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    arm()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+FIRST_STEP = """
+import time, torch, duotone.torch as dt
+weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+weight.grad = torch.ones_like(weight)
+optimizer, scaler = dt.AdamW([weight]), dt.LossScaler("bf16")
+seconds = []
+for _ in range(2):
+    started = time.perf_counter()
+    scaler.step(optimizer, clip_norm=1.0)
+    seconds.append(time.perf_counter() - started)
+print(seconds[0] - seconds[1])
+"""
+
+
+def first_step() -> dict[str, float]:
+    """Return what the first step of a process takes more than its second, without and with kernels on disk, in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "XDG_CACHE_HOME": folder}
+
+        def seconds() -> float:
+            command = [sys.executable, "-c", FIRST_STEP]
+            return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+        compiling = seconds()
+        return {"compiling": compiling, "loading": report.quartiles([seconds() for _ in range(7)])["median"]}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Return README's table in Markdown."""
+    peers = ("torch chain", "torch chain, foreach", "torch FP32")
+    lines = [
+        "| parameters | Duotone, ms | "
+        + " | ".join(f"times faster than {peer}" for peer in peers)
+        + " | GB/s | of copy's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, result in results["sizes"].items():
+        faster = [
+            "{median:.2f} ({lower:.2f} to {upper:.2f})".format(**result["times_faster_than"][peer])
+            if peer in result["times_faster_than"]
+            else ""
+            for peer in peers
+        ]
+        own = result["milliseconds"]["duotone"]["median"]
+        lines.append(
+            f"| {name} | {own:.2f} | {' | '.join(faster)} | {result['bytes_per_second']['median'] / 1e9:.1f} | "
+            f"{result['times_faster_than']['copy']['median']:.2f} |"
+        )
+    text = "\n".join(lines) + "\n\nMedians, with quartiles, of ratios taken round by round. "
+    if results["first_step_seconds"]:
+        loading, compiling = (results["first_step_seconds"][key] for key in ("loading", "compiling"))
+        text += (
+            f"The first step of a process takes {loading:.2f} s more with compiled kernels on disk, {compiling:.1f} s the "
+            "very first time. "
+        )
+    return text + report.provenance(results["machine"])
+
+
+def main() -> None:
+    """Measure unless told not to, and fill README's table from the CPU's results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="only fill README's table")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
+    arguments = parser.parse_args()
+    path = arguments.out / ("step.json" if arguments.device == "cpu" else "step-cuda.json")
+    if not arguments.tables:
+        sizes = CUDA_SIZES if arguments.device == "cuda" else SIZES
+        results: dict[str, Any] = {"machine": report.machine(), "sizes": {}, "first_step_seconds": None}
+        for name, shapes in sizes.items():
+            print(name, flush=True)
+            results["sizes"][name] = measure(shapes, arguments.device)
+        if arguments.device == "cpu":
+            results["first_step_seconds"] = first_step()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    if path == report.RESULTS / "step.json":
+        report.fill_readme("step", tables(results))
+    else:
+        print(tables(results))
+
+
+if __name__ == "__main__":
+    main()
