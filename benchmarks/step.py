@@ -7,11 +7,14 @@
 The arms, each on its own copies of the same parameters, in turn within each round:
 
 - `duotone`: `LossScaler.step(AdamW, clip_norm=1.0)` on BF16 weights with tails and BF16 gradients.
-- `torch chain`: what `torch.amp` does to FP32 weights in a step: `GradScaler.unscale_`, `clip_grad_norm_`, fused AdamW under
-  `GradScaler.step`, `update`, and the cast of every weight to BF16 that autocast makes in the next forward pass.
+- `torch chain`: what `torch.amp` does to FP32 weights in a step: `GradScaler.unscale_`, `clip_grad_norm_`, fused AdamW
+  under `GradScaler.step`, `update`, and the cast of every weight to BF16 that autocast makes in the next forward pass.
 - `torch chain, foreach`: the same with foreach AdamW.
 - `torch FP32`: fused AdamW on FP32 weights, no scaling, clipping or casting.
 - `copy`: `Tensor.copy_` of as many bytes as a step of Duotone moves, 28 per parameter, reads and writes together.
+
+A sample is one call, or the mean of as many in a row as take 30 ms: what is small then stays in the caches, for every
+arm alike.
 """
 
 import argparse
@@ -37,6 +40,8 @@ from duotone.torch.master import ensure_tail, read_master, write_master
 BYTES_PER_PARAMETER = 28
 SECONDS = 25.0
 ROUNDS = (9, 101)
+# calls in a row that one sample is the mean of: as many as take this long, as `torch.utils.benchmark` does it
+SAMPLE_SECONDS = 0.03
 
 
 def gpt_shapes(width: int = 768, layers: int = 12, vocabulary: int = 50257, context: int = 1024) -> list[list[int]]:
@@ -120,7 +125,8 @@ def check(shapes: list[list[int]], device: str) -> dict[str, Any]:
     fused, params = duotone_step(shapes, device)
     plain, expected = duotone_step(shapes, device, "reference")
     chain, peers = torch_chain(shapes, device, "fused")
-    fused(), plain(), chain()
+    for step in (fused, plain, chain):
+        step()
     if not all(map(same_master, params, expected)):
         raise SystemExit("the fused kernels differ from the reference; nothing was timed")
     distance = max(
@@ -147,22 +153,24 @@ def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
         arms["torch chain, foreach"] = torch_chain(shapes, device, "foreach")[0]
         arms["torch FP32"] = torch_fp32(shapes, device)
     arms["copy"] = copy_step(numel, device)
-    for arm in arms.values():
-        for _ in range(3):
-            arm()
+    calls = {}
+    for name, arm in arms.items():
+        arm()
+        calls[name] = max(1, round(SAMPLE_SECONDS / timed(arm, 3, device)))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     started = time.perf_counter()
     while len(seconds["copy"]) < ROUNDS[0] or (
         time.perf_counter() - started < SECONDS and len(seconds["copy"]) < ROUNDS[1]
     ):
         for name, arm in arms.items():
-            seconds[name].append(timed(arm, device))
+            seconds[name].append(timed(arm, calls[name], device))
     own = seconds["duotone"]
     moved = BYTES_PER_PARAMETER * numel
     return {
         "parameters": numel,
         "tensors": len(shapes),
         "rounds": len(own),
+        "calls_per_sample": calls,
         **checked,
         "milliseconds": {name: report.quartiles([1e3 * value for value in values]) for name, values in seconds.items()},
         "times_faster_than": {
@@ -174,15 +182,16 @@ def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
     }
 
 
-def timed(arm: Step, device: str) -> float:
-    """Return the seconds that one call takes, the device's work included."""
+def timed(arm: Step, calls: int, device: str) -> float:
+    """Return the seconds that a call takes, the mean of some in a row, the device's work included."""
     if device == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
-    arm()
+    for _ in range(calls):
+        arm()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started) / calls
 
 
 FIRST_STEP = """
@@ -200,7 +209,7 @@ print(seconds[0] - seconds[1])
 
 
 def first_step() -> dict[str, float]:
-    """Return what the first step of a process takes more than its second, without and with kernels on disk, in seconds."""
+    """Return what a process' first step takes more than its second, in seconds, without and with kernels on disk."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "XDG_CACHE_HOME": folder}
 
@@ -216,9 +225,7 @@ def tables(results: dict[str, Any]) -> str:
     """Return README's table in Markdown."""
     peers = ("torch chain", "torch chain, foreach", "torch FP32")
     lines = [
-        "| parameters | Duotone, ms | "
-        + " | ".join(f"times faster than {peer}" for peer in peers)
-        + " | GB/s | of copy's |",
+        f"| parameters | Duotone, ms | {' | '.join(f'against {peer}' for peer in peers)} | GB/s | against copy |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, result in results["sizes"].items():
@@ -233,12 +240,12 @@ def tables(results: dict[str, Any]) -> str:
             f"| {name} | {own:.2f} | {' | '.join(faster)} | {result['bytes_per_second']['median'] / 1e9:.1f} | "
             f"{result['times_faster_than']['copy']['median']:.2f} |"
         )
-    text = "\n".join(lines) + "\n\nMedians, with quartiles, of ratios taken round by round. "
+    text = "\n".join(lines) + "\n\nHow many times faster: medians, with quartiles, of ratios taken round by round. "
     if results["first_step_seconds"]:
         loading, compiling = (results["first_step_seconds"][key] for key in ("loading", "compiling"))
         text += (
-            f"The first step of a process takes {loading:.2f} s more with compiled kernels on disk, {compiling:.1f} s the "
-            "very first time. "
+            f"The first step of a process takes {loading:.2f} s more than the second with compiled kernels on disk, "
+            f"{compiling:.1f} s when they have to be compiled. "
         )
     return text + report.provenance(results["machine"])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from duotone.errors import LossScaleError
@@ -169,7 +169,8 @@ def update(
 
     where a clean step fills the window if g + 1 >= growth_interval. A full window restores the tolerance even
     where the scale is at its ceiling already, so the overflow after it is treated like the first. At
-    hysteresis 1 and away from the bounds this is torch.amp's rule.
+    hysteresis 1 and away from the bounds this is torch.amp's rule. A scale that cannot move has no windows:
+    its trackers stay as they are.
 
     There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where) nothing
     waits for a device, many scales can share one array, and dtypes are kept.
@@ -187,6 +188,11 @@ def update(
     (32768.0, 1)
     """
     overflow = found_inf != 0
+    skipped = where(overflow, state.skipped + 1, state.skipped)
+    skipped_in_a_row = where(overflow, state.skipped_in_a_row + 1, 0)
+    if not settings.is_dynamic:
+        return replace(state, skipped=skipped, skipped_in_a_row=skipped_in_a_row)
+
     window_is_full = state.growth_tracker + 1 >= settings.growth_interval
     tolerated = state.hysteresis_tracker > 0
 
@@ -208,8 +214,8 @@ def update(
             where(tolerated, state.hysteresis_tracker - 1, 0),
             where(window_is_full, settings.hysteresis - 1, state.hysteresis_tracker),
         ),
-        skipped=where(overflow, state.skipped + 1, state.skipped),
-        skipped_in_a_row=where(overflow, state.skipped_in_a_row + 1, 0),
+        skipped=skipped,
+        skipped_in_a_row=skipped_in_a_row,
     )
 
 

@@ -161,7 +161,6 @@ def refusals():
             '"embed.weight" and "head.weight" are one tied parameter, but the rules keep it in',
         ),
         ("bf16,compute=float8_e4m3fn", "compute=float8_e4m3fn is not available in torch yet"),
-        ("bf16,state=bfloat16", "state=bfloat16 is not available in torch yet"),
         ("half-ish", "half-ish"),
     ]
 

@@ -168,6 +168,31 @@ def test_another_policy_is_refused_unless_converting(tmp_path, saved, wanted):
     train(other, 1)
 
 
+def test_converting_moments_gives_them_the_dtype_of_the_policy(tmp_path):
+    parts, other = make("bf16"), make("bf16,state=bf16", seed=5)
+    train(parts, 3)
+    save(tmp_path / "last", parts)
+    load(tmp_path / "last", other, convert=True)
+    for one, two in zip(parts[0].parameters(), other[0].parameters(), strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in parts[1].state[one]:
+                assert torch.equal(other[1].state[two][name], parts[1].state[one][name].bfloat16())
+    train(other, 1)
+
+
+def test_a_weight_that_was_trained_and_then_frozen_is_converted(tmp_path):
+    parts, other = make("fp32"), make("bf16", seed=5)
+    train(parts, 2)
+    torch.manual_seed(5)
+    model = Tied()
+    model.embed.weight.requires_grad_(False)
+    other = dt.cast(model, "bf16"), dt.AdamW([p for n, p in model.named_parameters() if "frozen" not in n]), *other[2:]
+    save(tmp_path / "last", parts)
+    dt.load_checkpoint(tmp_path / "last", *other[:2], convert=True)
+    assert torch.equal(other[0].embed.weight, parts[0].embed.weight.bfloat16())
+    assert torch.equal(other[1].state[model.embed.weight]["exp_avg"], parts[1].state[parts[0].embed.weight]["exp_avg"])
+
+
 def test_a_weight_too_large_for_fp16_is_not_converted_to_inf(tmp_path):
     parts = make("bf16")
     with torch.no_grad():

@@ -59,8 +59,11 @@ def test_training_lowers_the_loss(make_trainer):
     assert trainer.summary().evaluation["loss"] < 0.3 * before
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("policy", ["fp32", "bf16", "fp16", "bf16-mixed", "bf16-true,rounding=stochastic"])
+POLICIES = ["fp32", "bf16", "fp16", "bf16-mixed", "bf16,state=bfloat16", "bf16-true,rounding=stochastic"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("stop_after", [5, 6])
 def test_stopping_and_resuming_changes_no_bit(make_trainer, tmp_path, policy, optimizer, stop_after):
     settings = {"policy": policy, "optimizer": optimizer, "micro_batches": 2, "warmup_steps": 3}
@@ -83,6 +86,21 @@ def test_stopping_and_resuming_changes_no_bit(make_trainer, tmp_path, policy, op
         for lines in (read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts"))
     ]
     assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_kernels_change_no_bit_of_a_run(make_trainer, policy, optimizer):
+    runs = []
+    for backend in ("cpu", "reference"):
+        trainer = make_trainer(small_task, policy=policy, optimizer=optimizer, backend=backend)
+        metrics = list(trainer.run())
+        runs.append((bits_of(trainer), [line.loss for line in metrics], [line.grad_norm for line in metrics]))
+    (bits, *curves), (expected, *expected_curves) = runs
+    assert curves == expected_curves
+    assert bits.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(bits[name], value), name
 
 
 def test_lines_after_the_last_checkpoint_are_dropped_on_resume(make_trainer, tmp_path):

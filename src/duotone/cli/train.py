@@ -30,13 +30,16 @@ def train_command(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the model and the batches. (default: 0)")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Of the optimizer's kernels: auto, reference, cpu, cuda. (default: auto)")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, sgd or lion.")] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="The highest of the schedule.")
     ] = None,
     warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up before the cosine.")] = None,
     final_lr_fraction: Annotated[float | None, typer.Option(help="Where the cosine ends, of the highest rate.")] = None,
-    betas: Annotated[tuple[float, float] | None, typer.Option(help="AdamW's.")] = None,
+    betas: Annotated[tuple[float, float] | None, typer.Option(help="AdamW's or Lion's.")] = None,
     momentum: Annotated[float | None, typer.Option(help="SGD's.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="The optimizer's.")] = None,
     clip_norm: Annotated[
@@ -61,6 +64,7 @@ def train_command(
         "steps": steps,
         "seed": seed,
         "device": device,
+        "backend": backend,
         "optimizer": optimizer,
         "learning_rate": learning_rate,
         "warmup_steps": warmup_steps,

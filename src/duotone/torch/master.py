@@ -5,7 +5,9 @@ nothing is stored twice and neither can go stale. A parameter without a tail is 
 16-bit under a policy without masters.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ _ROUNDING = "duotone_rounding"
 _STATE = "duotone_state"
 # the smallest magnitude that rounds to Inf in FP16
 _FP16_OVERFLOW = 65520.0
+# counts calls of `set_storage`, so that asking thousands of parameters for their tails can be spared
+_counter = count(1)
+_changes: deque[int] = deque([0], maxlen=1)
 
 
 def tail_of(param: Tensor) -> Tensor | None:
@@ -30,12 +35,6 @@ def rounding_of(param: Tensor) -> Rounding | None:
     return getattr(param, _ROUNDING, None)
 
 
-def storage_marks_of(params: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Rounding | None]]:
-    """Return the tails and the roundings of many parameters at once."""
-    noted = list(map(vars, params))
-    return [marks.get(_TAIL) for marks in noted], [marks.get(_ROUNDING) for marks in noted]
-
-
 def state_dtype_of(param: Tensor) -> torch.dtype:
     """Return the dtype of the moments that an optimizer keeps for a parameter; FP32 if no policy says otherwise."""
     return getattr(param, _STATE, torch.float32)
@@ -43,8 +42,14 @@ def state_dtype_of(param: Tensor) -> torch.dtype:
 
 def set_storage(param: Tensor, tail: Tensor | None, rounding: Rounding | None) -> None:
     """Note on a parameter which tail it has, or by which rounding it does without."""
+    _changes.append(next(_counter))
     setattr(param, _TAIL, tail)
     setattr(param, _ROUNDING, rounding)
+
+
+def storage_changes() -> int:
+    """Return a number that is another one once `set_storage` has been called for any parameter."""
+    return _changes[-1]
 
 
 def set_state_dtype(param: Tensor, dtype: torch.dtype) -> None:

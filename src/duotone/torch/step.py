@@ -6,6 +6,7 @@ Duotone's optimizers nothing waits for the device.
 """
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.master import needs_tail, rounding_of
 from duotone.torch.optim import MasterOptimizer
+
+_is_sparse = attrgetter("is_sparse")
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,11 @@ def step(
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
     if not isinstance(optimizer, MasterOptimizer):
-        for param in params:
-            _check_foreign(optimizer, param)
-    grads = [param.grad for param in params]
-    if any([grad.is_sparse for grad in grads]):
+        _check_foreign(optimizer)
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if any(map(_is_sparse, grads)):
         raise OptimizerError("sparse gradients cannot be unscaled here; use Embedding(sparse=False)")
     return grads
 
@@ -113,14 +115,16 @@ def _backend(optimizer: torch.optim.Optimizer) -> kernels.Backend:
     return optimizer.backend if isinstance(optimizer, MasterOptimizer) else "auto"
 
 
-def _check_foreign(optimizer: torch.optim.Optimizer, param: Tensor) -> None:
-    if needs_tail(param) or rounding_of(param) == kernels.Rounding.STOCHASTIC:
-        name = type(optimizer).__name__
-        raise OptimizerError(
-            f"torch's {name} would lose small updates to weights in {param.dtype}: it keeps no FP32 masters and "
-            "rounds to nearest; use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion from there, or "
-            "duotone.torch.prepare(model, optimizer, policy)"
-        )
+def _check_foreign(optimizer: torch.optim.Optimizer) -> None:
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        if param.grad is None:
+            continue
+        if needs_tail(param) or rounding_of(param) == kernels.Rounding.STOCHASTIC:
+            raise OptimizerError(
+                f"torch's {type(optimizer).__name__} would lose small updates to weights in {param.dtype}: it keeps no "
+                "FP32 masters and rounds to nearest; use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion "
+                "from there, or duotone.torch.prepare(model, optimizer, policy)"
+            )
 
 
 def _grad_multiplier(sum_of_squares: Tensor, inverse_scale: Tensor, clip_norm: float | None) -> Tensor:

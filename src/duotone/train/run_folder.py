@@ -18,7 +18,7 @@ from duotone.train.settings import RunSettings, read_config, resolve_settings
 KEPT_CHECKPOINTS = 2
 _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
 # settings that say how a run is watched or where it runs; the others decide its result
-_FREE = frozenset({"device", "log_every", "evaluate_every", "checkpoint_every"})
+_FREE = frozenset({"device", "backend", "log_every", "evaluate_every", "checkpoint_every"})
 
 
 class RunFolder:

@@ -24,14 +24,16 @@ class RunSettings:
         task: a built-in task's name or the path of a task file.
         policy: a policy's text.
         device: `"auto"` (a GPU if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        backend: of the optimizer's kernels: `"auto"` (the device's own), `"reference"`, `"cpu"` or `"cuda"`; the
+            result is the same bits.
         seed: of the model, the batches and anything else random.
         steps: optimizer steps in all.
         micro_batches: batches whose gradients are accumulated into one step.
-        optimizer: `"adamw"` or `"sgd"`.
+        optimizer: `"adamw"`, `"sgd"` or `"lion"`.
         learning_rate: the highest of the schedule.
         warmup_steps: steps of linear warm-up.
         final_lr_fraction: where the cosine ends, as a fraction of `learning_rate`.
-        betas: AdamW's.
+        betas: AdamW's or Lion's.
         momentum: SGD's.
         weight_decay: the optimizer's.
         clip_norm: the largest gradient norm; None for no clipping.
@@ -51,10 +53,11 @@ class RunSettings:
     task: str = "stdlib-text"
     policy: str = "bf16"
     device: str = "auto"
+    backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     seed: int = 0
     steps: int = 1000
     micro_batches: int = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "lion"] = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 0
     final_lr_fraction: float = 0.1

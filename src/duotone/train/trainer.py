@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,21 +233,19 @@ class Trainer:
 
 
 def _optimizer(model: torch.nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
-    if settings.optimizer == "sgd":
-        return dt.SGD(
-            model.parameters(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-        )
-    return dt.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-    )
+    common: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "seed": settings.seed,
+        "backend": settings.backend,
+    }
+    match settings.optimizer:
+        case "adamw":
+            return dt.AdamW(model.parameters(), betas=settings.betas, **common)
+        case "lion":
+            return dt.Lion(model.parameters(), betas=settings.betas, **common)
+        case "sgd":
+            return dt.SGD(model.parameters(), momentum=settings.momentum, **common)
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -54,7 +54,7 @@ def pair(*sizes, form=SPLIT, group=lambda index: 0):
 
 
 def grads_for(operands, step):
-    return [adversarial_grads(operand.weight.numel(), operand.index + 100 * step) for operand in operands]
+    return [adversarial_grads(operand.weight.numel(), operand.number + 100 * step) for operand in operands]
 
 
 def step_both(optimizer, expected, own, grads, settings=None, *, found_inf=False):
@@ -178,7 +178,7 @@ def test_no_operands_and_no_elements():
 
 def test_random_bits_of_late_steps_and_parameters():
     operands = pair(30, form=FORMS["stochastic"])
-    operands = tuple([own[0]._replace(index=2**30 - 1)] for own in operands)
+    operands = tuple([own[0]._replace(number=2**30 - 1)] for own in operands)
     for own in operands:
         own[0].step.fill_(2**33 + 2**31 + 5)
     step_and_compare("adamw", operands, 2)

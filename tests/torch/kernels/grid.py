@@ -125,7 +125,7 @@ def differing(first: Sequence[Operand], second: Sequence[Operand]) -> list[str]:
             if not same.all():
                 place = int((~same).flatten().nonzero()[0])
                 found.append(
-                    f"{name} of parameter {one.index}: {int((~same).sum())} of {same.numel()} differ, at {place} "
+                    f"{name} of parameter {one.number}: {int((~same).sum())} of {same.numel()} differ, at {place} "
                     f"{value.flatten()[place].item()!r} for {expected.flatten()[place].item()!r}"
                 )
     return found

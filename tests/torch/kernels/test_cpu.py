@@ -36,7 +36,7 @@ def pair(*sizes: int, form=SPLIT, group=lambda index: 0):
 
 
 def grads_for(operands, step: int):
-    return [adversarial_grads(operand.weight.numel(), operand.index + 100 * step) for operand in operands]
+    return [adversarial_grads(operand.weight.numel(), operand.number + 100 * step) for operand in operands]
 
 
 @pytest.mark.parametrize(("optimizer", "form", "grad", "moment"), list(every_case()))
@@ -140,7 +140,7 @@ def test_indices_beyond_two_to_the_31(monkeypatch):
 
     blocks = first // 8 + torch.arange(length // 8 + 1)
     zero, seed = torch.zeros_like(blocks), SETTINGS["sgd"].seed
-    counter = blocks & 0xFFFF_FFFF, blocks >> 32, zero + 4, zero + end.index
+    counter = blocks & 0xFFFF_FFFF, blocks >> 32, zero + 4, zero + end.number
     words = philox4x32(counter, (seed & 0xFFFF_FFFF, seed >> 32))
     halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1).flatten()
     exact = end.weight.float() - whole[1][first:].float() * 0.1

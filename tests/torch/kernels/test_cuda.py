@@ -125,7 +125,7 @@ def test_a_capture_keeps_what_it_reads_and_caches_nothing(monkeypatch):
 def on_gpu(*forms):
     operands = [make_operand(*form, 5000, index) for index, form in enumerate(forms)]
     for operand in operands:
-        operand.grad.normal_(generator=torch.Generator().manual_seed(operand.index))
+        operand.grad.normal_(generator=torch.Generator().manual_seed(operand.number))
     return [
         operand._replace(
             weight=operand.weight.cuda(),

@@ -5,7 +5,7 @@ import torch
 
 from duotone.torch.kernels import table
 from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import GROUP, INDEX, MOMENT1, MOMENT2, NUMEL, TAIL, WEIGHT, Form
+from duotone.torch.kernels.table import GROUP, MOMENT1, MOMENT2, NUMBER, NUMEL, TAIL, WEIGHT, Form
 
 from .grid import make_operand
 
@@ -24,7 +24,7 @@ def test_there_is_one_table_for_each_form():
     for number, one in enumerate(tables):
         own = operands[number::4]
         assert one.parameters[:, WEIGHT].tolist() == [operand.weight.data_ptr() for operand in own]
-        assert one.parameters[:, INDEX].tolist() == [number, number + 4]
+        assert one.parameters[:, NUMBER].tolist() == [number, number + 4]
         assert one.parameters[:, GROUP].tolist() == [number % 2, number % 2]
         assert one.parameters[:, NUMEL].tolist() == [10 + number, 14 + number]
     assert tables[0].parameters[0, TAIL] == operands[0].tail.data_ptr()

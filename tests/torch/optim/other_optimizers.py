@@ -55,6 +55,19 @@ class HoldsWeights(torch.optim.SGD):
         self.names = {"first": [self.param_groups[0]["params"][0]]}
 
 
+class Unseen(torch.optim.Optimizer):
+    """Writes weights in a way that autograd does not see."""
+
+    def __init__(self, params, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.data.sub_(param.grad, alpha=group["lr"])
+
+
 class Around(torch.optim.Optimizer):
     """Wraps another optimizer and shares its groups and state, as many third parties do."""
 
@@ -88,6 +101,7 @@ KINDS = {
     "ASGD": partial(torch.optim.ASGD, lr=1e-3),
     "Rprop": partial(torch.optim.Rprop, lr=1e-4),
     "Recent": Recent,
+    "Unseen": Unseen,
     "Around": Around,
 }
 FUSED = [name for name in KINDS if name.endswith("fused")]

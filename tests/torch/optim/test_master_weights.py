@@ -131,6 +131,18 @@ def test_a_fused_optimizer_does_not_wait_for_the_device(train, monkeypatch, kind
 
 
 @pytest.mark.parametrize("kind", FUSED)
+def test_a_skip_on_the_device_leaves_edited_weights_alone(train, kind):
+    weight = make_weights(torch.bfloat16, ((33,),))[0]
+    optimizer = dt.MasterWeights(KINDS[kind]([weight]))
+    train(optimizer, range(2), found_inf=GO)
+    # such a weight is not what its tail was made for
+    weight.data[::2] = 0.0
+    before = everything_of(optimizer)
+    train(optimizer, range(2, 3), found_inf=SKIP)
+    assert everything_of(optimizer) == before
+
+
+@pytest.mark.parametrize("kind", FUSED)
 def test_a_fused_optimizer_that_is_told_not_to_be_still_skips(train, kind):
     optimizer = dt.MasterWeights(KINDS[kind](make_weights(torch.bfloat16)))
     train(optimizer, range(1), found_inf=GO)
@@ -275,9 +287,10 @@ def test_a_failing_optimizer_takes_nothing_along(give_gradients, dtype):
 
 
 @pytest.mark.parametrize("policy", ["bf16", "fp32"])
-def test_a_backward_through_changed_weights_raises(policy):
+@pytest.mark.parametrize("kind", ["NAdam", "Unseen"])
+def test_a_backward_through_changed_weights_raises(kind, policy):
     model = dt.cast(nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)), policy)
-    optimizer = dt.MasterWeights(torch.optim.NAdam(model.parameters()))
+    optimizer = dt.MasterWeights(KINDS[kind](model.parameters()))
     losses = [model(torch.ones(1, 2)).sum() for _ in range(3)]
     losses[0].backward()
     optimizer.step(found_inf=SKIP)

@@ -11,7 +11,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError, OptimizerError
-from duotone.torch.master import tail_of
+from duotone.torch.master import tail_of, write_master
 
 from .bits import everything_of
 from .other_optimizers import KINDS
@@ -101,6 +101,21 @@ def test_nothing_changes_its_dtype_on_loading():
     assert state["count"] == 1
     assert other.state["all"] == {"calls": 1}
     assert other.state["all"] is not optimizer.state["all"]
+
+
+@pytest.mark.parametrize("kind", ["Adam fused", "SGD fused"])
+def test_a_first_step_after_loading_may_overflow(train, kind):
+    optimizers = [wrapped(linear(), kind) for _ in range(2)]
+    untouched, masters = copy.deepcopy(optimizers[0].state_dict()), dt.master_weights(linear())
+    # one is in the midst of training when it is taken back to the beginning
+    train(optimizers[0], range(2), found_inf=torch.tensor(False))
+    optimizers[0].load_state_dict(untouched)
+    for param, master in zip(optimizers[0].param_groups[0]["params"], masters.values(), strict=True):
+        write_master(param, master)
+    train(optimizers[0], range(1), found_inf=torch.tensor(True))
+    for optimizer in optimizers:
+        train(optimizer, range(3), found_inf=torch.tensor(False))
+    assert everything_of(optimizers[0]) == everything_of(optimizers[1])
 
 
 def test_moments_are_laid_out_as_their_weight(train):

@@ -229,6 +229,19 @@ def test_what_never_stepped_has_no_state(train):
     assert bits_of(dt.master_weights(model)) == masters
 
 
+@pytest.mark.parametrize("make", [dt.AdamW, lambda params: dt.MasterWeights(torch.optim.AdamW(params))])
+def test_a_tail_that_only_the_optimizer_holds_stays(train, make):
+    model = linear().bfloat16()
+    optimizer = make(model.parameters())
+    train(optimizer, range(3))
+    masters = bits_of(dt.master_weights(model))
+    # torch copies a parameter without what is noted on it
+    copied, optimizer = copy.deepcopy((model, optimizer))
+    assert tail_of(copied.weight) is None
+    optimizer.load_portable_state_dict(torch.optim.AdamW(linear().parameters()).state_dict())
+    assert bits_of(dt.master_weights(copied)) == masters
+
+
 def test_what_a_group_holds_besides_goes_along(train):
     reference = torch.optim.AdamW(list(linear().named_parameters()), lr=0.5)
     torch.optim.lr_scheduler.ExponentialLR(reference, 0.9)

@@ -38,7 +38,7 @@ def through_a_state_dict(model, optimizer, make):
 
 
 @both
-@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16-true,rounding=stochastic"])
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16,state=bf16", "bf16-true,rounding=stochastic"])
 @pytest.mark.parametrize(
     "duplicate",
     [

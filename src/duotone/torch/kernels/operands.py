@@ -27,7 +27,7 @@ class Operand(NamedTuple):
         step: int64, 0-d: how often the parameter has been updated; read and written.
         beta_products: FP64, shape `(2,)`, the running products of AdamW's betas; None in other updates.
         rounding: how a 16-bit weight without a tail is rounded; without meaning for the others.
-        index: the parameter's index in its optimizer; random bits depend on it.
+        number: the parameter's place in its optimizer, from 0 on; random bits depend on it.
         group: which of the settings hold.
     """
 
@@ -38,7 +38,7 @@ class Operand(NamedTuple):
     step: Tensor
     beta_products: Tensor | None
     rounding: Rounding
-    index: int
+    number: int
     group: int
 
 

@@ -171,7 +171,7 @@ def _read_master(operand: Operand) -> Tensor:
 
 def _write(operand: Operand, seed: int, master: Tensor, moments: tuple[Tensor, ...], found_inf: Tensor) -> None:
     def random(stream: int) -> Tensor:
-        return random_16_bits(master.numel(), seed=seed, step=operand.step, parameter=operand.index, stream=stream)
+        return random_16_bits(master.numel(), seed=seed, step=operand.step, parameter=operand.number, stream=stream)
 
     weight = _flat(operand.weight)
     if operand.tail is not None:

@@ -18,7 +18,7 @@ from duotone.torch.kernels.operands import Batch, Operand, Rounding
 from duotone.torch.kernels.reference import CHUNK
 
 # columns of `Table.parameters`
-GRAD, WEIGHT, TAIL, MOMENT1, MOMENT2, STEP, BETA_PRODUCTS, NUMEL, INDEX, GROUP = range(10)
+GRAD, WEIGHT, TAIL, MOMENT1, MOMENT2, STEP, BETA_PRODUCTS, NUMEL, NUMBER, GROUP = range(10)
 
 _DTYPE_OF = attrgetter("dtype")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -81,7 +81,7 @@ def grad_tables_of(grads: Sequence[Tensor]) -> tuple[GradTable, ...]:
 
 
 def _row(operand: Operand) -> tuple[Form, tuple[int, ...]]:
-    weight, tail, grad, moments, step, beta_products, rounding, index, group = operand
+    weight, tail, grad, moments, step, beta_products, rounding, number, group = operand
     count = len(moments)
     form = _form(weight.dtype, tail is not None, rounding, grad.dtype, moments[0].dtype if count else None)
     return form, (
@@ -93,7 +93,7 @@ def _row(operand: Operand) -> tuple[Form, tuple[int, ...]]:
         step.data_ptr(),
         0 if beta_products is None else beta_products.data_ptr(),
         weight.numel(),
-        index,
+        number,
         group,
     )
 

@@ -4,8 +4,7 @@
 (`state=bfloat16` in the policy), which are rounded stochastically.
 """
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ class AdamW(FusedOptimizer):
         return "exp_avg", "exp_avg_sq"
 
     def _held_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return "step", "beta_products", "exp_avg", "exp_avg_sq"
+        return "exp_avg", "exp_avg_sq", "step", "beta_products"
 
     def _new_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         products = torch.ones(2, dtype=torch.float64, device=param.device)

@@ -75,8 +75,8 @@ class FusedOptimizer(MasterOptimizer):
         """Call the kernel."""
 
     def _held_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the tensors in a state that are part of an operand, the tail apart."""
-        return ("step", *self._moment_names(group))
+        """Return the names of the tensors in a state that are part of an operand, moments first, the tail apart."""
+        return (*self._moment_names(group), "step")
 
     def _operands_by_device(self) -> dict[torch.device, list[kernels.Operand]]:
         by_device: dict[torch.device, list[kernels.Operand]] = {}
@@ -138,6 +138,17 @@ class FusedOptimizer(MasterOptimizer):
 
         Moments are in FP32 and step counts as torch keeps them; masters are not part of it: give that optimizer weights
         from `master_weights`. Waits for the device.
+
+        >>> import duotone.torch as dt
+        >>> model = dt.cast(torch.nn.Linear(2, 1), "bf16")
+        >>> optimizer = dt.AdamW(model.parameters(), lr=1e-2)
+        >>> plain = torch.nn.Linear(2, 1)
+        >>> plain.load_state_dict(dt.master_weights(model))
+        <All keys matched successfully>
+        >>> theirs = torch.optim.AdamW(plain.parameters())
+        >>> theirs.load_state_dict(optimizer.portable_state_dict())
+        >>> theirs.param_groups[0]["lr"]
+        0.01
         """
         packed = super().state_dict()
         states = {index: portable_state(state, self._portable) for index, state in packed["state"].items()}

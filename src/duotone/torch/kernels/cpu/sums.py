@@ -32,7 +32,8 @@ def squares(dtype: str) -> Any:
 
     @compiled
     def chunk_squares(address, length, sums):
-        for part in range(PARTS):
+        parts = _parts_for(length)
+        for part in range(parts):
             first = part * _PART
             rows = max(min(length - first, _PART), 0) // LANES
             add_rows(i64(address + first * size), i64(rows), i64(sums + 8 * part * LANES))
@@ -42,6 +43,7 @@ def squares(dtype: str) -> Any:
         for lane in range(length - first):
             value = f64(read_value(address, first + lane))
             _write_sum(sums, part * LANES + lane, _read_sum(sums, part * LANES + lane) + value * value)
+        return _by_halves(sums, parts * LANES)
 
     def kernel(job):
         sums = _scratch()
@@ -52,8 +54,8 @@ def squares(dtype: str) -> Any:
             bounds = read_i64(job, PIECES)
             for chunk in range(read_i64(bounds, piece), read_i64(bounds, piece + 1)):
                 row = read_i64(job, CHUNKS) + 24 * chunk
-                chunk_squares(read_i64(row, 0), read_i64(row, 1), sums)
-                write_f64(read_i64(job, TARGET), read_i64(row, 2), _by_halves(sums))
+                total = chunk_squares(read_i64(row, 0), read_i64(row, 1), sums)
+                write_f64(read_i64(job, TARGET), read_i64(row, 2), total)
 
     return kernel
 
@@ -63,13 +65,14 @@ def total() -> Any:
 
     @compiled
     def chunk_sum(target, first, length, sums):
-        for number in range(_SUMS):
+        parts = _parts_for(length)
+        for number in range(parts * LANES):
             _write_sum(sums, number, f64(0.0))
         for number in range(length):
             part, lane = number // _PART, number % LANES
             place = part * LANES + lane
             _write_sum(sums, place, _read_sum(sums, place) + read_f64(target, first + number))
-        return _by_halves(sums)
+        return _by_halves(sums, parts * LANES)
 
     def kernel(job):
         sums = _scratch()
@@ -86,8 +89,17 @@ def total() -> Any:
 
 
 @compiled
-def _by_halves(sums):
-    half = _SUMS // 2
+def _parts_for(length):
+    """Return a power of two of parts that hold a chunk; the sums of all others are 0, and adding 0 changes no bit."""
+    parts = 1
+    while parts * _PART < length:
+        parts *= 2
+    return parts
+
+
+@compiled
+def _by_halves(sums, count):
+    half = count // 2
     while half > 0:
         for number in range(half):
             _write_sum(sums, number, _read_sum(sums, number) + _read_sum(sums, number + half))

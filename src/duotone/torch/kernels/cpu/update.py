@@ -14,7 +14,7 @@ from duotone.torch.kernels.cpu.formats import f32, i64, master_reader, master_wr
 from duotone.torch.kernels.cpu.memory import compiled, read_f32, read_i64, take_next
 from duotone.torch.kernels.cpu.random import TILE, fill_tile
 from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import GRAD, INDEX, MOMENT1, MOMENT2, NUMEL, TAIL, WEIGHT, Form
+from duotone.torch.kernels.table import GRAD, MOMENT1, MOMENT2, NUMBER, NUMEL, TAIL, WEIGHT, Form
 
 # words of a job
 COUNTER, PIECES, PIECE_COUNT, CHUNKS, PARAMETERS, COEFFICIENT_TABLE, DRAWS, COLUMNS = range(8)
@@ -33,7 +33,7 @@ def kernel(optimizer: str, form: Form) -> Any:
 
     @compiled
     def chunk(operand, coefficients, draw, start, stop, tiles):
-        step, seed, index = read_i64(draw, 0), read_i64(draw, 1), read_i64(operand, INDEX)
+        step, seed, index = read_i64(draw, 0), read_i64(draw, 1), read_i64(operand, NUMBER)
         while start < stop:
             end = min(start + tile, stop)
             if weight_is_random:

@@ -23,7 +23,7 @@ BLOCK = 128
 _WORDS = tl.constexpr(WORDS)
 _STEP = tl.constexpr(table.STEP)
 _BETA_PRODUCTS = tl.constexpr(table.BETA_PRODUCTS)
-_INDEX = tl.constexpr(table.INDEX)
+_NUMBER = tl.constexpr(table.NUMBER)
 _GROUP = tl.constexpr(table.GROUP)
 _PARAMETER_COLUMNS = tl.constexpr(table.GROUP + 1)
 _SETTING_COLUMNS = tl.constexpr(columns.COLUMNS)
@@ -73,7 +73,7 @@ def coefficients_kernel(
 
     seed = tl.load(group + _SEED, mask=mask, other=0)
     tl.store(words + 8, step.to(tl.int32), mask=mask)
-    tl.store(words + 9, tl.load(row + _INDEX, mask=mask, other=0).to(tl.int32), mask=mask)
+    tl.store(words + 9, tl.load(row + _NUMBER, mask=mask, other=0).to(tl.int32), mask=mask)
     tl.store(words + 10, seed.to(tl.int32), mask=mask)
     tl.store(words + 11, (seed >> 32).to(tl.int32), mask=mask)
 
