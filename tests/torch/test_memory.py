@@ -22,6 +22,10 @@ def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> dt.Memory:
     [
         ("bf16", dt.AdamW, {}, 14.0),
         ("fp16", dt.AdamW, {}, 14.0),
+        ("bf16,state=bfloat16", dt.AdamW, {}, 10.0),
+        ("fp32,state=bfloat16", dt.AdamW, {}, 12.0),
+        ("bf16", dt.Lion, {}, 10.0),
+        ("bf16,state=bfloat16", dt.Lion, {}, 8.0),
         ("bf16,grad=float32", dt.AdamW, {}, 16.0),
         ("fp32", dt.AdamW, {}, 16.0),
         ("bf16-mixed", dt.AdamW, {}, 16.0),

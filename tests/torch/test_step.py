@@ -99,6 +99,26 @@ def test_only_the_optimizer_that_overflowed_skips(scaler, overflows_first):
     assert scaler.skipped.item() == 1
 
 
+def test_an_overflow_in_one_group_stops_all_groups_of_its_optimizer(scaler):
+    first, second = parameter_with(torch.ones(3) * BIG), parameter_with(torch.ones(2) * BIG)
+    optimizer = dt.AdamW([{"params": [first]}, {"params": [second], "lr": 0.5}], lr=0.5)
+    for bad in (second, first, second):
+        grad, bad.grad = bad.grad, torch.full_like(bad.grad, math.inf)
+        scaler.scale(torch.ones(()))
+        assert scaler.step(optimizer).skipped.item()
+        assert not first.any()
+        assert not second.any()
+        assert not any(state["step"].item() for state in optimizer.state.values())
+        bad.grad = grad * scaler.loss_scale / BIG
+    # bias correction begins with the first step that was taken: one of AdamW's first steps has the size of lr
+    for parameter in (first, second):
+        parameter.grad = torch.ones_like(parameter) * scaler.loss_scale
+    scaler.scale(torch.ones(()))
+    assert not scaler.step(optimizer).skipped.item()
+    assert first.tolist() == pytest.approx([-0.5] * 3)
+    assert second.tolist() == pytest.approx([-0.5] * 2)
+
+
 def test_each_optimizer_is_clipped_by_its_own_norm(scaler):
     small, large = parameter_with(torch.tensor([0.5]) * BIG), parameter_with(torch.tensor([20.0]) * BIG)
     report = scaler.step(dt.SGD([small], lr=1.0), dt.SGD([large], lr=1.0), clip_norm=1.0)

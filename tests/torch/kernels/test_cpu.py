@@ -47,6 +47,24 @@ def test_every_form_in_every_bit(optimizer, form, grad, moment):
         assert not differing(*operands)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tail", [0, 1, 0x7FFF, -0x8000, -1, 0x1000, -0x1000, None])
+def test_every_weight_with_edge_tails_is_decoded_and_encoded_alike(dtype, tail):
+    # stale tails and masters that no encoding makes are among them
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(-(2**15), 2**15, weight.shape, generator=generator, dtype=torch.int32).to(torch.int16)
+    tails = drawn if tail is None else torch.full_like(drawn, tail)
+    form = (f"{str(dtype).removeprefix('torch.')}+tail", torch.float32, 0, torch.float32)
+    for lr in (0.0, 1e-3):
+        operand = make_operand(*form, weight.numel(), 0)._replace(weight=weight.clone(), tail=tails.clone())
+        operands = [operand], copy_of([operand])
+        step_both(
+            BOTH, "sgd", operands, [torch.randn(weight.shape, generator=generator)], [SETTINGS["sgd"]._replace(lr=lr)]
+        )
+        assert not differing(*operands)
+
+
 @pytest.mark.parametrize("optimizer", SETTINGS)
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_gradients_that_are_not_finite_do_the_same_damage(optimizer, bad):

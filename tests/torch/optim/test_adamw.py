@@ -57,6 +57,13 @@ def test_split_weights_move_as_whole_ones(make_parameters, train, same_bits, set
         assert other.dtype == torch.bfloat16
 
 
+def test_split_weights_are_whole_ones_after_thousands_of_steps(make_parameters, train, same_bits):
+    whole, split = make_parameters(torch.float32), make_parameters(torch.bfloat16)
+    for parameters in (whole, split):
+        train(dt.AdamW(parameters, lr=1e-3), range(3000))
+    assert all(same_bits(one, read_master(other)) for one, other in zip(whole, split, strict=True))
+
+
 def test_float16_weights_move_as_whole_ones_where_the_tail_is_exact(make_parameters, train, same_bits):
     whole, split = make_parameters(torch.float32), make_parameters(torch.float16)
     for parameters in (whole, split):

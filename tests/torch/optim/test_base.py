@@ -173,6 +173,23 @@ def test_stochastic_rounding_follows_seed_step_and_parameter(train):
 
 
 @both
+def test_tied_parameters_are_updated_once(same_bits, make):
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    tied[1].weight = tied[0].weight
+    dt.cast(tied, "bf16")
+    whole = nn.Parameter(read_master(tied[0].weight))
+    optimizers = make(tied.parameters()), make([whole])
+    for _ in range(3):
+        tied(torch.ones(1, 4)).sum().backward()
+        whole.grad = tied[0].weight.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+        optimizers[0].zero_grad()
+    assert same_bits(read_master(tied[1].weight), whole)
+
+
+@both
 def test_a_closure_recomputes_the_gradients_first(make):
     parameter = nn.Parameter(torch.ones(2))
 

@@ -1,8 +1,8 @@
 """Machine code of a kernel: compiled by Numba once, kept on disk, and loaded without Numba from then on.
 
-A kernel is a Python function of one integer, the address of its job. Its code is kept in the user's cache folder
-under a name that depends on the sources of this package, on Numba's version and on the CPU, so that none of them can
-be out of date. Loading takes a few milliseconds, where importing Numba and its own cache take half a second.
+A kernel is a Python function of one integer, the address of its job. Its code is kept in the user's cache folder under
+a name that depends on its sources, on Numba's version and on the CPU, so that it is never out of date. Loading takes a
+few milliseconds, where importing Numba and its own cache take half a second.
 """
 
 import ctypes
@@ -50,7 +50,9 @@ def cache_folder() -> Path:
 @cache
 def _fingerprint() -> str:
     digest = sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    # the kernels' own sources, and what they share with the other backends: chunks, columns of tables
+    folder = Path(__file__).parent
+    for source in (*sorted(folder.glob("*.py")), folder.parent / "table.py", folder.parent / "reference.py"):
         digest.update(source.read_bytes())
     features = llvm.get_host_cpu_features().flatten()
     for part in (version("numba"), version("llvmlite"), platform.python_version(), llvm.get_host_cpu_name(), features):

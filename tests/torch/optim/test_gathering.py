@@ -1,0 +1,197 @@
+"""Operands are gathered anew whenever a tensor is another one or has moved, and hold no gradient between steps."""
+
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import duotone.torch as dt
+from duotone.torch.kernels import Rounding
+from duotone.torch.master import set_storage
+from duotone.torch.optim.gathering import Gathering
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture
+def gathered(monkeypatch) -> Callable[[], int]:
+    """Return a function that tells how often operands have been gathered anew."""
+    counts = []
+    hold = Gathering._hold
+
+    def counting(self, *arguments):
+        counts.append(1)
+        hold(self, *arguments)
+
+    monkeypatch.setattr(Gathering, "_hold", counting)
+    return lambda: len(counts)
+
+
+def pair(policy: str = "bf16") -> tuple[nn.Module, torch.optim.Optimizer, nn.Module, torch.optim.Optimizer]:
+    """Return a model and its optimizer, twice; the second optimizer never keeps what it has gathered."""
+    made = []
+    for fresh in (False, True):
+        torch.manual_seed(0)
+        model = dt.cast(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), policy)
+        optimizer = dt.AdamW(model.parameters(), lr=0.01)
+        if fresh:
+            optimizer.register_step_pre_hook(lambda own, *_: setattr(own, "_gathering", Gathering()))
+        made += [model, optimizer]
+    return tuple(made)
+
+
+def same(model: nn.Module, other: nn.Module) -> bool:
+    masters, expected = dt.master_weights(model), dt.master_weights(other)
+    return all(torch.equal(masters[name], expected[name]) for name in expected)
+
+
+def test_nothing_is_gathered_twice_while_nothing_moves(train, gathered):
+    _, optimizer, *_ = pair()
+    train(optimizer, range(1))
+    assert gathered() == 1
+    for _ in range(5):
+        optimizer.step()
+    assert gathered() == 1
+
+
+def test_gradients_are_given_back_between_steps(train):
+    model, optimizer, *_ = pair()
+    train(optimizer, range(2))
+    grads = [weakref.ref(parameter.grad.untyped_storage()) for parameter in model.parameters()]
+    optimizer.zero_grad()
+    gc.collect()
+    assert not any(grad() for grad in grads)
+
+
+def move_every_weight(model, optimizer):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def move_every_state(model, optimizer):
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.data = tensor.data.clone()
+
+
+def replace_a_second_moment(model, optimizer):
+    state = optimizer.state[model[1].weight]
+    state["exp_avg_sq"] = 2.0 * state["exp_avg_sq"]
+
+
+def replace_a_step_count(model, optimizer):
+    state = optimizer.state[model[0].bias]
+    state["step"] = state["step"] + 5
+
+
+def load_its_own_state(model, optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def cast_there_and_back(model, optimizer):
+    # the memory of the old weights may well be that of the new ones
+    dt.cast(dt.cast(model, "fp32"), "bf16")
+
+
+def drop_a_gradient(model, optimizer):
+    model[0].weight.grad = None
+
+
+def widen_a_gradient(model, optimizer):
+    parameter = model[0].weight
+    grad, parameter.grad = parameter.grad, None
+    parameter.grad_dtype = torch.float32
+    parameter.grad = grad.float()
+
+
+def transpose_a_gradient(model, optimizer):
+    parameter = model[0].weight
+    parameter.grad = parameter.grad.t().contiguous().t()
+
+
+def add_a_group(model, optimizer):
+    extra = nn.Parameter(torch.ones(3))
+    extra.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+
+
+def forget_everything(model, optimizer):
+    optimizer.state.clear()
+
+
+CHANGES = [
+    move_every_weight,
+    move_every_state,
+    replace_a_second_moment,
+    replace_a_step_count,
+    load_its_own_state,
+    cast_there_and_back,
+    drop_a_gradient,
+    widen_a_gradient,
+    transpose_a_gradient,
+    add_a_group,
+    forget_everything,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_whatever_changes_is_noticed(train, give_gradients, change):
+    model, optimizer, other, reference = pair()
+    for one, own in ((model, optimizer), (other, reference)):
+        train(own, range(2))
+        give_gradients(one.parameters(), 2)
+        change(one, own)
+        own.step()
+        own.step()
+    assert same(model, other)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_another_rounding_is_noticed(train):
+    def run(rounding: Rounding) -> torch.Tensor:
+        weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+        set_storage(weight, None, Rounding.NEAREST)
+        optimizer = dt.SGD([weight], lr=2.0**-9)
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        set_storage(weight, None, rounding)
+        optimizer.step()
+        return weight
+
+    # 2^-9 is half a step below 1: to nearest nothing moves, and stochastically none of 1000 with probability 2^-1000
+    assert (run(Rounding.NEAREST) == 1.0).all()
+    assert (run(Rounding.STOCHASTIC) != 1.0).any()
+
+
+def test_a_momentum_that_is_switched_on_is_noticed(train):
+    model, *_ = pair()
+    optimizer = dt.SGD(model.parameters(), lr=0.1)
+    train(optimizer, range(2))
+    for group in optimizer.param_groups:
+        group["momentum"] = 0.9
+    train(optimizer, range(2, 4))
+    assert all("momentum_buffer" in optimizer.state[parameter] for parameter in model.parameters())
+
+
+def test_autograd_sees_that_a_step_has_changed_the_weights(train):
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = dt.AdamW([weight], lr=0.1)
+    hidden = weight @ torch.ones(4, requires_grad=True)
+    loss = (weight @ hidden).sum()
+    train(optimizer, range(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_backward_after_the_step_is_as_with_torchs_optimizers(train):
+    # also once nothing is gathered anew
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = dt.AdamW([weight], lr=0.1)
+    train(optimizer, range(1))
+    optimizer.step()
+    version = weight._version
+    optimizer.step()
+    assert weight._version > version
