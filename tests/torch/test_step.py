@@ -99,6 +99,24 @@ def test_only_the_optimizer_that_overflowed_skips(scaler, overflows_first):
     assert scaler.skipped.item() == 1
 
 
+def test_torchs_optimizers_may_have_float64_weights(scaler):
+    parameter = parameter_with(torch.tensor([3.0, 4.0], dtype=torch.float64) * BIG)
+    report = scaler.step(torch.optim.SGD([parameter], lr=1.0), clip_norm=1.0)
+    assert report.grad_norm.item() == pytest.approx(5.0)
+    assert parameter.tolist() == pytest.approx([-0.6, -0.8])
+
+
+def test_a_gradient_that_no_kernel_reads_is_named(scaler):
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad_dtype = torch.float64
+    parameter.grad = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(OptimizerError, match=r"takes gradients in float32, .* not torch.float64; set .* grad_dtype"):
+        dt.AdamW([parameter]).step()
+    scaler.scale(torch.ones(()))
+    with pytest.raises(OptimizerError, match=r"a gradient is in torch.float64; allowed are"):
+        scaler.step(dt.AdamW([parameter]))
+
+
 def test_an_overflow_in_one_group_stops_all_groups_of_its_optimizer(scaler):
     first, second = parameter_with(torch.ones(3) * BIG), parameter_with(torch.ones(2) * BIG)
     optimizer = dt.AdamW([{"params": [first]}, {"params": [second], "lr": 0.5}], lr=0.5)

@@ -87,7 +87,7 @@ def step(
     total = torch.zeros((), dtype=torch.float64, device=device)
     skipped = torch.zeros((), dtype=torch.bool, device=device)
     for optimizer, grads in gradients.items():
-        sum_of_squares, found_inf = kernels.grad_stats(grads, inverse_scale, _backend(optimizer))
+        sum_of_squares, found_inf = kernels.grad_stats(grads, inverse_scale, _backend(optimizer, grads))
         multiplier = _grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
         if isinstance(optimizer, MasterOptimizer):
             optimizer.step(grad_multiplier=multiplier, found_inf=found_inf)
@@ -111,8 +111,12 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return grads
 
 
-def _backend(optimizer: torch.optim.Optimizer) -> kernels.Backend:
-    return optimizer.backend if isinstance(optimizer, MasterOptimizer) else "auto"
+def _backend(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> kernels.Backend:
+    if isinstance(optimizer, MasterOptimizer):
+        return optimizer.backend
+    # torch's optimizers may have others, FP64 for instance
+    is_read = all(grad.dtype in (torch.float32, *kernels.SPLIT_DTYPES) for grad in grads)
+    return "auto" if is_read else "reference"
 
 
 def _check_foreign(optimizer: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duotone.errors import OptimizerError
 from duotone.torch.kernels.operands import Batch, Operand, Rounding
 from duotone.torch.kernels.reference import CHUNK
 
@@ -124,6 +125,9 @@ def _tables(rows: tuple[tuple[Form, tuple[int, ...]], ...]) -> tuple[Table, ...]
 def _grad_tables(
     dtypes: tuple[torch.dtype, ...], addresses: tuple[int, ...], lengths: tuple[int, ...]
 ) -> tuple[GradTable, ...]:
+    for dtype in dtypes:
+        if dtype not in _NAMES:
+            raise OptimizerError(f"a gradient is in {dtype}; allowed are float32, bfloat16 and float16")
     names = np.array([_NAMES[dtype] for dtype in dtypes])
     firsts, numels = (np.array(values, dtype=np.int64) for values in (addresses, lengths))
     owners, starts = _chunks(numels)

@@ -163,13 +163,18 @@ def check_parameters(params: Iterable[Tensor]) -> None:
 
 
 def check_gradient(optimizer: torch.optim.Optimizer, grad: Tensor) -> None:
-    """Raise if a gradient is sparse.
+    """Raise if a gradient is sparse, or in a dtype that is not read.
 
     Raises:
         OptimizerError: it is.
     """
     if grad.layout is not torch.strided:
         raise OptimizerError(f"{type(optimizer).__name__} takes no sparse gradients; use Embedding(sparse=False)")
+    if grad.dtype not in _DTYPES:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} takes gradients in float32, bfloat16 and float16, not {grad.dtype}; set the "
+            "parameter's grad_dtype to one of them"
+        )
 
 
 def check_groups(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
