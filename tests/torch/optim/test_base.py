@@ -4,6 +4,7 @@ import copy
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -170,6 +171,58 @@ def test_stochastic_rounding_follows_seed_step_and_parameter(train):
         assert not torch.equal(first, other)
     # steps draw anew: with the same bits each time, an element would move at every step or at none
     assert len(set(run(seed=0, steps=4)[0].tolist())) > 2
+
+
+@both
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_inside_a_compiled_function_is_the_same(same_bits, make, scaled):
+    weights = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(500))
+        weight.grad = torch.randn(500)
+        optimizer, scaler = make([weight]), dt.LossScaler("bf16")
+
+        def step(optimizer=optimizer, scaler=scaler):
+            return scaler.step(optimizer, clip_norm=1.0).grad_norm if scaled else optimizer.step()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        for _ in range(3):
+            run()
+        weights.append(weight)
+    assert same_bits(*weights)
+
+
+@both
+def test_scalars_may_be_numbers(same_bits, make):
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    make(weights[:1]).step(grad_multiplier=0.5, found_inf=False)
+    make(weights[1:]).step(grad_multiplier=torch.tensor(0.5), found_inf=torch.tensor(0.0))
+    assert same_bits(*weights)
+    assert weights[0][0] != 1.0
+    make(weights[:1]).step(found_inf=True)
+    assert same_bits(*weights)
+
+
+@both
+def test_a_gradient_that_is_only_noted_as_negated_has_its_sign(make):
+    moved = []
+    for sign in (1.0, -1.0):
+        weight = nn.Parameter(torch.ones(1))
+        grad = torch.complex(torch.zeros(1), torch.ones(1))
+        weight.grad = (grad.conj() if sign < 0 else grad).imag
+        assert weight.grad.is_neg() == (sign < 0)
+        make([weight]).step()
+        moved.append(weight.item() - 1.0)
+    assert moved[0] < 0.0 < moved[1]
+
+
+@both
+def test_a_seed_may_be_of_numpy(make):
+    optimizer = make([nn.Parameter(torch.ones(1))], seed=np.int64(5))
+    assert type(optimizer.param_groups[0]["seed"]) is int
 
 
 @both

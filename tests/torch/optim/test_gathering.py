@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
+from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
 from duotone.torch.master import set_storage
 from duotone.torch.optim.gathering import Gathering
@@ -87,6 +88,25 @@ def replace_a_step_count(model, optimizer):
     state["step"] = state["step"] + 5
 
 
+def give_a_second_moment_other_data(model, optimizer):
+    moment = optimizer.state[model[0].weight]["exp_avg_sq"]
+    moment.data = 2.0 * moment
+
+
+def give_a_tail_other_data(model, optimizer):
+    tail = optimizer.state[model[0].weight]["tail"]
+    tail.data = tail // 2
+
+
+def give_a_step_count_other_data(model, optimizer):
+    step = optimizer.state[model[0].bias]["step"]
+    step.data = step + 5
+
+
+def share_a_second_moment(model, optimizer):
+    optimizer.state[model[0].weight]["exp_avg_sq"].share_memory_()
+
+
 def load_its_own_state(model, optimizer):
     optimizer.load_state_dict(optimizer.state_dict())
 
@@ -127,6 +147,10 @@ CHANGES = [
     move_every_state,
     replace_a_second_moment,
     replace_a_step_count,
+    give_a_second_moment_other_data,
+    give_a_tail_other_data,
+    give_a_step_count_other_data,
+    share_a_second_moment,
     load_its_own_state,
     cast_there_and_back,
     drop_a_gradient,
@@ -148,6 +172,72 @@ def test_whatever_changes_is_noticed(train, give_gradients, change):
         own.step()
     assert same(model, other)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def grow(parameter):
+    parameter.data = torch.cat((parameter.data, parameter.data))
+
+
+def shrink_in_place(parameter):
+    parameter.data = parameter.data[:2]
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp32"])
+@pytest.mark.parametrize("change", [grow, shrink_in_place])
+def test_a_parameter_that_changed_its_shape_is_refused(train, policy, change):
+    model, optimizer, *_ = pair(policy)
+    train(optimizer, range(2))
+    parameter = model[1].weight
+    parameter.grad = None
+    change(parameter)
+    parameter.grad = torch.ones_like(parameter)
+    before = parameter.detach().clone()
+    with pytest.raises(OptimizerError, match=r"parameter 2 has shape \(\d, 5\), but its (tail|exp_avg) has \(4, 5\)"):
+        optimizer.step()
+    assert torch.equal(parameter, before)
+
+
+def test_a_gradient_of_another_shape_is_refused(train):
+    model, optimizer, *_ = pair()
+    train(optimizer, range(2))
+    model[0].weight.grad.data = torch.ones(1, dtype=torch.bfloat16)
+    with pytest.raises(OptimizerError, match=r"parameter 0 has shape \(5, 6\), but its gradient has \(1,\)"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("exp_avg_sq", lambda value: value.bfloat16()),
+        ("exp_avg", lambda value: value.double()),
+        ("step", lambda value: value.float()),
+        ("beta_products", lambda value: value.float()),
+    ],
+)
+def test_a_state_in_another_dtype_is_refused(train, name, change):
+    model, optimizer, *_ = pair()
+    train(optimizer, range(2))
+    state = optimizer.state[model[0].weight]
+    state[name] = change(state[name])
+    with pytest.raises(OptimizerError, match=r"the state of parameter 0 was changed to .*load_portable_state_dict"):
+        optimizer.step()
+
+
+def test_another_order_is_noticed():
+    def run(fresh: bool) -> torch.Tensor:
+        weights = [nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2)]
+        for weight in weights:
+            set_storage(weight, None, Rounding.STOCHASTIC)
+        optimizer = dt.SGD(weights, lr=2.0**-9)
+        weights[0].grad = torch.ones(500, dtype=torch.bfloat16)
+        optimizer.step()
+        optimizer.param_groups[0]["params"].reverse()
+        if fresh:
+            optimizer._gathering = Gathering()
+        optimizer.step()
+        return weights[0]
+
+    assert torch.equal(run(False), run(True))
 
 
 def test_another_rounding_is_noticed(train):

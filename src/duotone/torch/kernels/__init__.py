@@ -8,6 +8,7 @@ from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
 from duotone.torch.kernels.dispatch import Backend, adamw, check_backend, grad_stats, lion, sgd
 from duotone.torch.kernels.layout import is_contiguous
 from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, Rounding, SGDSettings
+from duotone.torch.kernels.uncompiled import uncompiled
 
 __all__ = [
     "SPLIT_DTYPES",
@@ -26,4 +27,5 @@ __all__ = [
     "is_contiguous",
     "lion",
     "sgd",
+    "uncompiled",
 ]

@@ -18,11 +18,13 @@ from duotone.errors import BackendError, DuotoneWarning, nearest_names
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout
 from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, SGDSettings
+from duotone.torch.kernels.uncompiled import uncompiled
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
+@uncompiled
 def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Return the sum of squares of the true gradient and `found_inf`, as `reference.grad_stats` does.
 

@@ -43,6 +43,8 @@ def is_contiguous(operand: Operand) -> bool:
         and grad.is_contiguous()
         and (tail is None or tail.is_contiguous())
         and all(map(Tensor.is_contiguous, moments))
+        # what only notes that it is negated has the wrong sign in memory
+        and not grad.is_neg()
     )
 
 
@@ -50,7 +52,7 @@ def _in_layout_of_weight(operand: Operand, write_back: list[Callable[[], object]
     strides = _strides(dense(operand.weight))
 
     def placed(tensor: Tensor, *, written: bool = True) -> Tensor:
-        if _strides(tensor) == strides:
+        if _strides(tensor) == strides and not tensor.is_neg():
             return tensor
         copied = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         if written:

@@ -147,7 +147,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _sqrt(value: Tensor) -> Tensor:
     # torch's square root is MKL's on CPUs, which is off by a unit in the last place in one value of five
-    return value.sqrt() if value.device.type != "cpu" else torch.as_tensor(np.sqrt(value.numpy()))
+    return value.sqrt() if value.device.type != "cpu" else torch.as_tensor(np.sqrt(value.numpy()), device="cpu")
 
 
 def _float64(value: float | Tensor) -> float | Tensor:

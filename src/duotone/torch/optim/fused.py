@@ -1,5 +1,6 @@
 """The base of the optimizers whose update is one kernel over all parameters; each says its settings and moments."""
 
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ class FusedOptimizer(MasterOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: kernels.Backend) -> None:
         kernels.check_backend(backend)
+        # JSON, and so a checkpoint, knows no NumPy integers
+        defaults["seed"] = operator.index(defaults["seed"])
         self.backend = backend
         self._gathering = Gathering()
         super().__init__(params, defaults)
@@ -42,6 +45,7 @@ class FusedOptimizer(MasterOptimizer):
         super().__setstate__(state)
         self._gathering = Gathering()
 
+    @kernels.uncompiled
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,
@@ -55,8 +59,10 @@ class FusedOptimizer(MasterOptimizer):
         settings = [self._settings(group) for group in self.param_groups]
         by_device = self._gathering.operands(self.param_groups, self.state, self._held_names, self._operands_by_device)
         for device, operands in by_device.items():
-            multiplier = torch.ones((), device=device) if grad_multiplier is None else grad_multiplier.to(device)
-            is_skipped = torch.zeros((), dtype=torch.bool, device=device) if found_inf is None else found_inf.to(device)
+            multiplier = torch.as_tensor(
+                1.0 if grad_multiplier is None else grad_multiplier, dtype=torch.float32, device=device
+            )
+            is_skipped = torch.as_tensor(False if found_inf is None else found_inf, dtype=torch.bool, device=device)
             self._update(operands, settings, multiplier, is_skipped)
         return loss
 
@@ -95,6 +101,10 @@ class FusedOptimizer(MasterOptimizer):
                     rounding = kernels.Rounding.NEAREST if tail is not None else _rounding(param)
                     moments = tuple([state[name] for name in names])
                     products = state.get("beta_products")
+                    _check_shapes(
+                        param, index, {"gradient": grad, "tail": tail, **dict(zip(names, moments, strict=True))}
+                    )
+                    _check_dtypes(index, moments, step, products)
                     operand = kernels.Operand(param, tail, grad, moments, step, products, rounding, index, number)
                     by_device.setdefault(device, []).append(operand)
                 index += 1
@@ -242,6 +252,31 @@ class FusedOptimizer(MasterOptimizer):
 
 def _forms(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {name: (getattr(value, "dtype", None), getattr(value, "shape", None)) for name, value in state.items()}
+
+
+def _check_shapes(param: Tensor, index: int, tensors: Mapping[str, Tensor | None]) -> None:
+    # a kernel goes through memory by the weight's length
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != param.shape:
+            raise OptimizerError(
+                f"parameter {index} has shape {tuple(param.shape)}, but its {name} has {tuple(tensor.shape)}; a "
+                "parameter that changes its shape needs an optimizer of its own, or its state (and duotone_tail) "
+                "removed or changed along with it"
+            )
+
+
+def _check_dtypes(index: int, moments: tuple[Tensor, ...], step: Tensor, products: Tensor | None) -> None:
+    moments_fit = {moment.dtype for moment in moments} in (set(), {torch.float32}, {torch.bfloat16})
+    counters_fit = step.dtype == torch.int64 and step.dim() == 0
+    if products is not None:
+        counters_fit = counters_fit and products.dtype == torch.float64 and products.shape == (2,)
+    if not (moments_fit and counters_fit):
+        held = {"step": step, "beta_products": products, **{f"moment {i}": moment for i, moment in enumerate(moments)}}
+        raise OptimizerError(
+            f"the state of parameter {index} was changed to {listed(held)}; needed are moments all in float32 or all "
+            "in bfloat16, step in int64 () and beta_products in float64 (2,): a torch optimizer's state is taken by "
+            "load_portable_state_dict"
+        )
 
 
 def _rounding(param: Tensor) -> kernels.Rounding:

@@ -1,13 +1,12 @@
 """An optimizer's operands from one step to the next: gathered again only when a tensor is another one or has moved.
 
 Looking closely at thousands of parameters in Python takes longer than updating them, if they are small. So each step
-asks no more than it must: weights and gradients for address, dtype, length and layout, states for the same tensors as
-before, and the first moment for its address, since who moves a state moves all of it.
+asks no more than it must: weights and gradients for address, dtype, length and layout, states for their addresses.
 """
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,25 +19,13 @@ Gathered = dict[torch.device, list[kernels.Operand]]
 _dtype_of = attrgetter("dtype")
 
 
-class _Looks(NamedTuple):
-    """What operands depend on.
-
-    Attributes:
-        facts: numbers and dtypes that are compared by value.
-        states: tensors of the states that are compared by identity.
-    """
-
-    facts: list[Any]
-    states: list[Tensor]
-
-
 class Gathering:
     """The operands that were gathered last, without their gradients, and what they looked like then."""
 
     def __init__(self) -> None:
-        self._looks: _Looks | None = None
+        self._looks: list[Any] = []
         self._held: dict[torch.device, tuple[list[int], list[kernels.Operand], dict[str, Any]]] = {}
-        # memory that a table of addresses names must not be given back, even if a state is given other data
+        # as long as memory is not given back, an address means the same tensor
         self._memory: list[torch.UntypedStorage] = []
 
     def operands(
@@ -53,19 +40,19 @@ class Gathering:
         Args:
             groups: the parameter groups.
             states: of each parameter.
-            names_of: returns the names of those tensors in a group's states that are part of an operand, a moment
-                first if there is one.
+            names_of: returns the names of those tensors in a group's states that are part of an operand, tails apart.
             gather: makes the operands anew.
         """
-        grads, looks = _looks(groups, states, names_of)
-        if not _same(looks, self._looks):
+        grads, _, looks = _looks(groups, states, names_of)
+        if not looks or looks != self._looks:
             gathered = gather()
             if not all(kernels.is_contiguous(operand) for operands in gathered.values() for operand in operands):
                 # these are copied at every step, so that their addresses say nothing
-                self._looks, self._held, self._memory = None, {}, []
+                self._looks, self._held, self._memory = [], {}, []
                 return dict(gathered)
             # gathering has made states and tails that were not there before
-            grads, self._looks = _looks(groups, states, names_of)
+            grads, held, self._looks = _looks(groups, states, names_of)
+            self._memory = [tensor.untyped_storage() for tensor in held]
             self._hold(gathered)
         return {
             device: kernels.Batch(operands, grads if len(operands) == len(grads) else [grads[i] for i in places], noted)
@@ -84,44 +71,41 @@ class Gathering:
             )
             for device, operands in gathered.items()
         }
-        assert self._looks is not None
-        self._memory = [tensor.untyped_storage() for tensor in self._looks.states]
-
-
-def _same(looks: _Looks | None, before: _Looks | None) -> bool:
-    if looks is None or before is None or looks.facts != before.facts or len(looks.states) != len(before.states):
-        return False
-    return all(map(is_, looks.states, before.states))
 
 
 def _looks(
     groups: Sequence[dict[str, Any]],
     states: dict[Tensor, dict[str, Any]],
     names_of: Callable[[dict[str, Any]], tuple[str, ...]],
-) -> tuple[list[Tensor], _Looks | None]:
-    """Return the gradients, and what operands depend on: None if a state is not there yet, or a gradient is sparse."""
+) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """Return gradients, the states' tensors, and what operands depend on, as values to compare.
+
+    The last is empty if a state is not there yet, or a gradient is sparse.
+    """
     all_grads: list[Tensor] = []
-    facts: list[Any] = [storage_changes()]
-    held: list[Tensor] = []
+    all_held: list[Tensor] = []
+    looks: list[Any] = [storage_changes()]
     for group in groups:
         params = [param for param in group["params"] if param.grad is not None]
         grads = [param.grad for param in params]
         all_grads += grads
         own = list(map(states.get, params))
+        tensors = params + grads
         try:
-            first, *others = [[state[name] for state in own] for name in names_of(group)]  # type: ignore[index]
-            held += first
-            for other in others:
-                held += other
-            tensors = params + grads
-            facts += (
-                [len(group["params"]), *map(id, params)],
+            held = [state["tail"] for state in own if "tail" in state]  # type: ignore[operator, index]
+            for name in names_of(group):
+                held += [state[name] for state in own]  # type: ignore[index]
+            looks += (
+                # random bits depend on a parameter's place
+                list(map(id, group["params"])),
+                list(map(id, params)) if len(params) < len(group["params"]) else [],
                 list(map(Tensor.data_ptr, tensors)),
-                list(map(Tensor.data_ptr, first)),
+                list(map(Tensor.data_ptr, held)),
                 list(map(_dtype_of, tensors)),
-                list(map(Tensor.numel, params)),
+                list(map(Tensor.numel, tensors)),
                 list(map(Tensor.is_contiguous, tensors)),
             )
         except (KeyError, TypeError, RuntimeError):
-            return all_grads, None
-    return all_grads, _Looks(facts, held)
+            return all_grads, [], []
+        all_held += held
+    return all_grads, all_held, looks

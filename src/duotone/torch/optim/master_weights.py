@@ -24,6 +24,7 @@ from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
+from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.master import needs_tail, read_master, rounding_of, set_storage, tail_of
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
@@ -102,6 +103,7 @@ class MasterWeights(MasterOptimizer):
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
 
+    @uncompiled
     @torch.no_grad()
     def step(  # type: ignore[override]
         self,

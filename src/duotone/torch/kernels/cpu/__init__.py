@@ -30,7 +30,7 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, 
     # without gradients the sum is the one zero that is always there
     job = _job(0, 0, 0, 0, sums, sums.size - 1)
     _total_entry()(job.ctypes.data)
-    total = torch.tensor(sums[0], dtype=torch.float64)
+    total = torch.tensor(sums[0], dtype=torch.float64, device="cpu")
     return total * inverse_scale.double().square(), ~total.isfinite()
 
 
@@ -81,7 +81,7 @@ def _update(
     settings_table = np.array([[float(value) for value in row] for row in settings])
     settings_table[:, 0] = np.where(settings_table[:, 0] != 0.0, -multiplier, multiplier)
     # the low 64 bits of a seed are its key
-    seed_table = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds], dtype=np.uint64)
+    seed_table = np.array([int(seed) & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds], dtype=np.uint64)
     for table in tables_of(operands):
         # compiled before anything is written, so that a compiler's failure leaves everything as it was
         update = _update_entry(optimizer, table.form)
