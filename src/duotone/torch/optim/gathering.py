@@ -102,7 +102,8 @@ def _looks(
                 list(map(Tensor.data_ptr, tensors)),
                 list(map(Tensor.data_ptr, held)),
                 list(map(_dtype_of, tensors)),
-                list(map(Tensor.numel, tensors)),
+                # a gradient is as long as its parameter: torch sees to that
+                list(map(Tensor.numel, params)),
                 list(map(Tensor.is_contiguous, tensors)),
             )
         except (KeyError, TypeError, RuntimeError):
