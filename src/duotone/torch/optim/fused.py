@@ -59,10 +59,8 @@ class FusedOptimizer(MasterOptimizer):
         settings = [self._settings(group) for group in self.param_groups]
         by_device = self._gathering.operands(self.param_groups, self.state, self._held_names, self._operands_by_device)
         for device, operands in by_device.items():
-            multiplier = torch.as_tensor(
-                1.0 if grad_multiplier is None else grad_multiplier, dtype=torch.float32, device=device
-            )
-            is_skipped = torch.as_tensor(False if found_inf is None else found_inf, dtype=torch.bool, device=device)
+            multiplier = _scalar(1.0 if grad_multiplier is None else grad_multiplier, torch.float32, device)
+            is_skipped = _scalar(False if found_inf is None else found_inf, torch.bool, device)
             self._update(operands, settings, multiplier, is_skipped)
         return loss
 
@@ -252,6 +250,13 @@ class FusedOptimizer(MasterOptimizer):
 
 def _forms(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     return {name: (getattr(value, "dtype", None), getattr(value, "shape", None)) for name, value in state.items()}
+
+
+def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    # filled on the device: a copy from the host would wait for it
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _check_shapes(param: Tensor, index: int, tensors: Mapping[str, Tensor | None]) -> None:
