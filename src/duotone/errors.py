@@ -47,6 +47,10 @@ class BackendError(DuotoneError, RuntimeError):
     """A backend of the kernels that does not exist, or was asked for by name and does not work here."""
 
 
+class OperationError(DuotoneError, RuntimeError):
+    """An operation that a cast model does not run in 16 bits, or a rule for operations that does not exist."""
+
+
 class TaskError(DuotoneError, ValueError):
     """A training task, or a run's settings, that cannot be used."""
 

@@ -188,7 +188,7 @@ def update(
     (32768.0, 1)
     """
     overflow = found_inf != 0
-    skipped = where(overflow, state.skipped + 1, state.skipped)
+    skipped = state.skipped + overflow
     skipped_in_a_row = where(overflow, state.skipped_in_a_row + 1, 0)
     if not settings.is_dynamic:
         return replace(state, skipped=skipped, skipped_in_a_row=skipped_in_a_row)

@@ -8,14 +8,21 @@ is read and written by `policy_spelling`; casting a model into it is each framew
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, Literal
 
 from duotone import policy_spelling as spelling
 from duotone.errors import PolicyError, nearest_names
 from duotone.formats import get_format
+
+# path of a module to the names of its class and of that class's bases; the model itself is at ""
+ClassNames = Mapping[str, Sequence[str]]
+
+_BY_TYPE = "type="
+_NO_CLASSES: ClassNames = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Rule:
 
     Attributes:
         pattern: A pattern as `fnmatch` reads it, over dotted module paths; `*` matches dots too, and case counts.
-            The rule holds for the modules that it matches and for everything inside them.
+            After `type=`, a pattern over the names of modules' classes, base classes among them. The rule holds for
+            the modules that it matches and for everything inside them.
         roles: Pairs of a role and its value there; any role but loss_scale, which is one for the whole model.
 
     Raises:
@@ -32,16 +40,19 @@ class Rule:
 
     >>> print(Rule("blocks.*.norm", (("param", "fp32"), ("compute", "fp32"))))
     blocks.*.norm: param=float32,compute=float32
+    >>> Rule("type=*Attention", (("compute", "fp32"),)).holds_for("blocks.0.mix", {"blocks.0.mix": ["MyAttention"]})
+    True
     """
 
     pattern: str
     roles: tuple[tuple[str, str | None], ...]
 
     def __post_init__(self) -> None:
-        if not self.pattern or any(char in ";:" or char.isspace() for char in self.pattern):
+        is_empty = self.pattern in ("", _BY_TYPE)
+        if is_empty or any(char in ";:" or char.isspace() for char in self.pattern):
             raise PolicyError(
-                f'"{self.pattern}" cannot be a rule\'s pattern; write a module path such as blocks.*.norm, '
-                "without spaces, colons and semicolons, or * for every module"
+                f'"{self.pattern}" cannot be a rule\'s pattern; write a module path such as blocks.*.norm, or a class '
+                "such as type=LayerNorm, without spaces, colons and semicolons, or * for every module"
             )
         given = dict(self.roles)
         if "loss_scale" in given:
@@ -57,10 +68,16 @@ class Rule:
     def __str__(self) -> str:
         return f"{self.pattern}: {spelling.write(dict(self.roles))}"
 
-    def holds_for(self, path: str) -> bool:
+    def holds_for(self, path: str, classes: ClassNames = _NO_CLASSES) -> bool:
         """Return whether the pattern matches the module at `path` or a module around it."""
-        names = path.split(".")
-        return any(fnmatchcase(".".join(names[:depth]), self.pattern) for depth in range(1, len(names) + 1))
+        return any(self.matches(around, classes) for around in _outwards(path))
+
+    def matches(self, path: str, classes: ClassNames = _NO_CLASSES) -> bool:
+        """Return whether the pattern matches the very module at `path`."""
+        if self.pattern.startswith(_BY_TYPE):
+            pattern = self.pattern.removeprefix(_BY_TYPE)
+            return any(fnmatchcase(name, pattern) for name in classes.get(path, ()))
+        return fnmatchcase(path, self.pattern)
 
 
 @dataclass(frozen=True)
@@ -157,8 +174,10 @@ class Policy:
         """Whether gradients pass through FP16 anywhere, in a rule's modules too."""
         return spelling.passes_float16([_roles(self), *(dict(rule.roles) for rule in self.rules)])
 
-    def for_module(self, path: str) -> Policy:
+    def for_module(self, path: str, classes: ClassNames = _NO_CLASSES) -> Policy:
         """Return the policy of the module at a dotted `path`, without rules.
+
+        `classes` gives the names of modules' classes by path, for rules that ask for them.
 
         What a rule's roles imply holds unless a rule says otherwise: FP32 weights have FP32 gradients and are
         their own masters. A module without FP16 has loss_scale "none"; the scale of the loss is the whole
@@ -170,7 +189,7 @@ class Policy:
         >>> Policy.parse("fp16; head: output=bf16").for_module("head").output
         'bfloat16'
         """
-        matching = [rule for rule in self.rules if rule.holds_for(path)]
+        matching = [rule for rule in self.rules if rule.holds_for(path, classes)]
         roles = spelling.change(_roles(self), {role: value for rule in matching for role, value in rule.roles})
         if not spelling.passes_float16([roles]):
             roles["loss_scale"] = "none"
@@ -209,6 +228,14 @@ class Policy:
             if not isinstance(rule["pattern"], str) or not isinstance(rule["roles"], dict):
                 raise PolicyError(f"a rule's pattern in JSON must be a text and its roles an object, not {rule!r}")
         return _from_parts(content, [(rule["pattern"], rule["roles"]) for rule in rules])
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """Yield a module's path, those of the modules around it, and "" for the model."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _roles(policy: Policy) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def refusals():
         ("bf16; absent: compute=float32", r'rule "absent: .*" holds for no module of this Mixed, whose modules are em'),
         (
             "bf16; head: param=float32,compute=float32",
-            '"embed.weight" and "head.weight" are one tied parameter, but the rules keep it in',
+            '"embed.weight" and "head.weight" are one tied parameter, but it would be kept in',
         ),
         ("bf16,compute=float8_e4m3fn", "compute=float8_e4m3fn is not available in torch yet"),
         ("half-ish", "half-ish"),
@@ -196,13 +196,82 @@ def test_a_rule_may_keep_what_is_too_large(model):
     assert model(torch.arange(7)).dtype == torch.float32
 
 
-def test_a_lazy_parameter_is_refused():
-    model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(PolicyError, match=r'parameter "0\.weight" has no shape yet; run one batch, then cast'):
-        dt.cast(model, "bf16")
-    model(torch.ones(1, 2))
-    dt.cast(model, "bf16")
-    assert model[0].weight.dtype == torch.bfloat16
+NORMS = {
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "RMSNorm": lambda: nn.RMSNorm(4),
+    "BatchNorm": lambda: nn.BatchNorm1d(4),
+    "InstanceNorm": lambda: nn.InstanceNorm1d(4, affine=True),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norms_keep_float32_parameters(kind):
+    model = dt.cast(nn.Sequential(nn.Linear(4, 4), NORMS[kind]()), "bf16")
+    linear, norm = model
+    assert {param.dtype for param in linear.parameters()} == {torch.bfloat16}
+    assert {(param.dtype, param.grad_dtype, tail_of(param)) for param in norm.parameters()} == {
+        (torch.float32, torch.float32, None)
+    }
+
+
+@pytest.mark.parametrize("pattern", ["1", "type=LayerNorm"])
+def test_a_rule_for_a_norm_itself_goes_before_that(pattern):
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    dt.cast(model, f"bf16; {pattern}: param=bfloat16")
+    assert model[1].weight.dtype == torch.bfloat16
+    assert tail_of(model[1].weight) is not None
+    # one for what is around it does not
+    dt.cast(nn.Sequential(model), "bf16; 0: param=bfloat16")
+    assert model[1].weight.dtype == torch.float32
+
+
+def test_rules_by_type(model):
+    dt.cast(model, "bf16; type=Linear: grad=float32; type=Sequential: output=float32; type=Embedding: grad=float32")
+    assert model.embed.weight.grad_dtype == torch.float32
+    assert model.blocks[0].weight.grad_dtype == torch.float32
+    assert dt.policy_of(model.blocks).output == "float32"
+    # base classes count, and everything inside
+    model = dt.cast(nn.Sequential(nn.LSTM(2, 2), nn.Linear(2, 2)), "bf16; type=RNNBase: param=float32,compute=float32")
+    assert model[0].weight_ih_l0.dtype == torch.float32
+    assert model[1].weight.dtype == torch.bfloat16
+    with pytest.raises(
+        PolicyError, match=r'"type=GRU: .*" holds for no module .*, whose classes are Seq.*, LSTM, Linear;'
+    ):
+        dt.cast(model, "bf16; type=GRU: compute=float32,param=float32")
+
+
+@pytest.mark.parametrize(
+    "policy", ["fp32", "bf16", "fp16", "bf16-mixed", "bf16; head: grad=float32; embed: grad=float32"]
+)
+def test_uncast_gives_everything_back(model, policy):
+    tokens, before = torch.arange(7), values(model)
+    expected = model(tokens)
+    dt.cast(model, policy)
+    model(tokens).sum().backward()
+    assert dt.uncast(model) is model
+    for name, param in model.named_parameters():
+        assert param.dtype == before[name].dtype, name
+        if param.requires_grad or param.dtype != torch.float32:
+            assert torch.equal(param, before[name]), name
+        assert tail_of(param) is None
+        assert param.grad is None or param.grad.dtype == param.dtype
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert dt.policy_of(model) is None
+    if policy in ("fp32", "bf16-mixed"):
+        assert torch.equal(model(tokens), expected)
+
+
+def test_uncast_leaves_what_was_not_cast_alone():
+    model = nn.Linear(2, 1).bfloat16()
+    assert dt.uncast(model).weight.dtype == torch.bfloat16
+
+
+def test_recurrent_weights_are_still_the_modules_parameters():
+    model = dt.cast(nn.LSTM(2, 3), "bf16")
+    assert all(any(flat is param for param in model.parameters()) for flat in model._flat_weights)
+    dt.uncast(model)
+    assert {flat.dtype for flat in model._flat_weights} == {torch.float32}
 
 
 def test_the_policy_of_a_model(model):

@@ -1,96 +1,583 @@
-"""FP16 products in FP32 arithmetic: one rounding of the operands and one of the result, forward and backward."""
+"""FP16 products in FP32 arithmetic: one rounding of the operands and one of the result, forward and backward.
 
+`plainly` says the same in conversions alone, which autograd saves in FP32; the numbers are held to it bit for bit, the
+memory to that of FP16.
+"""
+
+import copy
+import gc
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import duotone.torch as dt
-from duotone.errors import DuotoneWarning
-from duotone.torch import half_on_cpu, op_rules
-from duotone.torch.half_on_cpu import PRODUCTS, multiply_in_float32, say_once_how_half_runs_on_cpu
+from duotone.errors import DuotoneError, DuotoneWarning
+from duotone.torch import half_on_cpu
+from duotone.torch.half_on_cpu import multiply_in_float32, say_once_how_half_runs_on_cpu
+from duotone.torch.nested import map_tensors
 
 
-@pytest.fixture(autouse=True)
-def _cpu_without_half_products(monkeypatch):
-    monkeypatch.setattr(op_rules, "cpu_has_half_products", lambda: False)
+def plainly(func, args, kwargs):
+    def widen(tensor: Tensor) -> Tensor:
+        narrow = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        return tensor.to(torch.float16).to(torch.float32) if narrow else tensor
+
+    def narrow(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.float16) if tensor.dtype == torch.float32 else tensor
+
+    with torch.autocast("cpu", enabled=False):
+        return map_tensors(narrow, func(*map_tensors(widen, args), **map_tensors(widen, dict(kwargs))))
 
 
 def half(*shape: int, requires_grad: bool = True) -> Tensor:
     return torch.randn(shape).half().requires_grad_(requires_grad)
 
 
-CALLS = {
-    "linear": (F.linear, (half(4, 5), half(3, 5), half(3))),
-    "matmul": (torch.matmul, (half(2, 4, 5), half(5, 3))),
-    "@": (Tensor.matmul, (half(4, 5), half(5, 3))),
-    "mm": (torch.mm, (half(4, 5), half(5, 3))),
-    "bmm": (torch.bmm, (half(2, 4, 5), half(2, 5, 3))),
-    "mv": (torch.mv, (half(4, 5), half(5))),
-    "addmm": (torch.addmm, (half(4, 3), half(4, 5), half(5, 3))),
-    "baddbmm": (torch.baddbmm, (half(2, 4, 3), half(2, 4, 5), half(2, 5, 3))),
-    "bilinear": (F.bilinear, (half(4, 5), half(4, 6), half(3, 5, 6))),
-    "conv1d": (F.conv1d, (half(2, 3, 8), half(4, 3, 3), half(4))),
-    "conv2d": (F.conv2d, (half(2, 3, 8, 8), half(4, 3, 3, 3), half(4))),
-    "conv3d": (F.conv3d, (half(1, 2, 4, 4, 4), half(3, 2, 2, 2, 2))),
-    "conv_transpose2d": (F.conv_transpose2d, (half(2, 3, 4, 4), half(3, 2, 3, 3))),
-    "attention": (F.scaled_dot_product_attention, (half(1, 2, 6, 4), half(1, 2, 6, 4), half(1, 2, 6, 4))),
+def call(func, *args, **kwargs):
+    return func, args, kwargs
+
+
+def heads_of(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value as a transformer makes them: strided views of one tensor, [batch, heads, time, 4]."""
+    return tuple(part.unflatten(-1, (2, 4)).transpose(1, 2) for part in qkv.chunk(3, -1))
+
+
+def recurrent(kind: type[nn.RNNBase], layers: int, batch_first: bool):
+    module = kind(5, 7, layers, batch_first=batch_first).half()
+    state = half(layers, 3, 7)
+    state = (state, half(layers, 3, 7)) if kind is nn.LSTM else state
+    x = half(3, 4, 5) if batch_first else half(4, 3, 5)
+    func = {nn.LSTM: torch.lstm, nn.GRU: torch.gru, nn.RNN: torch.rnn_tanh}[kind]
+    return call(func, x, state, module._flat_weights, True, layers, 0.0, True, False, batch_first)
+
+
+def cell(kind: type[nn.RNNCellBase]):
+    module = kind(5, 7).half()
+    state = (half(3, 7), half(3, 7)) if kind is nn.LSTMCell else half(3, 7)
+    func = {nn.LSTMCell: torch.lstm_cell, nn.GRUCell: torch.gru_cell}[kind]
+    return call(func, half(3, 5), state, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+
+
+def multi_head(**kwargs):
+    module, x = nn.MultiheadAttention(8, 2).half(), half(4, 2, 8)
+    weights = (module.in_proj_weight, module.in_proj_bias, None, None, False, 0.0)
+    weights += (module.out_proj.weight, module.out_proj.bias)
+    return call(F.multi_head_attention_forward, x, half(4, 2, 8), half(4, 2, 8), 8, 2, *weights, **kwargs)
+
+
+torch.manual_seed(0)
+attention = F.scaled_dot_product_attention
+triangle = torch.ones(6, 6).tril()
+
+# one product each, so that nothing in FP32 need be saved
+PRODUCTS = {
+    "linear": call(F.linear, half(4, 5), half(3, 5), half(3)),
+    "linear in 3 dimensions": call(F.linear, half(2, 4, 5), half(3, 5), half(3)),
+    "linear of a part": call(F.linear, half(2, 4, 9)[..., 2:7], half(3, 5)),
+    "linear of a part's transpose": call(F.linear, half(5, 4, 9)[..., 2:7].transpose(0, 1), half(3, 5), half(3)),
+    "linear by a transposed weight": call(F.linear, half(4, 5), half(5, 3).T),
+    "linear of FP32 and BF16": call(F.linear, torch.randn(4, 5, requires_grad=True), half(3, 5).bfloat16()),
+    "linear by name": call(F.linear, half(4, 5), weight=half(3, 5), bias=None),
+    "matmul": call(torch.matmul, half(2, 4, 5), half(5, 3)),
+    "matmul broadcasts": call(torch.matmul, half(3, 2, 4, 5), half(2, 5, 3)),
+    "matmul of transposed heads": call(torch.matmul, heads_of(half(2, 6, 24))[0], half(2, 2, 6, 4).mT),
+    "@ of a vector": call(Tensor.__matmul__, half(4, 5), half(5)),
+    "mm": call(torch.mm, half(4, 5), half(3, 5).T),
+    "bmm": call(Tensor.bmm, half(2, 4, 5), half(2, 5, 3)),
+    "bmm expanded": call(torch.bmm, half(4, 5).expand(2, 4, 5), half(2, 5, 3)),
+    "mv": call(torch.mv, half(4, 5), half(5)),
+    "addmm": call(torch.addmm, half(4, 3), half(4, 5), half(5, 3)),
+    "baddbmm": call(torch.baddbmm, half(2, 4, 3), half(2, 4, 5), half(2, 5, 3), beta=0.5),
+    "einsum": call(torch.einsum, "bij,bkj->bik", half(2, 3, 4), half(2, 5, 4)),
+    "einsum of a list": call(torch.einsum, "bthd,bshd->bhts", [half(2, 6, 2, 4), half(2, 6, 2, 4)]),
+    "bilinear": call(F.bilinear, half(4, 5), half(4, 6), half(3, 5, 6)),
+    "conv1d": call(F.conv1d, half(2, 3, 8), half(4, 3, 3), half(4)),
+    "conv2d": call(F.conv2d, half(2, 3, 8, 8), half(4, 3, 3, 3), half(4), stride=2),
+    "conv2d channels last": call(
+        F.conv2d, half(2, 3, 8, 8).to(memory_format=torch.channels_last), half(4, 3, 3, 3), None, 1, "same"
+    ),
+    "conv3d": call(F.conv3d, half(1, 2, 4, 4, 4), half(3, 2, 2, 2, 2)),
+    "conv_transpose1d": call(F.conv_transpose1d, half(2, 3, 4), half(3, 2, 3)),
+    "conv_transpose2d": call(F.conv_transpose2d, half(2, 3, 4, 4), half(3, 2, 3, 3)),
+    "nothing": call(F.linear, half(0, 5), half(3, 5)),
 }
+ATTENTIONS = {
+    "attention": call(attention, half(1, 2, 6, 4), half(1, 2, 6, 4), half(1, 2, 6, 4)),
+    "attention, causal, of strided heads": call(attention, *heads_of(half(2, 6, 24)), is_causal=True),
+    "attention with a boolean mask": call(attention, *heads_of(half(2, 6, 24)), attn_mask=triangle.bool()),
+    "attention with an added mask": call(attention, *heads_of(half(2, 6, 24)), triangle.log()),
+}
+# several steps each: what lies between them is FP32
+COMPOSED = {
+    "lstm": recurrent(nn.LSTM, 1, False),
+    "lstm, two layers": recurrent(nn.LSTM, 2, True),
+    "gru": recurrent(nn.GRU, 2, True),
+    "rnn": recurrent(nn.RNN, 1, False),
+    "lstm cell": cell(nn.LSTMCell),
+    "gru cell": cell(nn.GRUCell),
+    "multi-head attention": multi_head(need_weights=False),
+    "multi-head attention and its weights": multi_head(average_attn_weights=False),
+    "attention with a learned mask": call(attention, *heads_of(half(2, 6, 24)), attn_mask=half(6, 6)),
+    "linear of some rows": call(lambda x, weight: F.linear(x[1:3], weight), half(4, 5), half(3, 5)),
+    "linear of rows of a part": call(lambda x, weight: F.linear(x[1:3], weight), half(4, 9)[:, 2:7], half(3, 5)),
+    "linear of the first rows": call(lambda x, weight: F.linear(x[:3], weight), half(9, 5)[3:], half(3, 5)),
+    "linear of some columns": call(lambda x, weight: F.linear(x[:, 2:], weight), half(4, 7), half(3, 5)),
+    "linear of a row, repeated": call(lambda x, weight: F.linear(x[1].expand(3, 5), weight), half(4, 5), half(3, 5)),
+    "einsum of three": call(torch.einsum, "ij,jk,kl->il", half(2, 3), half(3, 4), half(4, 5)),
+}
+CALLS = PRODUCTS | ATTENTIONS | COMPOSED
+
+
+def tensors_in(value) -> list[Tensor]:
+    found = []
+    map_tensors(lambda tensor: found.append(tensor) or tensor, value)
+    return found
+
+
+def gradients(result, operands: list[Tensor], create_graph: bool = False) -> list[Tensor]:
+    results = [each for each in tensors_in(result) if each.requires_grad]
+    generator = torch.Generator().manual_seed(1)
+    directions = [torch.randn(each.shape, generator=generator).to(each) for each in results]
+    grads = torch.autograd.grad(results, operands, directions, allow_unused=True, create_graph=create_graph)
+    return [grad for grad in grads if grad is not None]
+
+
+def learned(args, kwargs) -> list[Tensor]:
+    return [operand for operand in tensors_in((args, kwargs)) if operand.requires_grad]
+
+
+def saved_by(func, args, kwargs) -> list[Tensor]:
+    """Return what the hooks of someone outside are given to save."""
+    saved = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), lambda nothing: nothing):
+        multiply_in_float32(func, args, kwargs)
+    return saved
+
+
+def as_flash_saves(tensor: Tensor) -> Tensor:
+    # [batch, heads, time] is the logarithm of the sum of exponentials, which stays FP32
+    return tensor.detach() if tensor.dim() == 3 else tensor.detach().half().float()
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_product_is_that_of_float32_rounded_once(name, same_bits):
-    func, operands = CALLS[name]
-    assert func in PRODUCTS
+def test_results_and_gradients_are_those_of_plain_conversions(name, same_bits):
+    func, args, kwargs = CALLS[name]
+    operands = learned(args, kwargs)
+    got = multiply_in_float32(func, args, kwargs)
+    if name in ATTENTIONS:
+        # flash attention in FP16 reads its rounded result in backward
+        with saved_tensors_hooks(as_flash_saves, lambda tensor: tensor):
+            expected = plainly(func, args, kwargs)
+    else:
+        expected = plainly(func, args, kwargs)
+    for one, other in zip(tensors_in(got), tensors_in(expected), strict=True):
+        assert one.dtype == torch.float16
+        assert one.stride() == other.stride()
+        assert same_bits(one, other)
+    got_grads, expected_grads = gradients(got, operands), gradients(expected, operands)
+    assert got_grads
+    for one, other in zip(got_grads, expected_grads, strict=True):
+        assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "conv2d", "bmm", "einsum"])
+def test_gradients_of_gradients(name, same_bits):
+    func, args, kwargs = CALLS[name]
+    operands = learned(args, kwargs)
     widened = [operand.detach().float().requires_grad_() for operand in operands]
-    got, expected = multiply_in_float32(func, operands, {}), func(*widened).half()
-    assert same_bits(got, expected)
+    in_place_of = {id(operand): wide for operand, wide in zip(operands, widened, strict=True)}
+    of_wide = func(*map_tensors(lambda tensor: in_place_of[id(tensor)], args), **kwargs)
 
-    direction = torch.randn_like(got)
-    got_grads = torch.autograd.grad(got, operands, direction)
-    for got_grad, want in zip(got_grads, torch.autograd.grad(expected, widened, direction), strict=True):
-        assert same_bits(got_grad, want.half())
+    def second(result, operands):
+        grads = gradients(result, operands, create_graph=True)
+        return gradients(sum(grad.float().square().sum() for grad in grads), operands)
 
-
-SPELLINGS = {
-    "a @ b": lambda a, b: a @ b,
-    "a.matmul(b)": lambda a, b: a.matmul(b),
-    "torch.matmul": torch.matmul,
-    "a.mm(b)": lambda a, b: a.mm(b),
-    "torch.mm": torch.mm,
-    "einsum": lambda a, b: torch.einsum("ij,jk->ik", a, b),
-    "einsum of a list": lambda a, b: torch.einsum("ij,jk->ik", [a, b]),
-    "F.linear": lambda a, b: F.linear(a, b.T),
-    "a.addmm": lambda a, b: torch.zeros_like(a).addmm(a, b),
-    "FP32 rounded first": lambda a, b: torch.matmul(a.float() * (1 + 2.0**-13), b),
-}
+    got = second(multiply_in_float32(func, args, kwargs), operands)
+    assert got
+    plain, wide = second(plainly(func, args, kwargs), operands), second(of_wide, widened)
+    for one, other, exact in zip(got, plain, wide, strict=True):
+        assert same_bits(one, other)
+        assert torch.allclose(one.float(), exact, rtol=2e-2, atol=2e-2 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_a_region_takes_every_spelling_of_a_product(name, monkeypatch, same_bits):
-    taken = []
-
-    def spy(func, args, kwargs):
-        taken.append(func)
-        return multiply_in_float32(func, args, kwargs)
-
-    monkeypatch.setattr(op_rules, "multiply_in_float32", spy)
-    a, b = half(64, 64), half(64, 64)
-    with op_rules.Region(torch.float16).on("cpu"):
-        product = SPELLINGS[name](a, b)
-    assert taken
-    assert same_bits(product, (a.float() @ b.float()).half())
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_saves_nothing_in_float32(name):
+    func, args, kwargs = CALLS[name]
+    saved = saved_by(func, args, kwargs)
+    assert saved
+    assert {tensor.dtype for tensor in saved} == {torch.float16}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64])
-def test_other_products_are_left_alone(dtype):
-    a = torch.full((2, 2), 3).to(dtype)
-    with op_rules.Region(torch.float16).on("cpu"):
-        product = a @ a
-    assert product.dtype == dtype
-    assert (product == 18).all()
+OWN = ["linear", "linear in 3 dimensions", "linear of a part", "matmul", "mm", "addmm", "bmm expanded", "einsum"]
+
+
+@pytest.mark.parametrize("name", [*OWN, "conv1d", "conv2d", "conv_transpose2d", "attention, causal, of strided heads"])
+def test_operands_are_saved_in_the_memory_they_have(name):
+    func, args, kwargs = CALLS[name]
+    own = {tensor.untyped_storage().data_ptr() for tensor in tensors_in((args, kwargs))}
+    if func is attention:
+        query, key, value, logsumexp, _ = saved_by(func, args, kwargs)
+        saved = [query, key, value]
+        assert (logsumexp.dtype, logsumexp.shape) == (torch.float32, query.shape[:3])
+    else:
+        saved = saved_by(func, args, kwargs)
+    assert {tensor.untyped_storage().data_ptr() for tensor in saved} <= own
+
+
+def test_attention_saves_its_result_in_the_memory_it_has():
+    saved = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.detach()), lambda nothing: nothing):
+        result = multiply_in_float32(*ATTENTIONS["attention, causal, of strided heads"])
+    assert [tensor.dtype for tensor in saved].count(torch.float16) == 4
+    assert saved[-1].untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+
+
+def test_nothing_wide_outlives_the_call():
+    alive = []
+
+    def watched(*args):
+        result = attention(*args)
+        alive.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (*args, result))
+        return F.linear(result, args[0][0, 0])
+
+    gc.disable()
+    try:
+        result = multiply_in_float32(watched, tuple(half(1, 2, 6, 4) for _ in range(3)), {})
+        # attention inside of another function is not known; its query, key and value are
+        assert [each.expired() for each in alive] == [True, True, True, False]
+        del result
+        assert alive[-1].expired()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("keep", [None, lambda tensor: tensor.detach()])
+def test_a_graph_that_is_dropped_frees_what_it_saved(keep):
+    gc.disable()
+    try:
+        x = half(4, 4) * 1
+        with saved_tensors_hooks(keep, lambda kept: kept) if keep else torch.enable_grad():
+            y = multiply_in_float32(F.linear, (x, half(4, 4)), {})
+            z = multiply_in_float32(attention, (y[None, None],) * 3, {})
+        alive = [StorageWeakRef(each.untyped_storage()) for each in (x, y, z)]
+        # x, saved for y, now has y in its history
+        x.mul_(y)
+        z.mul_(y)
+        del x, y, z
+        assert all(each.expired() for each in alive)
+    finally:
+        gc.enable()
+
+
+def test_hooks_outside_may_keep_what_they_are_given():
+    gc.disable()
+    try:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            result = multiply_in_float32(attention, tuple(half(1, 2, 6, 4) for _ in range(3)), {})
+        alive = StorageWeakRef(result.untyped_storage())
+        del result
+        assert alive.expired()
+    finally:
+        gc.enable()
+
+
+def test_a_result_that_is_a_part_is_saved_as_it_is(monkeypatch, same_bits):
+    def part(query):
+        return query.exp()[..., 1:]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", part)
+    query = half(4, 5)
+    one, other = (gradients(how(part, (query,), {}), [query]) for how in (multiply_in_float32, plainly))
+    assert all(map(same_bits, one, other))
+
+
+def test_an_operand_is_what_it_was_or_backward_refuses():
+    for changed in range(2):
+        operands = [half(2, 4, 5) * 1, half(3, 5) * 1]
+        result = multiply_in_float32(F.linear, tuple(operands), {})
+        operands[changed].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation") as raised:
+            result.sum().backward()
+        assert isinstance(raised.value, DuotoneError)
+        shape = "(2, 4, 5)" if changed == 0 else "(3, 5)"
+        assert f"torch.float16 tensor of shape {shape} that linear saved" in str(raised.value)
+        assert "is at version 1 instead of 0; change a clone of it" in str(raised.value)
+
+
+def test_what_else_is_saved_is_what_it_was_or_backward_refuses():
+    result = multiply_in_float32(attention, tuple(half(1, 1, 6, 4) for _ in range(3)), {})
+    result.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+    weight, mask = half(3, 3), torch.ones(3, 3, dtype=torch.bool)
+    result = multiply_in_float32(lambda weight, mask: weight.masked_fill(mask, 0.0), (weight, mask), {})
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+def test_an_operand_may_change_where_that_is_harmless(same_bits):
+    x, weight = half(4, 5) * 1, half(3, 5)
+    multiply_in_float32(F.linear, (x, weight), {}).sum().backward()
+    # after backward; an operand that was rounded first; one that no gradient needs; a bias
+    x.add_(1)
+    wide, bias = torch.randn(4, 5), half(3) * 1
+    expected = wide.half().sum(0).expand(3, 5)
+    weight.grad = None
+    result = multiply_in_float32(F.linear, (wide, weight, bias), {})
+    wide.add_(1)
+    bias.add_(1)
+    result.sum().backward()
+    assert torch.allclose(weight.grad, expected, rtol=1e-2, atol=1e-2)
+    fixed = half(3, 5, requires_grad=False)
+    result = multiply_in_float32(F.linear, (half(4, 5, requires_grad=False), weight), {})
+    fixed.add_(1)
+    result.sum().backward()
+
+
+def test_a_function_that_changes_what_it_was_given(same_bits):
+    def shifted(x, weight):
+        return F.linear(x.mul_(2), weight)
+
+    x, weight = half(4, 5), half(3, 5)
+    one, other = (gradients(how(shifted, (x, weight), {}), [x, weight]) for how in (multiply_in_float32, plainly))
+    assert all(map(same_bits, one, other))
+
+
+def block(multiply, x: Tensor, weights: list[Tensor]) -> Tensor:
+    hidden = multiply(F.linear, (x, weights[0]), {})
+    mixed = multiply(attention, heads_of(hidden), {"is_causal": True})
+    return multiply(F.linear, (mixed.transpose(1, 2).flatten(2).relu(), weights[1]), {})
+
+
+@pytest.fixture
+def in_block() -> tuple[Tensor, list[Tensor]]:
+    return half(2, 6, 8), [half(24, 8), half(8, 8)]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_recompute_the_same(use_reentrant, in_block, same_bits):
+    x, weights = in_block
+    alive = []
+
+    def watched(multiply, x, weights):
+        y = block(multiply, x * 1, weights)
+        alive.append(StorageWeakRef(y.untyped_storage()))
+        return y * y
+
+    expected = gradients(watched(multiply_in_float32, x, weights), [x, *weights])
+    alive.clear()
+    result = checkpoint(watched, multiply_in_float32, x, weights, use_reentrant=use_reentrant)
+    assert [each.expired() for each in alive] == [True]
+    # reentrant checkpoints know backward alone
+    result.backward(torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).half())
+    assert len(alive) == 2
+    assert all(same_bits(operand.grad, grad) for operand, grad in zip([x, *weights], expected, strict=True))
+
+
+def test_a_checkpoint_saves_nothing_of_what_it_recomputes(in_block):
+    saved = []
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda nothing: nothing):
+        checkpoint(block, multiply_in_float32, *in_block, use_reentrant=False)
+    # its input alone, which the checkpoint saves itself
+    assert saved == [in_block[0].shape]
+
+
+def test_offloading_is_given_the_16_bit_tensors(in_block, same_bits):
+    x, weights = in_block
+    expected = gradients(block(multiply_in_float32, x, weights), [x, *weights])
+    with save_on_cpu():
+        offloaded = block(multiply_in_float32, x, weights)
+    assert all(map(same_bits, gradients(offloaded, [x, *weights]), expected))
+
+
+@pytest.mark.parametrize("name", ["mm", "linear by a transposed weight", "conv2d channels last", *ATTENTIONS])
+def test_hooks_outside_may_bring_another_layout(name, same_bits):
+    func, args, kwargs = CALLS[name]
+    expected = gradients(multiply_in_float32(func, args, kwargs), learned(args, kwargs))
+    # save_on_cpu(pin_memory=True) loses strides in this way
+    with saved_tensors_hooks(lambda tensor: tensor.detach().clone(memory_format=torch.contiguous_format), Tensor.clone):
+        result = multiply_in_float32(func, args, kwargs)
+    assert all(map(same_bits, gradients(result, learned(args, kwargs)), expected))
+
+
+def test_hooks_outside_know_parameters():
+    weight, seen = nn.Parameter(half(3, 5)), []
+    with saved_tensors_hooks(seen.append, lambda nothing: nothing):
+        multiply_in_float32(F.linear, (half(4, 5), weight), {})
+    assert any(tensor is weight for tensor in seen)
+
+
+def test_no_hooks_where_nothing_is_learned():
+    tops = []
+
+    def watched(x, weight):
+        tops.append(torch._C._autograd._top_saved_tensors_default_hooks(False))
+        return F.linear(x, weight)
+
+    x, weight = half(4, 5), half(3, 5)
+    multiply_in_float32(watched, (x, weight), {})
+    assert tops.pop() is not None
+    multiply_in_float32(watched, (x.detach(), weight.detach()), {})
+    for no_grad in (torch.no_grad(), torch.inference_mode()):
+        with no_grad:
+            multiply_in_float32(watched, (x, weight), {})
+    with disable_saved_tensors_hooks("not here"):
+        multiply_in_float32(watched, (x, weight), {})
+    assert tops == [None] * 4
+
+
+def test_everything_is_left_as_it_was_found():
+    def fails(x, weight):
+        assert not torch.is_autocast_enabled("cpu")
+        assert F.linear(x, weight).dtype == torch.float32
+        raise ZeroDivisionError
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ZeroDivisionError):
+            multiply_in_float32(fails, (half(4, 5), half(3, 5)), {})
+        assert torch.is_autocast_enabled("cpu")
+        assert F.linear(half(4, 5), half(3, 5)).dtype == torch.bfloat16
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def test_transforms_of_torch_func(same_bits):
+    x, weight = half(4, 5, requires_grad=False), half(3, 5, requires_grad=False)
+
+    def loss(multiply, x, weight):
+        return multiply(F.linear, (x, weight), {}).float().square().sum()
+
+    for transform in (
+        lambda f: torch.func.grad(f, argnums=1)(x, weight),
+        lambda f: torch.func.vmap(f, in_dims=(0, None))(x, weight),
+        lambda f: torch.func.vmap(torch.func.grad(f), in_dims=(0, None))(x, weight),
+        lambda f: torch.func.vjp(f, x, weight)[1](torch.tensor(1.0))[1],
+        lambda f: torch.func.jvp(f, (x, weight), (x, weight))[1],
+        lambda f: torch.func.vmap(f, in_dims=(0, None))(x, weight.clone().requires_grad_()),
+    ):
+        one, other = (transform(partial(loss, multiply)) for multiply in (multiply_in_float32, plainly))
+        assert same_bits(one, other)
+
+
+def test_forward_and_backward_at_once(same_bits):
+    x, weight = half(4, 5), half(3, 5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        result = multiply_in_float32(F.linear, (dual, weight), {})
+        assert same_bits(forward_ad.unpack_dual(result).tangent, plainly(F.linear, (torch.ones_like(x), weight), {}))
+        one, other = gradients(result, [weight]), gradients(plainly(F.linear, (x, weight), {}), [weight])
+    assert all(map(same_bits, one, other))
+
+
+def test_it_can_be_traced(same_bits):
+    def f(x, weight):
+        return multiply_in_float32(F.linear, (x, weight), {})
+
+    x, weight = half(4, 5), half(3, 5)
+    traced = torch.jit.trace(f, (x, weight))
+    assert same_bits(traced(2 * x, weight), f(2 * x, weight))
+    # hooks would leave what they do in the graph
+    assert "detach" not in str(traced.graph)
+
+
+def test_it_compiles_without_a_break(in_block, same_bits):
+    x, weights = in_block
+
+    def whole(multiply):
+        return multiply(torch.einsum, ("btc,dc->btd", [block(multiply, x, weights), weights[1]]), {})
+
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    one, other = gradients(compiled(multiply_in_float32), [x, *weights]), gradients(whole(plainly), [x, *weights])
+    assert all(map(same_bits, one, other))
+
+
+def test_one_operand_in_several_places_stays_one():
+    x, seen = half(1, 2, 6, 4), []
+
+    def watched(query, key, value, attn_mask):
+        seen.append((query, key, value))
+        return attention(query, key, value, attn_mask)
+
+    result = multiply_in_float32(watched, (x, x), {"value": x, "attn_mask": None})
+    query, key, value = seen[0]
+    assert query is key is value
+    wide = x.detach().float().requires_grad_()
+    result.float().sum().backward()
+    attention(wide, wide, wide).half().float().sum().backward()
+    # the three gradients are added in FP32 and rounded once
+    assert torch.equal(x.grad, wide.grad.half())
+
+
+def test_tensors_without_values():
+    _, operands, _ = CALLS["matmul broadcasts"]
+    operands = tuple(tensor.detach().to("meta").requires_grad_() for tensor in operands)
+    grads = gradients(multiply_in_float32(torch.matmul, operands, {}), list(operands))
+    assert [(grad.shape, grad.dtype) for grad in grads] == [(each.shape, torch.float16) for each in operands]
+
+
+class Marked(Tensor):
+    """A tensor of a library of its own."""
+
+
+def test_subclasses_take_plain_conversions(same_bits):
+    x, weight, tops = half(4, 5, requires_grad=False).as_subclass(Marked), half(3, 5), []
+
+    def watched(x, weight):
+        tops.append(torch._C._autograd._top_saved_tensors_default_hooks(False))
+        return F.linear(x, weight)
+
+    assert type(multiply_in_float32(watched, (x, weight), {})) is Marked
+    assert tops == [None]
+    one, other = (gradients(f(F.linear, (x, weight), {}), [weight]) for f in (multiply_in_float32, plainly))
+    assert all(map(same_bits, one, other))
+
+
+def test_an_operand_from_inference_mode(same_bits):
+    with torch.inference_mode():
+        x = half(5, 4, requires_grad=False).T
+    weight = half(3, 5)
+    one, other = (gradients(f(F.linear, (x, weight), {}), [weight]) for f in (multiply_in_float32, plainly))
+    assert all(map(same_bits, one, other))
+    assert {tensor.dtype for tensor in saved_by(F.linear, (x, weight), {})} == {torch.float16}
+
+
+def test_what_is_not_an_operand_stays_as_it_is():
+    others = [torch.ones(2, dtype=dtype) for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64)]
+
+    def watched(x, *rest, **named):
+        assert x.dtype == torch.float32
+        assert all(one is other for one, other in zip(rest, others, strict=True))
+        assert named == {"none": None, "text": "text", "nested": [1, (None, 2.5)]}
+        return [*rest, None, {"product": x}]
+
+    result = multiply_in_float32(
+        watched, (half(2), *others), {"none": None, "text": "text", "nested": [1, (None, 2.5)]}
+    )
+    assert all(one is other for one, other in zip(result, others, strict=False))
+    assert result[-2] is None
+    assert result[-1]["product"].dtype == torch.float16
+
+
+def test_writing_into_a_given_tensor_is_left_alone():
+    a, out = half(4, 4, requires_grad=False), torch.empty(4, 4, dtype=torch.float16)
+    result = multiply_in_float32(torch.matmul, (a, a), {"out": out})
+    assert result is out
+    assert torch.allclose(out.float(), a.float() @ a.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_roundings_of_what_has_none():
+    values = torch.tensor([[float("nan"), float("inf"), -0.0, 2.0**-24, 65504.0, 65520.0, -1e-30]])
+    result = multiply_in_float32(torch.mul, (values, torch.ones(1)), {})
+    assert str(result.tolist()) == str([[float("nan"), float("inf"), -0.0, 2.0**-24, 65504.0, float("inf"), -0.0]])
 
 
 def test_sums_longer_than_float16_counts():
@@ -102,8 +589,8 @@ def test_sums_longer_than_float16_counts():
 
 def test_a_model_in_fp16_learns_with_float16_gradients():
     torch.manual_seed(0)
-    model = dt.cast(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1)), "fp16")
     plain = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1))
+    model = dt.cast(copy.deepcopy(plain), "fp16")
     plain.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
     x = torch.randn(32, 8).half().float()
     model(x).mean().backward()

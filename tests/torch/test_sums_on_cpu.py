@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import duotone.torch as dt
-from duotone.torch.op_rules import Region
+from duotone.torch.region import Region
 from duotone.torch.sums_on_cpu import sum_in_float32
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+import duotone.torch as dt
 from duotone.errors import TaskError
 from duotone.train.tasks import corpus
 from duotone.train.tasks.gpt import GPT, GPTConfig, rotary_angles, rotate
-from duotone.train.tasks.stdlib_text import EPOCH_BATCHES, SIZES, Size, stdlib_text, text_task
+from duotone.train.tasks.stdlib_text import EPOCH_BATCHES, SIZES, Size, judged_loss, stdlib_text, text_task, window_loss
 
 SHAPE = GPTConfig(layers=2, heads=2, width=32, context=8)
 SIZE = Size(SHAPE, windows=4, held_out_windows=6, steps=1, learning_rate=1e-3, warmup_steps=0)
@@ -243,6 +244,30 @@ def test_blocks_add_to_the_residual_stream():
             nn.init.zeros_(parameter)
     tokens = torch.randint(256, (2, 8))
     assert torch.equal(model(tokens), model.head(model.norm(model.embedding(tokens))))
+
+
+def test_the_models_own_loss_is_that_of_its_logits():
+    torch.manual_seed(0)
+    model = GPT(SHAPE)
+    windows = torch.randint(256, (4, 9), dtype=torch.uint8)
+    assert torch.equal(window_loss(model, windows), judged_loss(model, windows))
+    dt.cast(model, "bf16")
+    loss = window_loss(model, windows)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, judged_loss(model, windows))
+
+
+def test_sixteen_bit_logits_are_never_kept_in_float32():
+    torch.manual_seed(0)
+    model = dt.cast(GPT(GPTConfig(layers=1, heads=1, width=2, context=8)), "bf16")
+    # below 4 MiB of FP32 they are kept so, which is quicker
+    windows = torch.randint(256, (600, 9), dtype=torch.uint8)
+    logits = 600 * 8 * 256
+    with dt.saved_for_backward(model.parameters()) as saved:
+        window_loss(model, windows)
+    assert saved.activation_bytes["bfloat16"] >= 2 * logits
+    assert saved.activation_bytes["float32"] < logits
+    assert saved.total_activation_bytes < 3 * logits
 
 
 def test_shapes_that_cannot_be_are_refused():

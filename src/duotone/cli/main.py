@@ -10,7 +10,9 @@ from typing import Annotated
 import typer
 
 from duotone import __version__
+from duotone.cli.explain import explain_command
 from duotone.cli.formats import formats_command
+from duotone.cli.ops import ops_command
 from duotone.cli.train import train_command
 from duotone.errors import DuotoneError
 
@@ -21,7 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train_command)
+app.command("explain")(explain_command)
 app.command("formats")(formats_command)
+app.command("ops")(ops_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,18 +8,23 @@ scaler = dt.LossScaler("fp16")
 """
 
 from duotone.policy import Policy, Rule
-from duotone.torch.cast import cast, policy_of
+from duotone.torch.activation_checkpointing import checkpoint_activations
+from duotone.torch.cast import cast, policy_of, uncast
 from duotone.torch.checkpoint import load_checkpoint, save_checkpoint
+from duotone.torch.explain import Explanation, explain, saved_for_backward
+from duotone.torch.keep_float32 import keep_float32
 from duotone.torch.loss_scaler import LossScaler
 from duotone.torch.master import load_master_weights, master_weights
 from duotone.torch.memory import Memory, memory
 from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
+from duotone.torch.own_rules import op_rule, op_rules
 from duotone.torch.prepare import Prepared, prepare
 from duotone.torch.step import StepReport, step
 
 __all__ = [
     "SGD",
     "AdamW",
+    "Explanation",
     "Lion",
     "LossScaler",
     "MasterWeights",
@@ -29,12 +34,19 @@ __all__ = [
     "Rule",
     "StepReport",
     "cast",
+    "checkpoint_activations",
+    "explain",
+    "keep_float32",
     "load_checkpoint",
     "load_master_weights",
     "master_weights",
     "memory",
+    "op_rule",
+    "op_rules",
     "policy_of",
     "prepare",
     "save_checkpoint",
+    "saved_for_backward",
     "step",
+    "uncast",
 ]

@@ -1,50 +1,35 @@
 """Puts a module into its policy: resident weights in `param`, arithmetic in `compute`, results in `output`.
 
 Weights change their dtype in place and keep every bit: what a 16-bit weight cannot hold waits on it as its tail. They
-are cast once, here, and not in every forward pass. What happens in a forward pass stands in `cast_forward`. Running
-statistics and other buffers stay as they are.
+are cast once, here, and not in every forward pass. How each is kept stands in `residence`, what happens in a forward
+pass in `cast_forward`. Running statistics and other buffers stay as they are.
 """
 
-from dataclasses import dataclass
+import dataclasses
 from typing import TypeVar
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
-from duotone.policy import Policy
+from duotone.policy import ClassNames, Policy, Rule
 from duotone.torch.cast_forward import CastForward, cast_forward_of, torch_dtype
 from duotone.torch.half_on_cpu import say_once_how_half_runs_on_cpu
-from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.master import beyond_range, read_master, set_state_dtype, set_storage, tail_of
+from duotone.torch.keep_float32 import is_kept_in_float32
+from duotone.torch.residence import Residence, SettleWhenShaped, is_castable, is_lazy, plan, settle
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_CASTABLE = (torch.float32, *SPLIT_DTYPES)
-
-
-@dataclass(frozen=True)
-class _Residence:
-    """How one parameter is to be kept."""
-
-    param: torch.dtype
-    grad: torch.dtype
-    rounding: Rounding | None
-    state: torch.dtype
 
 
 def cast(model: Module, policy: Policy | str) -> Module:
     """Put a model into a policy, in place.
 
-    Floating-point parameters in FP32, BF16 or FP16 get the policy's `param` dtype, except those of norms that keep
-    running statistics, which stay FP32; FP64, integer and complex parameters, and all buffers, are left alone.
-    Tied parameters stay tied, frozen ones get no tail. Casting again with the same policy changes nothing; casting
-    to another one starts from the FP32 masters.
+    Floating-point parameters in FP32, BF16 or FP16 get the policy's `param` dtype, except those of norms, which stay
+    FP32 unless a rule names them; FP64, integer and complex parameters, and all buffers, are left alone. Tied
+    parameters stay tied, frozen ones get no tail, lazily shaped ones are cast when they get their shape. Casting again
+    with the same policy changes nothing; casting to another one starts from the FP32 masters. `uncast` undoes it.
 
     Args:
-        model: any module, its lazily shaped parameters initialised.
+        model: any module.
         policy: a `Policy`, or its text: a preset such as `"bf16"`, or anything `Policy.parse` reads.
 
     Returns:
@@ -54,24 +39,44 @@ def cast(model: Module, policy: Policy | str) -> Module:
         PolicyError: the policy cannot be read or is not available in torch yet, a weight is too large for FP16, a
             rule holds for no module, or rules disagree on a tied parameter. The model is unchanged then.
 
+    >>> import torch
     >>> model = cast(nn.Linear(2, 1), "bf16")
     >>> model.weight.dtype, model(torch.ones(1, 2)).dtype
     (torch.bfloat16, torch.float32)
     """
-    policy = Policy.parse(policy)
-    residences = _plan(model, policy)
-    for module in model.modules():
-        forward = cast_forward_of(module)
-        if forward is not None:
-            forward.remove()
-    for param, residence in residences:
-        _settle(param, residence)
+    classes = _class_names(model)
+    policy = _with_marks(model, Policy.parse(policy))
+    _check(model, policy, classes)
+    residences = plan(model, policy, classes)
+    _remove_forwards(model)
+    for param, residence in residences.items():
+        settle(param, residence)
     for path, module in model.named_modules():
-        forward = _forward_for(module, path, policy)
+        forward = _forward_for(module, path, policy, classes)
         if forward is not None:
-            module.forward = forward  # type: ignore[method-assign]
+            forward.install()
+    _flatten_recurrent_weights(model)
     if "float16" in _compute_formats(policy) and any(param.device.type == "cpu" for param in model.parameters()):
         say_once_how_half_runs_on_cpu()
+    return model
+
+
+def uncast(model: Module) -> Module:
+    """Undo `cast`, in place: every weight becomes its FP32 master, every module has its own forward again.
+
+    A model that was never cast is left as it is. Weights that were 16-bit before the cast become FP32 too.
+
+    >>> model = nn.Linear(2, 1)
+    >>> before = model.weight.detach().clone()
+    >>> uncast(cast(model, "bf16")).weight.equal(before), policy_of(model)
+    (True, None)
+    """
+    if any(cast_forward_of(module) is not None for module in model.modules()):
+        _remove_forwards(model)
+        for param in model.parameters():
+            if is_castable(param):
+                settle(param, Residence())
+        _flatten_recurrent_weights(model)
     return model
 
 
@@ -90,91 +95,74 @@ def policy_of(model: nn.Module) -> Policy | None:
     return None if forward is None else forward.policy
 
 
-def _plan(model: nn.Module, policy: Policy) -> list[tuple[nn.Parameter, _Residence]]:
-    paths = [path for path, _ in model.named_modules()]
+def _class_names(model: nn.Module) -> ClassNames:
+    return {
+        path: tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))
+        for path, module in model.named_modules()
+    }
+
+
+def _with_marks(model: nn.Module, policy: Policy) -> Policy:
+    """Add a rule for every module that `keep_float32` has marked."""
+    marked = [path for path, module in model.named_modules() if is_kept_in_float32(module)]
+    if not marked or policy.param == policy.compute == "float32":
+        return policy
+    if "" in marked:
+        raise PolicyError(f'keep_float32 marks all of this {type(model).__name__}; cast it to policy "fp32"')
+    kept = tuple(Rule(path, (("param", "float32"), ("compute", "float32"))) for path in marked)
+    return dataclasses.replace(policy, rules=policy.rules + tuple(rule for rule in kept if rule not in policy.rules))
+
+
+def _check(model: nn.Module, policy: Policy, classes: ClassNames) -> None:
     for rule in policy.rules:
-        if not any(rule.holds_for(path) for path in paths):
+        if not any(rule.matches(path, classes) for path in classes):
+            has = "classes" if rule.pattern.startswith("type=") else "modules"
+            names = list(dict.fromkeys(names[0] for names in classes.values()) if has == "classes" else classes)
+            # the model itself has no name that a pattern could give
+            names = names if has == "classes" else names[1:]
             raise PolicyError(
-                f'rule "{rule}" holds for no module of this {type(model).__name__}, whose modules are '
-                f"{', '.join(paths[1:6]) or 'itself alone'}{', ...' if len(paths) > 6 else ''}; mend its pattern"
+                f'rule "{rule}" holds for no module of this {type(model).__name__}, whose {has} are '
+                f"{', '.join(names[:5]) or 'itself alone'}{', ...' if len(names) > 5 else ''}; mend its pattern"
             )
-    plans: dict[nn.Parameter, tuple[str, _Residence]] = {}
-    for path, module in model.named_modules():
-        effective = policy.for_module(path)
-        _check_available(effective)
-        for name, param in module.named_parameters(recurse=False):
-            full_name = f"{path}.{name}" if path else name
-            if isinstance(param, UninitializedParameter):
-                raise PolicyError(f'parameter "{full_name}" has no shape yet; run one batch, then cast')
-            if param.dtype not in _CASTABLE:
-                continue
-            residence = _residence(module, param, effective)
-            other_name, other = plans.setdefault(param, (full_name, residence))
-            if other != residence:
-                raise PolicyError(
-                    f'"{other_name}" and "{full_name}" are one tied parameter, but the rules keep it in {other.param} '
-                    f"and {residence.param}; write a rule that covers both"
-                )
-            _check_range(full_name, param, residence)
-    return [(param, residence) for param, (_, residence) in plans.items()]
+    for path in classes:
+        compute = policy.for_module(path, classes).compute
+        if compute.startswith("float8"):
+            raise PolicyError(f"compute={compute} is not available in torch yet; use bfloat16 or float16")
+
+
+def _remove_forwards(model: nn.Module) -> None:
+    for module in model.modules():
+        forward = cast_forward_of(module)
+        if forward is not None:
+            forward.remove()
+
+
+def _flatten_recurrent_weights(model: nn.Module) -> None:
+    # cuDNN wants the weights of a recurrent layer in one piece; elsewhere this does nothing
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
 
 
 def _compute_formats(policy: Policy) -> set[str | None]:
     return {policy.compute, *(dict(rule.roles).get("compute") for rule in policy.rules)}
 
 
-def _residence(module: nn.Module, param: nn.Parameter, policy: Policy) -> _Residence:
-    state = torch_dtype(policy.state)
-    if isinstance(module, _NormBase):
-        return _Residence(torch.float32, torch.float32, None, state)
-    rounding = None
-    if policy.param != "float32" and policy.master is None:
-        rounding = Rounding(policy.rounding)
-    return _Residence(torch_dtype(policy.param), torch_dtype(policy.grad), rounding, state)
-
-
-def _check_available(policy: Policy) -> None:
-    if policy.compute.startswith("float8"):
-        raise PolicyError(f"compute={policy.compute} is not available in torch yet; use bfloat16 or float16")
-
-
-def _check_range(name: str, param: nn.Parameter, residence: _Residence) -> None:
-    largest = beyond_range(read_master(param), residence.param)
-    if largest is not None:
-        raise PolicyError(
-            f'parameter "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or keep '
-            "its module in FP32 by a rule: param=float32,compute=float32"
-        )
-
-
-def _settle(param: nn.Parameter, residence: _Residence) -> None:
-    tail = tail_of(param)
-    has_tail = residence.param in SPLIT_DTYPES and residence.rounding is None and param.requires_grad
-    grad, param.grad = param.grad, None
-    if param.dtype != residence.param or has_tail != (tail is not None):
-        weight, tail = read_master(param), None
-        if residence.param in SPLIT_DTYPES:
-            weight, tail = encode(weight, residence.param)
-        param.data = weight
-    param.grad_dtype = residence.grad
-    param.grad = None if grad is None else grad.to(residence.grad)
-    set_storage(param, tail if has_tail else None, residence.rounding)
-    set_state_dtype(param, residence.state)
-
-
-def _forward_for(module: nn.Module, path: str, policy: Policy) -> CastForward | None:
-    effective = policy.for_module(path)
-    around = policy.for_module(path.rpartition(".")[0])
+def _forward_for(module: nn.Module, path: str, policy: Policy, classes: ClassNames) -> CastForward | None:
+    effective = policy.for_module(path, classes)
+    around = policy.for_module(path.rpartition(".")[0], classes)
+    pending = SettleWhenShaped(path, policy, classes) if is_lazy(module) else None
     # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
     inputs = torch_dtype(effective.compute) if effective.param == effective.compute else None
     if path == "":
-        return CastForward(module, policy, inputs=inputs, output=torch_dtype(effective.output))
+        output = torch_dtype(effective.output)
+        return CastForward(module, policy, effective, inputs=inputs, output=output, pending=pending)
     if any(getattr(effective, role) != getattr(around, role) for role in ("param", "compute", "output")):
         # a part returns what its surroundings compute in, unless a rule says what it is to return
-        says = any(rule.holds_for(path) and "output" in dict(rule.roles) for rule in policy.rules)
-        output = effective.output if says else around.compute
-        return CastForward(module, effective, inputs=inputs, output=torch_dtype(output))
+        says = any(rule.holds_for(path, classes) and "output" in dict(rule.roles) for rule in policy.rules)
+        output = torch_dtype(effective.output if says else around.compute)
+        return CastForward(module, effective, effective, inputs=inputs, output=output, pending=pending)
     is_container = type(module).forward is nn.Module.forward
-    if is_container or effective.compute == "float32":
+    if is_container or (effective.compute == "float32" and pending is None):
         return None
-    return CastForward(module, effective)
+    return CastForward(module, effective, effective, pending=pending)

@@ -7,7 +7,7 @@ of a model a second time, during the backward pass and outside of the border.
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from duotone.policy import Policy
 from duotone.torch.master import rounding_of, set_state_dtype, set_storage, state_dtype_of, tail_of
 from duotone.torch.nested import cast_floating
-from duotone.torch.op_rules import Region
+from duotone.torch.region import Region
 
 
 class CastForward:
@@ -24,32 +24,45 @@ class CastForward:
 
     Args:
         module: the module whose forward it is.
-        policy: the module's.
+        policy: what `policy_of` is to return for the module.
+        effective: the module's policy, rules applied.
         inputs: what inputs are cast to; None to take them as they come.
         output: what the output is cast to; None inside a border.
+        pending: casts the parameters of a lazily shaped module at its first call, when they have a shape.
 
     Attributes:
         policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
     """
 
     def __init__(
-        self, module: nn.Module, policy: Policy, *, inputs: torch.dtype | None = None, output: torch.dtype | None = None
+        self,
+        module: nn.Module,
+        policy: Policy,
+        effective: Policy,
+        *,
+        inputs: torch.dtype | None = None,
+        output: torch.dtype | None = None,
+        pending: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.policy = policy
         self._module = module
-        self._forward = module.forward
+        self._forward = _innermost(module)
         self._inputs = inputs
         self._output = output
-        self._region = Region(torch_dtype(policy.compute))
-        functools.update_wrapper(self, module.forward)
+        self._pending = pending
+        self._region = Region(torch_dtype(effective.compute))
+        functools.update_wrapper(self, self._forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        device_type = _device_type(self._module, args)
-        if self._output is None and self._region.still_holds(device_type):
+        if self._output is None and self._pending is None and self._region.still_holds():
             return self._forward(*args, **kwargs)
+        if self._pending is not None:
+            self._pending(self._module)
+            self._pending = None
         if self._inputs is not None:
-            args, kwargs = cast_floating(args, self._inputs), cast_floating(kwargs, self._inputs)
-        with self._region.on(device_type):
+            args = cast_floating(args, self._inputs)
+            kwargs = cast_floating(kwargs, self._inputs) if kwargs else kwargs
+        with self._region.on(_device_type(self._module, args)):
             result = self._forward(*args, **kwargs)
         return result if self._output is None else cast_floating(result, self._output)
 
@@ -77,9 +90,20 @@ class CastForward:
             param.grad_dtype = grad_dtype
         self.__dict__.update(state)
 
+    def install(self) -> None:
+        """Put this in front of the module's forward, but inside of what recomputes activations."""
+        outer: Any = self._module.__dict__.get("forward")
+        if hasattr(outer, "inner"):
+            outer.inner = self
+        else:
+            self._module.forward = self
+
     def remove(self) -> None:
         """Give the module the forward back that it had."""
-        if getattr(self._forward, "__func__", None) is type(self._module).forward:
+        outer: Any = self._module.__dict__["forward"]
+        if outer is not self:
+            outer.inner = self._forward
+        elif getattr(self._forward, "__func__", None) is type(self._module).forward:
             del self._module.forward
         else:
             self._module.forward = self._forward
@@ -87,8 +111,13 @@ class CastForward:
 
 def cast_forward_of(module: nn.Module) -> CastForward | None:
     """Return what stands in front of a module's forward, or None."""
-    forward = module.__dict__.get("forward")
+    forward = _innermost(module)
     return forward if isinstance(forward, CastForward) else None
+
+
+def _innermost(module: nn.Module) -> Callable[..., Any]:
+    """Return a module's forward as it is inside of what recomputes activations."""
+    return getattr(module.forward, "inner", module.forward)
 
 
 def torch_dtype(format_name: str) -> torch.dtype:

@@ -4,7 +4,7 @@ Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. Left 
 gradients overflow.
 """
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -59,20 +59,20 @@ class LossScaler:
     @property
     def loss_scale(self) -> Tensor:
         """The factor of the next loss: FP32, 0-d, on the device of the last loss; reading its value waits for it."""
-        return torch.as_tensor(self._state.scale, dtype=torch.float32)
+        return _as_tensor(self._state.scale, torch.float32)
 
     @property
     def skipped(self) -> Tensor:
         """Steps skipped in all: int32, 0-d, on the device."""
-        return torch.as_tensor(self._state.skipped, dtype=torch.int32)
+        return _as_tensor(self._state.skipped, torch.int32)
 
     @property
     def skipped_in_a_row(self) -> Tensor:
         """Steps skipped since the last one that was not: int32, 0-d, on the device."""
-        return torch.as_tensor(self._state.skipped_in_a_row, dtype=torch.int32)
+        return _as_tensor(self._state.skipped_in_a_row, torch.int32)
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss in FP32 times the scale.
+        """Return the loss in FP32 times the scale: where nothing is scaled, an FP32 loss itself.
 
         Args:
             loss: any floating-point dtype and shape.
@@ -82,7 +82,8 @@ class LossScaler:
             raise LossScaleError(f"a loss must be a floating-point tensor, not {got}")
         self._move_to(loss.device)
         self._losses_scaled += 1
-        return loss.float() * self._state.scale
+        # times 1 would be an operation there and one on the way back
+        return loss.float() if self.settings.is_none else loss.float() * self._state.scale
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scale a loss and run its backward pass; call it once for each micro-batch.
@@ -116,17 +117,20 @@ class LossScaler:
                 "use scaler.backward(loss), or scaler.scale(loss).backward()"
             )
         self._move_to(device)
-        return self._state.scale
+        return self.loss_scale
 
     def end_step(self, found_inf: Tensor) -> None:
         """Let the scale react to a step: once, after every optimizer; for `duotone.torch.step` to call."""
-        self._state = update(self.settings, self._state, found_inf, where=torch.where)
+        # on the host the state is in Python numbers
+        if found_inf.device.type == "cpu":
+            self._state = update(self.settings, self._state, found_inf.item())
+        else:
+            self._state = update(self.settings, self._state, found_inf, where=torch.where)
         self._losses_scaled = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings and state in Python numbers, ready for JSON; waits for the device."""
-        state = {f.name: torch.as_tensor(getattr(self._state, f.name)).item() for f in fields(LossScaleState)}
-        return {"settings": asdict(self.settings), "state": state}
+        return {"settings": asdict(self.settings), "state": self._numbers()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -142,13 +146,27 @@ class LossScaler:
             raise LossScaleError(f"this is not the state of a LossScaler: {error}") from error
         # whatever holds for a scale to begin with holds for every later one
         replace(settings, init_scale=state.scale)
+        if not settings.is_dynamic and state.scale != settings.init_scale:
+            raise LossScaleError(f"the scale is {state.scale}, but by its settings it stays at {settings.init_scale}")
         self.settings, self._state = settings, state
 
     def _move_to(self, device: torch.device) -> None:
-        if isinstance(self._state.scale, Tensor) and self._state.scale.device == device:
-            return
-        leaves = {}
-        for field in fields(LossScaleState):
-            dtype = torch.float32 if field.name == "scale" else torch.int32
-            leaves[field.name] = torch.as_tensor(getattr(self._state, field.name), dtype=dtype, device=device)
-        self._state = LossScaleState(**leaves)
+        """Have the state on a device: on the host in Python numbers, which torch takes many times as long to change."""
+        scale = self._state.scale
+        if device.type == "cpu":
+            if isinstance(scale, Tensor):
+                self._state = LossScaleState(**self._numbers())
+        elif not isinstance(scale, Tensor) or scale.device != device:
+            leaves = {
+                name: torch.as_tensor(value, dtype=torch.float32 if name == "scale" else torch.int32, device=device)
+                for name, value in vars(self._state).items()
+            }
+            self._state = LossScaleState(**leaves)
+
+    def _numbers(self) -> dict[str, Any]:
+        """Return the state's leaves as Python numbers; waits for the device."""
+        return {name: torch.as_tensor(value).item() for name, value in vars(self._state).items()}
+
+
+def _as_tensor(value: float | Tensor, dtype: torch.dtype) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device="cpu")

@@ -4,11 +4,14 @@ Tuples, named tuples, lists, dicts and dataclasses are walked; anything else is 
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -21,18 +24,18 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        new = {name: map_tensors(change, item) for name, item in old.items()}
-        return value if _same(old.values(), new.values()) else dataclasses.replace(value, **new)
-    if isinstance(value, dict):
-        new = {key: map_tensors(change, item) for key, item in value.items()}
-        return value if _same(value.values(), new.values()) else _rebuild_dict(value, new)
     if isinstance(value, (tuple, list)):
         new = [map_tensors(change, item) for item in value]
         if _same(value, new):
             return value
         return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    if isinstance(value, dict):
+        new = {key: map_tensors(change, item) for key, item in value.items()}
+        return value if _same(value.values(), new.values()) else _rebuild_dict(value, new)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: map_tensors(change, item) for name, item in old.items()}
+        return value if _same(old.values(), new.values()) else dataclasses.replace(value, **new)
     return value
 
 
@@ -43,12 +46,13 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     >>> x.dtype, i.dtype
     (torch.bfloat16, torch.int64)
     """
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
-    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.dtype in narrow else tensor, value)
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.dtype in _FLOATING else value
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.dtype in _FLOATING else tensor, value)
 
 
 def _same(old: Any, new: Any) -> bool:
-    return all(a is b for a, b in zip(old, new, strict=True))
+    return all(map(operator.is_, old, new))
 
 
 def _rebuild_dict(old: dict[Any, Any], new: dict[Any, Any]) -> dict[Any, Any]:

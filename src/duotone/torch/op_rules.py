@@ -1,82 +1,171 @@
-"""Which operations run in which dtype inside a cast module.
+"""Which operations run in which dtype inside a cast module: one table for every device.
 
-So far the lists are torch.autocast's own for the device, without its weight cache: weights are 16-bit already, and a
-cache goes stale when weights change inside a region. On CPUs some operations run in FP32 inside: those whose gradients
-torch's kernels sum in 16 bits (`sums_on_cpu`), and FP16 products where the CPU has none (`half_on_cpu`).
+Five kinds, by what happens to FP32, BF16 and FP16 operands (any other dtype is left alone):
+
+    compute          cast to the policy's `compute`, and so is the result
+    float32_inside   taken and given as they come, computed and summed in FP32
+    float32          cast to FP32, and the result stays FP32
+    widest           cast to the widest among them; the in-place form casts to what it writes into
+    refused          an error in 16 bits, with the way out
+
+What is not listed runs as it is given. Starting points are torch.autocast's lists for CUDA and the kernels' own
+accumulators (torch 2.13); unlike there, norms and softmax keep 16 bits at their borders. Writing into `out=` and
+in-place forms that are not listed are left alone. How a kind is carried out stands in `region`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import resolve_name
 
-from duotone.torch.half_on_cpu import PRODUCTS, cpu_has_half_products, multiply_in_float32
-from duotone.torch.sums_on_cpu import SUMS, sum_in_float32
+from duotone.errors import OperationError, nearest_names
 
 Function = Callable[..., Any]
-# takes the function that was called, its positional and its named arguments, and returns the result
-Replacement = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]
+Kind = Literal["compute", "float32_inside", "float32", "widest", "refused", "as_given"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# names as in torch, torch.Tensor and torch.nn.functional; those of other namespaces with a prefix
+_NAMES: Mapping[Kind, str] = MappingProxyType(
+    {
+        "compute": """
+            linear bilinear matmul mm bmm mv addmm addbmm addmv addr baddbmm chain_matmul linalg.matmul
+            linalg.multi_dot einsum tensordot inner
+            conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc convolution
+            scaled_dot_product_attention multi_head_attention_forward
+            lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell prelu
+        """,
+        "float32_inside": """
+            layer_norm group_norm rms_norm batch_norm instance_norm native_layer_norm native_group_norm
+            softmax log_softmax softmin special.softmax special.log_softmax
+            mean nanmean var std var_mean std_mean
+            embedding embedding_bag index_select gather take take_along_dim __getitem__
+            index_add index_reduce scatter_add scatter_reduce
+        """,
+        "float32": """
+            exp exp2 expm1 log log2 log10 log1p logit pow square rsqrt reciprocal softplus xlogy
+            acos arccos asin arcsin cosh sinh tan erfinv lgamma digamma mvlgamma polygamma
+            sum nansum prod cumsum cumprod logsumexp logcumsumexp logaddexp logaddexp2 trace dot vdot linalg.vecdot
+            norm nuclear_norm frobenius_norm renorm normalize linalg.norm linalg.vector_norm linalg.matrix_norm
+            lp_pool1d lp_pool2d lp_pool3d avg_pool3d local_response_norm gumbel_softmax rrelu
+            dist cdist pdist pairwise_distance cosine_similarity
+            cross_entropy linear_cross_entropy nll_loss binary_cross_entropy_with_logits mse_loss l1_loss
+            smooth_l1_loss huber_loss kl_div ctc_loss poisson_nll_loss gaussian_nll_loss hinge_embedding_loss
+            cosine_embedding_loss margin_ranking_loss multi_margin_loss multilabel_margin_loss
+            multilabel_soft_margin_loss soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss
+            fft.fft fft.fft2 fft.fftn fft.ifft fft.ifft2 fft.ifftn fft.rfft fft.rfft2 fft.rfftn fft.irfft fft.irfft2
+            fft.irfftn fft.hfft fft.hfft2 fft.hfftn fft.ihfft fft.ihfft2 fft.ihfftn stft istft
+            polar complex view_as_complex quantile nanquantile histogram histogramdd cov corrcoef binomial
+            cholesky cholesky_inverse cholesky_solve det logdet slogdet inverse pinverse svd qr geqrf orgqr ormqr
+            lu lu_solve matrix_exp matrix_power triangular_solve
+            linalg.cholesky linalg.cholesky_ex linalg.cond linalg.det linalg.eig linalg.eigh linalg.eigvals
+            linalg.eigvalsh linalg.householder_product linalg.inv linalg.inv_ex linalg.ldl_factor
+            linalg.ldl_factor_ex linalg.ldl_solve linalg.lstsq linalg.lu linalg.lu_factor linalg.lu_factor_ex
+            linalg.lu_solve linalg.matrix_exp linalg.matrix_power linalg.matrix_rank linalg.pinv linalg.qr
+            linalg.slogdet linalg.solve linalg.solve_ex linalg.solve_triangular linalg.svd linalg.svdvals
+            linalg.tensorinv linalg.tensorsolve linalg.vander
+            special.exp2 special.expm1 special.log1p special.logit special.logsumexp special.xlogy special.xlog1py
+            special.entr special.erfcx special.erfinv special.gammainc special.gammaincc special.gammaln
+            special.digamma special.psi special.polygamma special.multigammaln special.log_ndtr special.ndtr
+            special.ndtri special.i0 special.i0e special.i1 special.i1e special.zeta
+            special.airy_ai special.bessel_j0 special.bessel_j1 special.bessel_y0 special.bessel_y1
+            special.modified_bessel_i0 special.modified_bessel_i1 special.modified_bessel_k0 special.modified_bessel_k1
+            special.scaled_modified_bessel_k0 special.scaled_modified_bessel_k1 special.spherical_bessel_j0
+            special.chebyshev_polynomial_t special.chebyshev_polynomial_u special.chebyshev_polynomial_v
+            special.chebyshev_polynomial_w special.hermite_polynomial_h special.hermite_polynomial_he
+            special.laguerre_polynomial_l special.legendre_polynomial_p special.shifted_chebyshev_polynomial_t
+            special.shifted_chebyshev_polynomial_u special.shifted_chebyshev_polynomial_v
+            special.shifted_chebyshev_polynomial_w
+        """,
+        "widest": """
+            cat concat concatenate stack hstack vstack dstack column_stack row_stack block_diag cartesian_prod
+            meshgrid addcdiv addcmul atan2 arctan2 cross linalg.cross lerp where heaviside isclose allclose
+            grid_sample grid_sampler grid_sampler_2d grid_sampler_3d
+            index_copy index_put masked_scatter scatter put select_scatter slice_scatter diagonal_scatter
+            index_add_ index_copy_ index_put_ index_reduce_ scatter_ scatter_add_ scatter_reduce_ masked_scatter_
+            put_ addmm_ addbmm_ addmv_ addr_ baddbmm_ lerp_ heaviside_ __setitem__
+        """,
+        "refused": "binary_cross_entropy",
+    }
+)
+# operators and methods that are another spelling of an operation
+_SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "matmul": ("__matmul__", "__rmatmul__"),
+        "pow": ("__pow__", "__rpow__"),
+        "reciprocal": ("__rtruediv__", "__rdiv__"),
+    }
+)
+_NAMESPACES: Mapping[str, object] = MappingProxyType(
+    {"linalg": torch.linalg, "fft": torch.fft, "special": torch.special}
+)
 
 
-class Region:
-    """Where operations run in one dtype where that is safe, and in FP32 where it is not.
+def kinds_by_name() -> dict[str, Kind]:
+    """Return the kind of every listed operation by its name, in the table's order.
 
-    Args:
-        compute: FP32, BF16 or FP16; FP32 switches every surrounding region off.
-
-    >>> with Region(torch.bfloat16).on("cpu"):
-    ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
-    torch.bfloat16
+    >>> kinds_by_name()["matmul"], kinds_by_name()["linalg.svd"]
+    ('compute', 'float32')
     """
-
-    def __init__(self, compute: torch.dtype) -> None:
-        self.compute = compute
-        self._on_cpu: dict[Function, Replacement] = dict.fromkeys(SUMS, sum_in_float32)
-        if compute == torch.float16 and not cpu_has_half_products():
-            self._on_cpu |= dict.fromkeys(PRODUCTS, multiply_in_float32)
-
-    @contextmanager
-    def on(self, device_type: str) -> Iterator[None]:
-        """Enter the region for tensors on `"cpu"`, `"cuda"`, ..."""
-        if self.compute == torch.float32:
-            with torch.autocast(device_type, enabled=False):
-                yield
-        elif device_type == "cpu":
-            with torch.autocast(device_type, dtype=self.compute, cache_enabled=False), _Replacing(self._on_cpu):
-                yield
-        else:
-            with torch.autocast(device_type, dtype=self.compute, cache_enabled=False):
-                yield
-
-    def still_holds(self, device_type: str) -> bool:
-        """Return whether the region, entered around this call, holds here too.
-
-        Autocast follows a recomputation by `torch.utils.checkpoint`; what a CPU needs besides does not.
-        """
-        if device_type != "cpu" or self.compute == torch.float32 or torch.compiler.is_compiling():
-            return True
-        return any(isinstance(mode, _Replacing) for mode in _get_current_function_mode_stack())
+    return {name: kind for kind, names in _NAMES.items() for name in names.split()}
 
 
-class _Replacing(TorchFunctionMode):
-    """Calls a replacement for some of torch's functions wherever autocast is on."""
+@functools.cache
+def kinds() -> Mapping[Function, Kind]:
+    """Return the kind of every listed function of torch; methods and operators are functions of their own.
 
-    def __init__(self, replacements: Mapping[Function, Replacement]) -> None:
-        super().__init__()
-        self._replacements = replacements
+    >>> kinds()[torch.exp], kinds()[torch.Tensor.exp]
+    ('float32', 'float32')
+    """
+    return MappingProxyType(
+        {function: kind for name, kind in kinds_by_name().items() for function in functions_of(name)}
+    )
 
-    def __torch_function__(
-        self,
-        func: Function,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        replacement = self._replacements.get(func)
-        # a replacement switches autocast off, and so does a part of the model that computes in FP32
-        if replacement is None or not torch.is_autocast_enabled("cpu"):
-            return func(*args, **kwargs)
-        return replacement(func, args, kwargs)
+
+def functions_of(name: str) -> Iterator[Function]:
+    """Yield the functions of torch that carry an operation's name, in each namespace that has it.
+
+    >>> [function.__name__ for function in functions_of("bmm")]
+    ['bmm', 'bmm']
+    """
+    prefix, _, inner = name.rpartition(".")
+    if prefix not in ("", *_NAMESPACES):
+        return
+    for space in (_NAMESPACES[prefix],) if prefix else (torch, F, Tensor):
+        for spelling in (inner, *_SPELLINGS.get(inner, ())):
+            if hasattr(space, spelling):
+                yield getattr(space, spelling)
+
+
+def functions_like(function: Function) -> list[Function]:
+    """Return a function of torch and its other forms: method, operator, and the same name in another namespace.
+
+    Raises:
+        OperationError: it is not a function of torch that can be intercepted.
+
+    >>> torch.Tensor.exp in functions_like(torch.exp)
+    True
+    """
+    for name in kinds_by_name():
+        same = list(functions_of(name))
+        if function in same:
+            return same
+    if resolve_name(function) is None:
+        raise OperationError(f"{function} is not a function of torch; put it under a rule with op_rule(function, kind)")
+    return list(dict.fromkeys([function, *functions_of(function.__name__)]))
+
+
+def check_kind(kind: str) -> Kind:
+    """Return `kind` if it is one of those that users may give an operation.
+
+    Raises:
+        OperationError: it is not.
+    """
+    allowed = [each for each in KINDS if each != "refused"]
+    if kind not in allowed:
+        raise OperationError(f'an operation cannot be "{kind}"; {nearest_names(str(kind), allowed)}')
+    return kind  # type: ignore[return-value]

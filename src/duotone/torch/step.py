@@ -6,7 +6,8 @@ Duotone's optimizers nothing waits for the device.
 """
 
 from dataclasses import dataclass
-from operator import attrgetter
+from functools import reduce
+from operator import add, attrgetter, or_
 from typing import Any, Protocol
 
 import torch
@@ -83,9 +84,8 @@ def step(
         return StepReport(skipped=zero.bool(), grad_norm=zero, loss_scale=torch.ones(()))
 
     loss_scale = scaler.begin_step(device)
-    inverse_scale = 1.0 / loss_scale
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    skipped = torch.zeros((), dtype=torch.bool, device=device)
+    inverse_scale = loss_scale.reciprocal()
+    sums, flags = [], []
     for optimizer, grads in gradients.items():
         sum_of_squares, found_inf = kernels.grad_stats(grads, inverse_scale, _backend(optimizer, grads))
         multiplier = _grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
@@ -93,12 +93,13 @@ def step(
             optimizer.step(grad_multiplier=multiplier, found_inf=found_inf)
         else:
             _step_torch_optimizer(optimizer, grads, multiplier, found_inf)
-        total = total + sum_of_squares
-        skipped = skipped | found_inf
+        sums.append(sum_of_squares)
+        flags.append(found_inf)
+    skipped = reduce(or_, flags)
     scaler.end_step(skipped)
     if scheduler is not None and not skipped:
         scheduler.step()
-    return StepReport(skipped=skipped, grad_norm=total.sqrt().float(), loss_scale=loss_scale)
+    return StepReport(skipped=skipped, grad_norm=reduce(add, sums).sqrt().float(), loss_scale=loss_scale)
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -134,8 +135,14 @@ def _check_foreign(optimizer: torch.optim.Optimizer) -> None:
 def _grad_multiplier(sum_of_squares: Tensor, inverse_scale: Tensor, clip_norm: float | None) -> Tensor:
     if clip_norm is None:
         return inverse_scale
-    # a norm of 0 makes the quotient Inf, and the smaller is 1
-    return ((clip_norm / sum_of_squares.sqrt()).clamp(max=1.0) * inverse_scale).float()
+    norm = sum_of_squares.sqrt()
+    if norm.device.type != "cpu":
+        # a norm of 0 makes the quotient Inf, and the smaller is 1
+        return norm.reciprocal_().mul_(clip_norm).clamp_(max=1.0).mul_(inverse_scale).float()
+    # the same in Python's floats, which are FP64 too: one operation of torch takes longer than all of these
+    norm = norm.item()
+    clipped = min(1.0 / norm * clip_norm, 1.0) if norm != 0.0 else 1.0
+    return torch.full((), clipped * inverse_scale.item(), dtype=torch.float32, device="cpu")
 
 
 def _step_torch_optimizer(

@@ -20,9 +20,9 @@ FALSE, ONE = torch.tensor(False), torch.ones(())
 def broken_cpu(monkeypatch):
     """Make the compiled backend impossible to import, as if nothing had been tried yet."""
     monkeypatch.setitem(sys.modules, "duotone.torch.kernels.cpu", None)
-    dispatch._problem.cache_clear()
+    dispatch._tried.cache_clear()
     yield
-    dispatch._problem.cache_clear()
+    dispatch._tried.cache_clear()
 
 
 def operands():

@@ -38,13 +38,14 @@ def test_chunks_cover_every_element_once():
     (one,) = table.tables_of(operands)
     expected = [[1, 0], [2, 0], [4, 0], [4, CHUNK], [4, 2 * CHUNK], [5, 0]]
     assert one.chunks.tolist() == expected
-    assert one.chunks.dtype == np.int64
+    assert one.lengths.tolist() == [1, CHUNK, CHUNK, CHUNK, 1, 5]
+    assert one.chunks.dtype == one.lengths.dtype == np.int64
 
 
 def test_lengths_beyond_two_to_the_31():
-    owners, starts = table._chunks(np.array([3, 2**40 + 1]))
+    owners, starts, lengths = table._chunks(np.array([3, 2**40 + 1]))
     assert owners.size == 2 + 2**40 // CHUNK
-    assert (owners[-1], starts[-1]) == (1, 2**40)
+    assert (owners[-1], starts[-1], lengths[-1]) == (1, 2**40, 1)
     assert (np.diff(starts[1:]) == CHUNK).all()
 
 

@@ -105,15 +105,16 @@ def _update(
     found_inf: Tensor,
     backend: Backend,
 ) -> None:
-    if not operands:
+    weights = _weights(operands)
+    if not weights:
         return
-    module = _module(operands[0].weight.device, backend)
+    module = _module(weights[0].device, backend)
     placed, write_back = in_one_layout(operands)
     getattr(module, operation)(placed, settings, grad_multiplier, found_inf)
     for copy_back in write_back:
         copy_back()
     # autograd must notice what was written through raw addresses
-    torch.autograd.graph.increment_version(_weights(operands))
+    torch.autograd.graph.increment_version(weights)
 
 
 def _weights(operands: Sequence[Operand]) -> list[Tensor]:
@@ -129,22 +130,22 @@ def _module(device: torch.device, backend: Backend) -> ModuleType:
         raise BackendError(f'backend "{backend}" was asked for, but the tensors are on {device}; use backend "{own}"')
     if backend == "reference" or own == "reference":
         return reference
-    problem = _problem(own)
-    if problem is None:
-        return import_module(f"duotone.torch.kernels.{own}")
+    found = _tried(own)
+    if isinstance(found, ModuleType):
+        return found
     if backend == own:
-        raise BackendError(f'backend "{own}" does not work here: {problem}; mend that, or use backend "reference"')
+        raise BackendError(f'backend "{own}" does not work here: {found}; mend that, or use backend "reference"')
     return reference
 
 
 @cache
-def _problem(name: str) -> str | None:
-    """Try a fused backend; return what is wrong with it, said once, or None."""
+def _tried(name: str) -> ModuleType | str:
+    """Try a fused backend; return it, or what is wrong with it, said once."""
     try:
         module = import_module(f"duotone.torch.kernels.{name}")
         total, found_inf = module.grad_stats([torch.full((1,), 3.0, device=name)], torch.ones((), device=name))
         if (total.item(), found_inf.item()) == (9.0, False):
-            return None
+            return module
         problem = f"the square of 3 came out as {total.item()}"
     except Exception as error:  # whatever a compiler that is missing or broken may raise
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -45,17 +45,15 @@ class Operand(NamedTuple):
 class Batch(Sequence[Operand]):
     """The operands of one step, contiguous, of which all but the gradients are the same in many steps.
 
-    What is worked out about the addresses of such operands is noted in `noted`, for as long as no address changes.
-
     Args:
         operands: the operands, their gradients left out as None.
-        grads: their gradients in this step.
-        noted: what is known already of operands at these addresses; written to.
+        grads: their gradients in this step, of the same dtypes in all of these steps, at whatever addresses.
+        noted: what is known already of these operands, but for where gradients lie; written to.
     """
 
     def __init__(self, operands: Sequence[Operand], grads: Sequence[Tensor], noted: dict[str, Any]) -> None:
         self._operands = operands
-        self._grads = grads
+        self.grads = grads
         self.noted = noted
 
     def __len__(self) -> int:
@@ -64,7 +62,7 @@ class Batch(Sequence[Operand]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return list(self)[place]
-        return self._operands[place]._replace(grad=self._grads[place])
+        return self._operands[place]._replace(grad=self.grads[place])
 
 
 class AdamWSettings(NamedTuple):

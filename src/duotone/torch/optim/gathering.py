@@ -1,11 +1,12 @@
 """An optimizer's operands from one step to the next: gathered again only when a tensor is another one or has moved.
 
 Looking closely at thousands of parameters in Python takes longer than updating them, if they are small. So each step
-asks no more than it must: weights and gradients for address, dtype, length and layout, states for their addresses.
+asks no more than it must: weights for address, dtype, length and layout, states for their addresses, gradients for
+dtype, shape and layout. Where gradients lie may change at every step: `zero_grad` gives their memory back.
 """
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from duotone.torch.master import storage_changes
 
 Gathered = dict[torch.device, list[kernels.Operand]]
 
+_grad_of = attrgetter("grad")
 _dtype_of = attrgetter("dtype")
+_shape_of = attrgetter("shape")
 
 
 class Gathering:
@@ -86,25 +89,28 @@ def _looks(
     all_held: list[Tensor] = []
     looks: list[Any] = [storage_changes()]
     for group in groups:
-        params = [param for param in group["params"] if param.grad is not None]
-        grads = [param.grad for param in params]
+        every = group["params"]
+        of_every = list(map(_grad_of, every))
+        params = [param for param, grad in zip(every, of_every, strict=True) if grad is not None]
+        grads = [grad for grad in of_every if grad is not None]
         all_grads += grads
         own = list(map(states.get, params))
         tensors = params + grads
         try:
             held = [state["tail"] for state in own if "tail" in state]  # type: ignore[operator, index]
             for name in names_of(group):
-                held += [state[name] for state in own]  # type: ignore[index]
+                held += map(itemgetter(name), own)  # type: ignore[arg-type]
             looks += (
                 # random bits depend on a parameter's place
-                list(map(id, group["params"])),
-                list(map(id, params)) if len(params) < len(group["params"]) else [],
-                list(map(Tensor.data_ptr, tensors)),
-                list(map(Tensor.data_ptr, held)),
+                list(map(id, every)),
+                list(map(id, params)) if len(params) < len(every) else [],
+                list(map(Tensor.data_ptr, params + held)),
                 list(map(_dtype_of, tensors)),
-                # a gradient is as long as its parameter: torch sees to that
                 list(map(Tensor.numel, params)),
+                # torch lets a gradient's `data` have another shape than its parameter
+                list(map(_shape_of, grads)),
                 list(map(Tensor.is_contiguous, tensors)),
+                list(map(Tensor.is_neg, grads)),
             )
         except (KeyError, TypeError, RuntimeError):
             return all_grads, [], []

@@ -75,8 +75,11 @@ class GPT(nn.Module):
             std = 0.02 / math.sqrt(2 * config.layers) if name.endswith("to_residual.weight") else 0.02
             nn.init.normal_(parameter, std=std)
 
-    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Return logits, shape (B, T, V), in the dtype of the weights, for integer tokens of shape (B, T).
+
+        With targets, int64 of the tokens' shape, return their mean cross-entropy instead: computed in here, 16-bit
+        logits never leave in FP32.
 
         Raises:
             TaskError: if T is longer than the context.
@@ -88,7 +91,8 @@ class GPT(nn.Module):
         x_BTC = self.embedding(tokens_BT)
         for block in self.blocks:
             x_BTC = block(x_BTC, rotation)
-        return self.head(self.norm(x_BTC))
+        logits_BTV = self.head(self.norm(x_BTC))
+        return logits_BTV if targets_BT is None else F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
 class Block(nn.Module):

@@ -102,7 +102,7 @@ def text_task(name: str, text: corpus.Corpus, size: Size) -> Task:
         device = next(model.parameters()).device
         with evaluating(model):
             parts = held_out.split(size.windows)
-            total = math.fsum(window_loss(model, part.to(device)).item() * len(part) for part in parts)
+            total = math.fsum(judged_loss(model, part.to(device)).item() * len(part) for part in parts)
         loss = total / len(held_out)
         return {"bits_per_byte": loss / math.log(2), "loss": loss}
 
@@ -126,12 +126,17 @@ def text_task(name: str, text: corpus.Corpus, size: Size) -> Task:
 
 
 def window_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Mean negative log-likelihood, in nats, of each byte after the first in its window; computed in FP32.
+    """Mean negative log-likelihood, in nats, of each byte after the first in its window, as the model computes it.
 
     Args:
-        model: maps int64 tokens (B, T) to logits (B, T, 256) of any floating dtype.
+        model: a `GPT`, or what takes and returns the same.
         windows: bytes as uint8, shape (B, T + 1).
     """
     tokens = windows.long()
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    return model(tokens[:, :-1], tokens[:, 1:])
+
+
+def judged_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """The same from the model's logits, in FP32 whatever computes them, so that all precisions are judged alike."""
+    tokens = windows.long()
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())

@@ -4,8 +4,10 @@ Written in Python and compiled by Numba (`update`, `coefficients`, `sums`), kept
 on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from math import isfinite
 
 import numpy as np
 import torch
@@ -14,24 +16,30 @@ from torch import Tensor
 from duotone.torch.kernels.cpu.machine_code import Entry, entry_of
 from duotone.torch.kernels.cpu.threads import pieces_of, run_on_threads
 from duotone.torch.kernels.operands import AdamWSettings, LionSettings, Operand, SGDSettings
-from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import NUMEL, Form, Table, grad_tables_of, tables_of
+from duotone.torch.kernels.table import Form, grad_tables_of, tables_of
+
+# columns of a table of coefficients, as in the module of that name, which must not be imported without need
+COEFFICIENTS = 8
 
 
 def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sum of squares of the true gradient and `found_inf`; see `reference.grad_stats`."""
     tables = grad_tables_of(grads)
-    sums = np.zeros(1 + sum(len(table.chunks) for table in tables))
-    for table in tables:
-        pieces = _pieces(table.chunks[:, 1].tobytes())
-        counter = np.zeros(1, dtype=np.int64)
-        job = _job(counter, pieces, len(pieces) - 1, table.chunks, sums)
-        run_on_threads(_squares_entry(table.dtype), job.ctypes.data, len(pieces) - 1)
+    count = sum(len(table.chunks) for table in tables)
     # without gradients the sum is the one zero that is always there
-    job = _job(0, 0, 0, 0, sums, sums.size - 1)
-    _total_entry()(job.ctypes.data)
-    total = torch.tensor(sums[0], dtype=torch.float64, device="cpu")
-    return total * inverse_scale.double().square(), ~total.isfinite()
+    sums = array("d", bytes(8 * (1 + count)))
+    for table in tables:
+        lengths = table.chunks[:, 1]
+        _run_over_chunks(_squares_entry(table.dtype), lengths, table.chunks.ctypes.data, _address(sums))
+    job = array("q", (0, 0, 0, 0, _address(sums), count))
+    _total_entry()(_address(job))
+    # Python's floats are FP64, and one operation of torch takes longer than these
+    inverse = inverse_scale.item()
+    total = sums[0] * (inverse * inverse)
+    return (
+        torch.full((), total, dtype=torch.float64, device="cpu"),
+        torch.full((), not isfinite(total), dtype=torch.bool, device="cpu"),
+    )
 
 
 def adamw(
@@ -78,37 +86,41 @@ def _update(
     if found_inf.item():
         return
     multiplier = grad_multiplier.item()
-    settings_table = np.array([[float(value) for value in row] for row in settings])
-    settings_table[:, 0] = np.where(settings_table[:, 0] != 0.0, -multiplier, multiplier)
+    settings_table = array("d")
+    for maximize, *numbers in settings:
+        settings_table.extend((-multiplier if maximize else multiplier, *map(float, numbers)))
     # the low 64 bits of a seed are its key
-    seed_table = np.array([int(seed) & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds], dtype=np.uint64)
+    seed_table = array("Q", [int(seed) & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds])
     for table in tables_of(operands):
         # compiled before anything is written, so that a compiler's failure leaves everything as it was
         update = _update_entry(optimizer, table.form)
-        parameters = table.parameters
-        count, columns = parameters.shape
-        coefficients = np.empty((count, 8), dtype=np.float32)
-        draws = np.empty((count, 2), dtype=np.int64)
-        job = _job(settings_table, seed_table, parameters, coefficients, draws, count, columns)
-        _coefficients_entry(optimizer)(job.ctypes.data)
-        counter, pieces = np.zeros(1, dtype=np.int64), _update_pieces(table)
-        job = _job(counter, pieces, len(pieces) - 1, table.chunks, parameters, coefficients, draws, columns)
-        run_on_threads(update, job.ctypes.data, len(pieces) - 1)
+        count, columns = table.parameters.shape
+        parameters = table.parameters.ctypes.data
+        coefficients = array("f", bytes(4 * COEFFICIENTS * count))
+        draws = array("q", bytes(16 * count))
+        rows = _address(coefficients), _address(draws)
+        job = array("q", (_address(settings_table), _address(seed_table), parameters, *rows, count, columns))
+        _coefficients_entry(optimizer)(_address(job))
+        _run_over_chunks(update, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns)
 
 
-def _job(*words: int | np.ndarray) -> np.ndarray:
-    """Return a kernel's job: numbers as they are, arrays by their address."""
-    return np.array([word if isinstance(word, int) else word.ctypes.data for word in words], dtype=np.int64)
+def _run_over_chunks(entry: Entry, lengths: np.ndarray, *words: int) -> None:
+    """Run a kernel over chunks of these lengths on threads, its job being these words behind those of the pieces."""
+    bounds, count = _pieces(lengths.tobytes())
+    counter = array("q", (0,))
+    job = array("q", (_address(counter), _address(bounds), count, *words))
+    run_on_threads(entry, _address(job), count)
 
 
-def _update_pieces(table: Table) -> np.ndarray:
-    rows, starts = table.chunks[:, 0], table.chunks[:, 1]
-    return _pieces(np.minimum(table.parameters[rows, NUMEL] - starts, CHUNK).tobytes())
+def _address(numbers: array) -> int:
+    # an array of NumPy's takes ten times as long to tell
+    return numbers.buffer_info()[0]
 
 
 @lru_cache(maxsize=64)
-def _pieces(lengths: bytes) -> np.ndarray:
-    return pieces_of(np.frombuffer(lengths, dtype=np.int64))
+def _pieces(lengths: bytes) -> tuple[array, int]:
+    bounds = array("q", pieces_of(np.frombuffer(lengths, dtype=np.int64)).tolist())
+    return bounds, len(bounds) - 1
 
 
 @cache

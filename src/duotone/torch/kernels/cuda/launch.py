@@ -121,7 +121,7 @@ def _total(sums: Tensor, inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
 def _update_table(tables: tuple[Table, ...], device: torch.device) -> UpdateTable:
     """Upload the parameters of all forms as one table, and the chunks of each form, aligned ones apart."""
     labels, chunks, above = [], [], 0
-    for form, parameters, pairs in tables:
+    for form, parameters, pairs, _ in tables:
         aligned = (parameters[:, GRAD : MOMENT2 + 1] % 16 == 0).all(axis=1)[pairs[:, 0]]
         for is_aligned in (True, False):
             chosen = pairs[aligned == is_aligned]

@@ -1,0 +1,74 @@
+"""The verb `explain`: where precision is in a task's model under a policy.
+
+One batch goes through the model and its loss, forward only; nothing is trained and nothing is written.
+"""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from duotone.errors import TaskError
+
+if TYPE_CHECKING:
+    import torch
+
+    from duotone.torch.explain import Explanation
+    from duotone.train import RunSettings, Task
+
+
+def explain_command(
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help="stdlib-text (the default), digits, name:variant, or a path/to/task.py.", show_default=False
+        ),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, bf16-mixed, fp16-mixed, ... (default: bf16)")
+    ] = None,
+    modules: Annotated[
+        int | None, typer.Option(metavar="DEPTH", help="Show modules down to this depth. (default: all)", min=0)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the model and the batch. (default: 0)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, nothing left out.")] = False,
+) -> None:
+    """Show where precision is in a model: dtypes, casts, bytes saved for backward, and what stands out."""
+    import torch
+
+    from duotone.train import find_device, find_task, resolve_settings
+
+    flags = {"task": task, "policy": policy, "seed": seed, "device": device}
+    given = {name: value for name, value in flags.items() if value is not None}
+    # whatever the task does not decide is checked before its data are read
+    early = resolve_settings(given)
+    find_device(early.device)
+    torch.manual_seed(early.seed)
+    found = find_task(early.task)
+    settings = resolve_settings(dict(found.settings), given)
+    explanation = _explain(found, settings, find_device(settings.device))
+    if as_json:
+        typer.echo(explanation.to_json())
+        return
+    from rich.console import Console
+
+    from duotone.cli.explain_view import show
+
+    show(explanation, found.name, Console(highlight=False), depth=modules)
+
+
+def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "Explanation":
+    import torch
+
+    import duotone.torch as dt
+    from duotone.torch.explain import explain
+    from duotone.torch.nested import map_tensors
+
+    model = dt.cast(task.model.to(device), settings.policy)
+    # the first batch of a run with this seed, as the trainer draws it
+    generator = torch.Generator().manual_seed(settings.seed * 2**32)
+    batch = next(iter(task.batches(generator)), None)
+    if batch is None:
+        raise TaskError(f"the data set of task {task.name!r} is empty: an epoch yields no batch")
+    batch = map_tensors(lambda tensor: tensor.to(device), batch)
+    return explain(model, run=lambda: task.loss(model, batch))

@@ -1,0 +1,59 @@
+"""`duotone ops`: which operations run in which dtype inside a cast model, on every device."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+
+from duotone.errors import OperationError
+
+# kind to what it does, in the order in which they are shown
+_MEANINGS = {
+    "compute": "operands cast to the policy's compute dtype, and so is the result",
+    "float32_inside": "16 bits in, 16 bits out; computed and summed in FP32",
+    "float32": "operands cast to FP32, the result stays FP32",
+    "widest": "operands cast to the widest among them; in place, to what is written into",
+    "refused": "an error in 16 bits, with the way out",
+    "as_given": "runs on what it is given (whatever is not listed)",
+}
+
+
+def ops_command(
+    operation: Annotated[
+        str | None, typer.Argument(help="One operation, such as softmax or linalg.norm.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print each operation's kind as JSON.")] = False,
+) -> None:
+    """Show which operations run in which dtype inside a cast model."""
+    from duotone.torch.op_rules import functions_of, kinds_by_name
+
+    kinds: dict[str, str] = dict(kinds_by_name())
+    if operation is not None:
+        name = operation.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("Tensor.")
+        if name not in kinds and not any(functions_of(name)):
+            raise OperationError(f'torch has no operation "{operation}"; write a name such as softmax or linalg.norm')
+        kinds = {name: kinds.get(name, "as_given")}
+    if as_json:
+        typer.echo(json.dumps(kinds, indent=2))
+        return
+    console = Console(highlight=False)
+    for kind, meaning in _MEANINGS.items():
+        names = [name for name, its in kinds.items() if its == kind]
+        if names or (kind == "as_given" and operation is None):
+            console.print(f"[bold]{kind}[/bold]: {meaning}")
+        for line in _by_namespace(names):
+            console.print(Padding(escape(line), (0, 0, 0, 2)))
+        if names and operation is None:
+            console.print()
+
+
+def _by_namespace(names: list[str]) -> list[str]:
+    """Return a line of names without a namespace, and one for each namespace."""
+    lines: dict[str, list[str]] = {}
+    for name in names:
+        namespace, _, inner = name.rpartition(".")
+        lines.setdefault(namespace, []).append(inner)
+    return [" ".join([f"{namespace}:"] * bool(namespace) + inner) for namespace, inner in lines.items()]

@@ -1,0 +1,21 @@
+"""Where precision is in a model: one forward pass, watched, and what stands out of it in words.
+
+`explain` runs the model and returns an `Explanation`; `saved_for_backward` is its count of what autograd keeps, alone.
+"""
+
+from duotone.torch.explain.explanation import Cast, Explanation, ModuleDtypes, Operation, Output, RepeatedCast
+from duotone.torch.explain.recording import ExplainError, explain
+from duotone.torch.explain.saved import SavedBytes, saved_for_backward
+
+__all__ = [
+    "Cast",
+    "ExplainError",
+    "Explanation",
+    "ModuleDtypes",
+    "Operation",
+    "Output",
+    "RepeatedCast",
+    "SavedBytes",
+    "explain",
+    "saved_for_backward",
+]

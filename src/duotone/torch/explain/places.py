@@ -1,0 +1,87 @@
+"""Who asked for something that torch is doing: the line of the user's code, and whether a policy put itself between.
+
+Frames are read from the innermost outwards. A function mode of Duotone's that passes a call on did not ask for it; one
+that calls another function than it was given, a cast for instance, did.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+_HERE = str(Path(__file__).parent) + os.sep
+_DUOTONE = str(Path(__file__).parents[1]) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_MODULES = str(Path(nn.modules.__file__).parent) + os.sep
+# files of torch that call modules, and never a function for a purpose of their own
+_CALLERS = tuple(_MODULES + name for name in ("module.py", "container.py"))
+_MODE = "__torch_function__"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who called a function of torch.
+
+    Attributes:
+        inserted: whether Duotone did, by itself.
+        handler: the frame of the mode of Duotone's that carries out the call, or None.
+        handled: the function that this mode was called with.
+        place: `file:line` of the first line outside of torch and Duotone, or of torch's module if it is called by
+            none; None if there is neither.
+    """
+
+    inserted: bool
+    handler: FrameType | None
+    handled: Callable[..., Any] | None
+    place: str | None
+
+
+def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Caller:
+    """Find out who called `func`, which is being carried out now; frames from that of `stop` on are not looked at."""
+    frame: FrameType | None = sys._getframe(1)
+    handler: FrameType | None = None
+    inserted, asked, place, torch_place = False, False, None, None
+    while frame is not None and frame.f_code is not stop:
+        file = frame.f_code.co_filename
+        if file.startswith(_DUOTONE):
+            if file.startswith(_HERE) or asked:
+                pass
+            elif frame.f_code.co_name == _MODE:
+                handler = frame
+                # a call that is passed on was asked for by whoever is further out
+                inserted = _argument(frame) is not func
+            else:
+                inserted = True
+        elif file.startswith(_TORCH):
+            if file.startswith(_MODULES):
+                asked = True
+                if torch_place is None and not file.startswith(_CALLERS):
+                    torch_place = _place(frame)
+        else:
+            place = _place(frame)
+            break
+        frame = frame.f_back
+    handled = None if handler is None else _argument(handler)
+    return Caller(inserted, handler, handled, place or torch_place)
+
+
+def _argument(frame: FrameType) -> Any:
+    """Return the function that a mode was called with: the parameter after `self`."""
+    return frame.f_locals.get(frame.f_code.co_varnames[1])
+
+
+def _place(frame: FrameType) -> str:
+    return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+def _short(file: str) -> str:
+    if file.startswith(_TORCH):
+        return "torch/" + Path(file[len(_TORCH) :]).as_posix()
+    path, here = Path(file), Path.cwd()
+    return path.relative_to(here).as_posix() if path.is_absolute() and path.is_relative_to(here) else file

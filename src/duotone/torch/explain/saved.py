@@ -1,0 +1,176 @@
+"""Bytes that autograd saves for the backward pass, each storage once.
+
+Autograd hands every tensor that it saves to the innermost pair of `saved_tensors_hooks` alone. The count stands in a
+pair of its own, which calls the pair around it, if there is one; and it looks at what pairs entered inside of it keep
+instead of a tensor, so that a model which packs its activations, or recomputes them, is counted as what it keeps. Left
+out: what is kept without autograd, in attributes or closures, and what is saved during a backward pass.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+# torch's stubs do not list the module's functions
+_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
+# how deep a packed object is searched for tensors
+_DEPTH = 4
+
+
+class SavedBytes:
+    """A count of saved storages by the dtype in which they were first saved.
+
+    Args:
+        resident: tensors that exist anyway, parameters and buffers; whatever shares their storage is counted apart.
+
+    Attributes:
+        activation_bytes: bytes by dtype of everything else, the model's inputs included.
+        resident_bytes: bytes by dtype of the saved storages of `resident`.
+    """
+
+    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
+        self.activation_bytes: dict[str, int] = {}
+        self.resident_bytes: dict[str, int] = {}
+        self._resident = {key for tensor in resident for key, _ in storages_of(tensor)}
+        self._seen: set[StorageWeakRef] = set()
+
+    @property
+    def total_activation_bytes(self) -> int:
+        """The sum of `activation_bytes`."""
+        return sum(self.activation_bytes.values())
+
+    def add(self, tensor: Tensor) -> dict[str, int]:
+        """Count what of a tensor has not been counted, and return the activation bytes by dtype that it added."""
+        added: dict[str, int] = {}
+        for key, part in storages_of(tensor):
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            dtype = dtype_name(part.dtype)
+            size = part.untyped_storage().nbytes()
+            counted = self.resident_bytes if key in self._resident else self.activation_bytes
+            counted[dtype] = counted.get(dtype, 0) + size
+            if counted is self.activation_bytes:
+                added[dtype] = added.get(dtype, 0) + size
+        return added
+
+
+@contextmanager
+def saved_for_backward(resident: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
+    """Count what autograd saves inside the block; the result is kept after it.
+
+    A storage counts once, whole, however many views of it are saved: a saved slice keeps all of its tensor. Put the
+    forward pass inside, and the backward pass where you like: what is saved during it does not count.
+
+    Args:
+        resident: tensors that exist anyway, `model.parameters()` for instance; their storages are counted apart.
+
+    >>> linear = nn.Linear(16, 4)
+    >>> with saved_for_backward(linear.parameters()) as saved:
+    ...     loss = linear(torch.ones(8, 16)).exp().sum()
+    >>> saved.activation_bytes, saved.resident_bytes
+    ({'float32': 640}, {})
+    """
+    counted = SavedBytes(resident)
+    with watch_saved(counted.add):
+        yield counted
+
+
+@contextmanager
+def watch_saved(note: Callable[[Tensor], object]) -> Iterator[None]:
+    """Call `note` with every tensor that autograd keeps for the backward pass, in this thread, inside the block."""
+    around = _autograd._top_saved_tensors_default_hooks(False)
+    thread = threading.get_ident()
+
+    def noting(pack: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def packed(tensor: Tensor) -> Any:
+            kept = pack(tensor)
+            if not in_backward():
+                for found in _tensors_in(kept, _DEPTH):
+                    note(found)
+            return kept
+
+        return packed
+
+    enter = saved_tensors_hooks.__enter__
+
+    def enter_noting(hooks: saved_tensors_hooks) -> Any:
+        if threading.get_ident() != thread:
+            return enter(hooks)
+        pack = hooks.pack_hook
+        hooks.pack_hook = noting(pack)
+        try:
+            return enter(hooks)
+        finally:
+            hooks.pack_hook = pack
+
+    pack, unpack = around or (_itself, _itself)
+    _autograd._push_saved_tensors_default_hooks(noting(pack), unpack)
+    # torch calls the innermost pair alone: without this, whatever enters a pair inside would hide what it keeps
+    saved_tensors_hooks.__enter__ = enter_noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+        _autograd._pop_saved_tensors_default_hooks()
+
+
+def storages_of(tensor: Tensor) -> Iterator[tuple[StorageWeakRef, Tensor]]:
+    """Yield the storages that a tensor stands on, each with a plain tensor of it; a sparse tensor has several.
+
+    The reference tells storages apart even when one has been freed and its memory used again.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages_of(getattr(tensor, name))
+    elif tensor.layout == torch.sparse_coo:
+        yield from storages_of(tensor._indices())
+        yield from storages_of(tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
+            yield from storages_of(part)
+    elif tensor.layout == torch.strided:
+        try:
+            yield StorageWeakRef(tensor.untyped_storage()), tensor
+        except (NotImplementedError, RuntimeError):
+            # a tensor without storage, as inside of torch.func's transforms, holds no bytes of its own
+            return
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without torch's.
+
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def in_backward() -> bool:
+    """Return whether autograd's engine is running on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and not isinstance(value, nn.Module | type):
+        items: Iterable[Any] = ()
+        if isinstance(value, dict):
+            items = value.values()
+        elif isinstance(value, tuple | list):
+            items = value
+        elif hasattr(value, "__dict__"):
+            items = vars(value).values()
+        for item in tuple(items):
+            yield from _tensors_in(item, depth - 1)

@@ -1,0 +1,214 @@
+"""Norms that take 16-bit data and compute in FP32: `y = round16((x - mean) * rstd * weight + bias)`.
+
+The result is what FP32 operands give, rounded once. Kept for the backward pass are `x` in its 16 bits and one FP32 mean
+and `rstd` per row, nothing of the size of `x`. Gradients are FP32 until autograd rounds them once to each operand's
+dtype, or not at all where its `grad_dtype` says so. torch 2.13 on CPUs sums the gradients of a LayerNorm's weight and
+bias in 16 bits, rounds the mean and `rstd` of 16-bit norms, and keeps FP32 copies in `rms_norm`. Other devices' kernels
+compute in FP32 but take one dtype: there weights are cast to that of `x`. Left out: BatchNorm and InstanceNorm, whose
+FP32 weights every kernel takes beside 16-bit data; forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from duotone.torch.autograd_function import apply
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def layer_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.layer_norm` with FP32 inside.
+
+    Args:
+        func: `F.layer_norm` or `torch.layer_norm`.
+        args: its arguments; `x` and the weights may differ in dtype.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> x, bias = torch.ones(1000, 4, dtype=torch.bfloat16), torch.zeros(4, requires_grad=True)
+    >>> layer_norm_in_float32(F.layer_norm, (x, (4,)), {"bias": bias}).sum(dtype=torch.float32).backward()
+    >>> bias.grad.tolist()
+    [1000.0, 1000.0, 1000.0, 1000.0]
+    """
+    return _layer_norm(func, *args, **kwargs)
+
+
+def rms_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.rms_norm` with FP32 inside; without `eps` it is that of FP32, as in torch's own call on 16-bit data.
+
+    Args:
+        func: `F.rms_norm` or `torch.rms_norm`.
+        args: its arguments; `x` and the weight may differ in dtype.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> rms_norm_in_float32(F.rms_norm, (torch.full((1, 2), 3.0).half(), (2,)), {"weight": torch.ones(2)})
+    tensor([[1., 1.]], dtype=torch.float16)
+    """
+    return _rms_norm(func, *args, **kwargs)
+
+
+def group_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.group_norm` so that its statistics are FP32 and its sums, too.
+
+    Args:
+        func: `F.group_norm`.
+        args: its arguments; `x` and the weights may differ in dtype.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> group_norm_in_float32(F.group_norm, (torch.ones(1, 4, 2).half(), 2), {"bias": torch.ones(4)}).dtype
+    torch.float16
+    """
+    return _group_norm(func, *args, **kwargs)
+
+
+class _LayerNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = torch.native_layer_norm(x.float(), shape, _widened(weight), _widened(bias), eps)
+        return y.to(x.dtype), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.shape, weight, bias, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        of_x, _, of_weight, of_bias, _ = ctx.needs_input_grad
+        # what torch itself runs for FP32 operands, its second derivatives included
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward.default(
+            grad.float(), x.float(), ctx.shape, mean, rstd, _widened(weight), _widened(bias), [of_x, of_weight, of_bias]
+        )
+        return grad_x, None, grad_weight, grad_bias, None
+
+
+class _RMSNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, rank: int, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        wide = x.float()
+        rstd = _rstd(wide, rank, eps)
+        y = wide * rstd if weight is None else wide * rstd * weight
+        return y.to(x.dtype), rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.rank, weight, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, rstd = ctx.saved_tensors
+        grad_x = grad_weight = None
+        wide, grad = x.float(), grad.float()
+        # a second derivative goes through rstd, which was kept as a constant
+        if torch.is_grad_enabled():
+            rstd = _rstd(wide, ctx.rank, ctx.eps)
+        unit = wide * rstd
+        if ctx.needs_input_grad[0]:
+            of_unit = grad if weight is None else grad * weight
+            grad_x = rstd * (of_unit - unit * (of_unit * unit).mean(_last(ctx.rank), keepdim=True))
+        if weight is not None and ctx.needs_input_grad[2]:
+            grad_weight = (grad * unit).sum_to_size(weight.shape)
+        return grad_x, None, grad_weight, None
+
+
+def _layer_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    dtype = input.dtype
+    if dtype not in _NARROW or not input.is_cpu:
+        return func(input, normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps, *rest, **named)
+    if _records(input, weight, bias):
+        return apply(_LayerNorm, input, tuple(normalized_shape), weight, bias, eps)[0]
+    return func(input.float(), normalized_shape, _widened(weight), _widened(bias), eps, *rest, **named).to(dtype)
+
+
+def _rms_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    dtype = input.dtype
+    if dtype not in _NARROW or not input.is_cpu:
+        return func(input, normalized_shape, _cast(weight, dtype), eps)
+    shape = tuple(normalized_shape)
+    # a shape that does not fit is left to torch to refuse
+    fits = shape and input.shape[-len(shape) :] == shape and (weight is None or tuple(weight.shape) == shape)
+    if fits and _records(input, weight):
+        return apply(_RMSNorm, input, len(shape), weight, torch.finfo(torch.float32).eps if eps is None else eps)[0]
+    return func(input.float(), normalized_shape, _widened(weight), eps).to(dtype)
+
+
+def _group_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dtype = input.dtype
+    if dtype not in _NARROW or not input.is_cpu:
+        return func(input, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)
+    # the kernel keeps its statistics in the dtype of the weight; without one, in that of x
+    if weight is None and input.dim() > 1:
+        weight = torch.ones(input.shape[1])
+    return func(input, num_groups, _widened(weight), _widened(bias), eps)
+
+
+def _rstd(wide: Tensor, rank: int, eps: float) -> Tensor:
+    return wide.pow(2).mean(_last(rank), keepdim=True).add(eps).rsqrt()
+
+
+def _last(rank: int) -> tuple[int, ...]:
+    return tuple(range(-rank, 0))
+
+
+def _records(x: Tensor, *weights: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(weight is not None and weight.requires_grad for weight in weights)
+    )
+
+
+def _cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight.to(dtype)
+
+
+def _widened(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.float()
