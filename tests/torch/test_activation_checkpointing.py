@@ -288,16 +288,15 @@ def test_function_modes_are_on_again_once_and_in_order(present):
     assert notes == ["inner", "outer"] * 2
 
 
-def test_a_default_device_is_no_trouble():
-    model = make("bf16")
-    expected = gradients(model)
-    checkpoint_activations(model, "blocks.*")
-    assert_same(gradients(model, torch.device("cpu")), expected)
+@pytest.mark.parametrize("run", [gradients, lambda model: compiled_gradients(model, "eager")])
+def test_a_default_device_is_no_trouble(run):
+    expected = gradients(make(dropout=0.0))
     torch.set_default_device("cpu")
     try:
-        assert_same(gradients(model), expected)
+        assert_same(run(checkpoint_activations(make(dropout=0.0), "blocks.*")), expected)
     finally:
         torch.set_default_device(None)
+    assert _get_current_function_mode_stack() == []
 
 
 def test_an_error_in_the_second_run_leaves_nothing_behind():

@@ -73,7 +73,9 @@ def test_a_static_scale_stands_still(parameter, optimizer):
 
 def test_without_scaling_non_finite_gradients_are_still_skipped(parameter, optimizer):
     scaler = dt.LossScaler("bf16")
-    assert scaler.scale(torch.tensor(3.0)).item() == 3.0
+    loss = torch.tensor(3.0)
+    assert scaler.scale(loss) is loss
+    assert scaler.scale(loss.half()).dtype == torch.float32
     optimizer.param_groups[0]["lr"] = 1.0
     # nothing is scaled, so a plain loss.backward() is as good
     overflow(parameter, math.nan)
@@ -145,6 +147,15 @@ def test_a_wrong_state_is_refused_whole(change):
     change(wrong)
     with pytest.raises(LossScaleError, match="not the state of a LossScaler"):
         scaler.load_state_dict(wrong)
+    assert scaler.state_dict() == before
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=8"])
+def test_a_scale_that_cannot_move_is_not_loaded_as_another(policy):
+    scaler = dt.LossScaler(policy)
+    before = scaler.state_dict()
+    with pytest.raises(LossScaleError, match=r"the scale is 4\.0, but by its settings it stays at \d"):
+        scaler.load_state_dict({**before, "state": {**before["state"], "scale": 4.0}})
     assert scaler.state_dict() == before
 
 

@@ -63,25 +63,33 @@ def test_sums_and_exponentials_are_float32_whatever_autocast_does(dtype):
     assert {result.dtype for result in got} == {torch.float32}
 
 
+# the second is not listed, so that autocast casts its weight
+LINEARS = pytest.mark.parametrize("linear", [F.linear, torch.ops.aten.linear], ids=["listed", "not listed"])
+
+
 @HALVES
-def test_a_weight_that_changes_inside_is_seen(dtype):
+@LINEARS
+def test_a_weight_that_changes_inside_is_seen(linear, dtype):
     # under one torch.autocast the second product would use the cached cast of the first weight
     weight = nn.Parameter(torch.ones(1, 1))
     with Region(dtype).on("cpu"):
-        assert F.linear(torch.ones(1, 1), weight).item() == 1.0
+        assert linear(torch.ones(1, 1), weight).item() == 1.0
         with torch.no_grad():
             weight.fill_(2.0)
-        assert F.linear(torch.ones(1, 1), weight).item() == 2.0
+        result = linear(torch.ones(1, 1), weight)
+    assert result.dtype == dtype
+    assert result.item() == 2.0
 
 
 @HALVES
-def test_a_weight_first_used_without_gradients_has_one_later(dtype):
+@LINEARS
+def test_a_weight_first_used_without_gradients_has_one_later(linear, dtype):
     # under torch.autocast the cast made under no_grad would be used again
     weight = nn.Parameter(torch.ones(1, 1))
     with Region(dtype).on("cpu"):
         with torch.no_grad():
-            F.linear(torch.ones(1, 1), weight)
-        F.linear(torch.ones(1, 1), weight).float().sum().backward()
+            linear(torch.ones(1, 1), weight)
+        linear(torch.ones(1, 1), weight).float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
 

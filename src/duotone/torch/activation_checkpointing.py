@@ -257,7 +257,7 @@ def _choose(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
 
 
 def _function_modes() -> list[TorchFunctionMode]:
-    # checkpoint enters a device's context itself, and there can be only one
+    # checkpoint enters the context of a default device itself, and the compiler cannot trace that here
     return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
 
 

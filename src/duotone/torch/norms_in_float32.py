@@ -1,13 +1,16 @@
 """Norms that take 16-bit data and compute in FP32: `y = round16((x - mean) * rstd * weight + bias)`.
 
-The result is what FP32 operands give, rounded once. Kept for the backward pass are `x` in its 16 bits and one FP32 mean
-and `rstd` per row, nothing of the size of `x`. Gradients are FP32 until autograd rounds them once to each operand's
-dtype, or not at all where its `grad_dtype` says so. torch 2.13 on CPUs sums the gradients of a LayerNorm's weight and
-bias in 16 bits, rounds the mean and `rstd` of 16-bit norms, and keeps FP32 copies in `rms_norm`. Other devices' kernels
-compute in FP32 but take one dtype: there weights are cast to that of `x`. Left out: BatchNorm and InstanceNorm, whose
-FP32 weights every kernel takes beside 16-bit data; forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
+Kept for the backward pass are `x` in its 16 bits and one FP32 mean and `rstd` per row, nothing of the size of `x`.
+Gradients are rounded once to each operand's dtype, or not at all where its `grad_dtype` says so. torch 2.13 on CPUs
+sums the gradients of a LayerNorm's weight and bias in 16 bits, rounds the mean and `rstd` of norms whose weights are
+16-bit or absent, and keeps FP32 copies in `rms_norm`. So LayerNorm and GroupNorm get FP32 weights beside 16-bit data,
+for which their kernels' results differ from FP32's rounded once in one element of some thousands, and LayerNorm's sums
+are taken here; RMSNorm's results are those of FP32, rounded once. Other devices' kernels compute in FP32 but take one
+dtype: there weights are cast to that of `x`. Left out: BatchNorm and InstanceNorm, whose FP32 weights every kernel
+takes beside 16-bit data; forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from duotone.torch.autograd_function import apply
+from duotone.torch.autograd_function import apply, is_eager
+from duotone.torch.row_sums import grad_dtype_of
 
 _NARROW = (torch.bfloat16, torch.float16)
+# widened at a time: 1 MiB of FP32 stays in a CPU's caches, and no FP32 copy of the whole exists
+_ELEMENTS = 2**18
+_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
 
 
 def layer_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -83,8 +90,7 @@ class _LayerNorm(Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = torch.native_layer_norm(x.float(), shape, _widened(weight), _widened(bias), eps)
-        return y.to(x.dtype), mean, rstd
+        return torch.native_layer_norm(x, shape, *_beside(x, shape, weight, bias), eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -95,13 +101,47 @@ class _LayerNorm(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        # once: a second look would run a checkpointed part again
+        x, weight, bias, mean, rstd = saved = ctx.saved_tensors
         of_x, _, of_weight, of_bias, _ = ctx.needs_input_grad
-        # what torch itself runs for FP32 operands, its second derivatives included
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward.default(
-            grad.float(), x.float(), ctx.shape, mean, rstd, _widened(weight), _widened(bias), [of_x, of_weight, of_bias]
-        )
-        return grad_x, None, grad_weight, grad_bias, None
+        if torch.is_grad_enabled() or grad_dtype_of(x) != x.dtype:
+            # as torch differentiates FP32 operands, second derivatives included
+            wide = (grad.float(), x.float(), ctx.shape, mean, rstd, _widened(weight), _widened(bias))
+            grad_x, grad_weight, grad_bias = _BACKWARD(*wide, [of_x, of_weight, of_bias])
+            return grad_x, None, grad_weight, grad_bias, None
+        grad_x = None
+        if of_x:
+            weight_and_bias = _beside(x, ctx.shape, weight, bias)
+            grad_x = _BACKWARD(grad, x, ctx.shape, mean, rstd, *weight_and_bias, [True, False, False])[0]
+        if not of_weight and not of_bias:
+            return grad_x, None, None, None, None
+        return grad_x, None, *_sums_over_rows(ctx, grad, *saved)
+
+
+def _beside(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return FP32 weights to stand beside 16-bit data: only then does torch's kernel keep FP32 means."""
+    weight = x.new_ones(shape, dtype=torch.float32) if weight is None else weight.float()
+    return weight, torch.zeros_like(weight) if bias is None else bias.float()
+
+
+def _sums_over_rows(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients of weight and bias, a few rows widened at a time; the last is that of eps."""
+    wanted = [False, *ctx.needs_input_grad[2:4]]
+    weight, bias = (None if each is None else each.float().reshape(-1) for each in (weight, bias))
+    rows, grads = (each.reshape(-1, math.prod(ctx.shape)) for each in (x, grad))
+    means, rstds = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    count = max(1, _ELEMENTS // max(1, rows.shape[1])) if is_eager() else len(rows)
+    sums: list[Tensor | None] = [None, None]
+    for first in range(0, max(1, len(rows)), max(1, count)):
+        some = slice(first, first + count)
+        parts = _BACKWARD(
+            grads[some].float(), rows[some].float(), rows.shape[1:], means[some], rstds[some], weight, bias, wanted
+        )[1:]
+        sums = [part if total is None else total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    grad_weight, grad_bias = (None if total is None else total.view(ctx.shape) for total in sums)
+    return grad_weight, grad_bias, None
 
 
 class _RMSNorm(Function):
@@ -154,7 +194,7 @@ def _layer_norm(
         return func(input, normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps, *rest, **named)
     if _records(input, weight, bias):
         return apply(_LayerNorm, input, tuple(normalized_shape), weight, bias, eps)[0]
-    return func(input.float(), normalized_shape, _widened(weight), _widened(bias), eps, *rest, **named).to(dtype)
+    return func(input, normalized_shape, *_beside(input, normalized_shape, weight, bias), eps, *rest, **named)
 
 
 def _rms_norm(

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from torch.overrides import TorchFunctionMode
 
+from duotone.torch.handlers import handler, operands
 from duotone.torch.op_rules import Function, Kind, check_kind, functions_like
-from duotone.torch.region import compute_dtype, handler, no_autocast, operands
+from duotone.torch.region import compute_dtype, no_autocast
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 

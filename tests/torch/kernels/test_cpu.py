@@ -153,7 +153,9 @@ def test_indices_beyond_two_to_the_31(monkeypatch):
     operand = end._replace(weight=whole[0], grad=whole[1])
     (rows,) = table.tables_of([operand])
     assert rows.chunks[-1].tolist() == [0, first]
-    monkeypatch.setattr(cpu, "tables_of", lambda operands: (rows._replace(chunks=rows.chunks[-1:], lengths=rows.lengths[-1:]),))
+    monkeypatch.setattr(
+        cpu, "tables_of", lambda operands: (rows._replace(chunks=rows.chunks[-1:], lengths=rows.lengths[-1:]),)
+    )
     cpu.sgd([operand], [SETTINGS["sgd"]], torch.ones(()), torch.tensor(False))
 
     blocks = first // 8 + torch.arange(length // 8 + 1)

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from duotone.torch.kernels import table
+from duotone.torch.kernels import Batch, table
 from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import GROUP, MOMENT1, MOMENT2, NUMBER, NUMEL, TAIL, WEIGHT, Form
+from duotone.torch.kernels.table import GRAD, GROUP, MOMENT1, MOMENT2, NUMBER, NUMEL, TAIL, WEIGHT, Form
 
 from .grid import make_operand
 
@@ -60,6 +60,37 @@ def test_a_table_is_made_anew_just_when_an_address_or_a_form_changes():
     read_as_fp16 = [operand._replace(grad=operand.grad.view(torch.float16)) for operand in operands]
     assert table.tables_of(read_as_fp16)[0].form.grad == "float16"
     assert table.tables_of(operands) is first
+
+
+def test_only_the_addresses_of_gradients_are_filled_in_anew():
+    forms = [FORMS[0][0], FORMS[1][0], FORMS[0][0]]
+    operands = [make_operand(*form, CHUNK + 1, index) for index, form in enumerate(forms)]
+    blank, noted = [operand._replace(grad=None) for operand in operands], {}
+    grads = [operand.grad for operand in operands]
+    first = table.tables_of(Batch(blank, grads, noted))
+    before = [one.parameters.copy() for one in first]
+    elsewhere = [grad.clone() for grad in grads]
+    moved = table.tables_of(Batch(blank, elsewhere, noted))
+    for one, other, places in zip(first, moved, ([0, 2], [1]), strict=True):
+        assert other.parameters[:, GRAD].tolist() == [elsewhere[place].data_ptr() for place in places]
+        assert (one.parameters[:, WEIGHT:] == other.parameters[:, WEIGHT:]).all()
+        assert (one.form, one.chunks is other.chunks, one.lengths is other.lengths) == (other.form, True, True)
+    # what was handed out is as it was, and is handed out again
+    assert all((one.parameters == copy).all() for one, copy in zip(first, before, strict=True))
+    assert table.tables_of(Batch(blank, grads, noted)) is first
+    assert table.tables_of(operands) is first
+
+
+def test_gradients_that_moved_have_tables_of_their_own():
+    grads = [torch.zeros(size, dtype=torch.bfloat16) for size in (7, CHUNK + 3)]
+    first = table.grad_tables_of(grads)
+    before = first[0].chunks.copy()
+    elsewhere = [grad.clone() for grad in grads]
+    (moved,) = table.grad_tables_of(elsewhere)
+    address = elsewhere[1].data_ptr()
+    assert moved.chunks.tolist() == [[elsewhere[0].data_ptr(), 7, 0], [address, CHUNK, 1], [address + 2 * CHUNK, 3, 2]]
+    assert (first[0].chunks == before).all()
+    assert table.grad_tables_of(grads) is first
 
 
 def test_gradients_keep_their_place_whatever_their_dtype():

@@ -1,6 +1,7 @@
-"""Operands are gathered anew whenever a tensor is another one or has moved, and hold no gradient between steps."""
+"""Operands are gathered anew whenever one is another or has moved, gradients apart, which none is held of."""
 
 import gc
+import re
 import weakref
 from collections.abc import Callable
 
@@ -44,6 +45,16 @@ def pair(policy: str = "bf16") -> tuple[nn.Module, torch.optim.Optimizer, nn.Mod
     return tuple(made)
 
 
+def on_backends(policy: str) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
+    """Return a model and its optimizer on the fused backend, and the same on the reference."""
+    made = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        model = dt.cast(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), policy)
+        made.append((model, dt.AdamW(model.parameters(), lr=0.01, backend=backend)))
+    return made
+
+
 def same(model: nn.Module, other: nn.Module) -> bool:
     masters, expected = dt.master_weights(model), dt.master_weights(other)
     return all(torch.equal(masters[name], expected[name]) for name in expected)
@@ -56,6 +67,78 @@ def test_nothing_is_gathered_twice_while_nothing_moves(train, gathered):
     for _ in range(5):
         optimizer.step()
     assert gathered() == 1
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16-true,rounding=stochastic"])
+def test_gradients_may_move_in_every_step(policy, give_gradients, gathered, everything_in, same_everything):
+    (model, optimizer), (other, reference) = on_backends(policy)
+    kept = []
+    for step in range(5):
+        for one, own in ((model, optimizer), (other, reference)):
+            give_gradients(one.parameters(), step)
+            own.step()
+        # as long as they are there, those of the next step lie elsewhere
+        kept += [parameter.grad for parameter in model.parameters()]
+    assert len({grad.data_ptr() for grad in kept}) == len(kept)
+    # once for each of the two
+    assert gathered() == 2
+    assert same_everything(everything_in(optimizer), everything_in(reference))
+
+
+def leave_out_some(parameters, step):
+    for parameter in parameters[step % 4 :: 2]:
+        parameter.grad = None
+
+
+def have_some_in_float32(parameters, step):
+    for parameter in parameters[step % 2 :: 2]:
+        grad, parameter.grad = parameter.grad, None
+        parameter.grad_dtype = torch.float32
+        parameter.grad = grad.float() / 3
+
+
+def transpose_one(parameters, step):
+    # between steps in which all lie as they should
+    if step % 2:
+        parameters[0].grad = parameters[0].grad.t().contiguous().t()
+
+
+def stretch_one(parameters, step):
+    if step % 2:
+        parameters[1].grad = torch.stack((parameters[1].grad, parameters[1].grad), -1)[..., 0]
+
+
+def negate_one_in_name_only(parameters, step):
+    if step % 2:
+        parameters[0].grad = torch._neg_view(parameters[0].grad)
+
+
+def share_one(parameters, step):
+    parameters[3].grad = parameters[1].grad[:4]
+
+
+@pytest.mark.parametrize(
+    "change", [leave_out_some, have_some_in_float32, transpose_one, stretch_one, negate_one_in_name_only, share_one]
+)
+def test_whatever_gradients_there_are_the_bits_are_the_references(
+    change, give_gradients, everything_in, same_everything
+):
+    (model, optimizer), (other, reference) = on_backends("bf16")
+    for step in range(8):
+        for one, own in ((model, optimizer), (other, reference)):
+            give_gradients(one.parameters(), step)
+            change(list(one.parameters()), step)
+            own.step()
+            own.zero_grad()
+    assert same_everything(everything_in(optimizer), everything_in(reference))
+
+
+def test_a_gradient_that_has_become_sparse_is_refused(train):
+    model, optimizer, *_ = pair("fp32")
+    train(optimizer, range(2))
+    model[0].weight.grad = model[0].weight.grad.to_sparse()
+    with pytest.raises(OptimizerError, match="takes no sparse gradients"):
+        optimizer.step()
 
 
 def test_gradients_are_given_back_between_steps(train):
@@ -197,11 +280,14 @@ def test_a_parameter_that_changed_its_shape_is_refused(train, policy, change):
     assert torch.equal(parameter, before)
 
 
-def test_a_gradient_of_another_shape_is_refused(train):
+@pytest.mark.parametrize("shape", [(1,), (6, 5)])
+def test_a_gradient_of_another_shape_is_refused(train, shape):
     model, optimizer, *_ = pair()
     train(optimizer, range(2))
-    model[0].weight.grad.data = torch.ones(1, dtype=torch.bfloat16)
-    with pytest.raises(OptimizerError, match=r"parameter 0 has shape \(5, 6\), but its gradient has \(1,\)"):
+    model[0].weight.grad.data = torch.ones(shape, dtype=torch.bfloat16)
+    with pytest.raises(
+        OptimizerError, match=rf"parameter 0 has shape \(5, 6\), but its gradient has {re.escape(str(shape))}"
+    ):
         optimizer.step()
 
 

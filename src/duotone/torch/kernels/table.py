@@ -121,10 +121,10 @@ def _filled(layout: _Layout[Made], addresses: tuple[int, ...]) -> tuple[Made, ..
     found = np.array(addresses, dtype=np.int64)
     tables = []
     for rows, owners, made, distances in layout.parts:
-        rows = rows.copy()
+        filled = rows.copy()
         # adding takes NumPy longer than all else here
-        rows[:, GRAD] = found[owners] if distances is None else found[owners] + distances
-        tables.append(made(rows))
+        filled[:, GRAD] = found[owners] if distances is None else found[owners] + distances
+        tables.append(made(filled))
     return tuple(tables)
 
 
