@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duotone.torch.half_on_cpu import cpu_has_half_products
@@ -61,9 +62,26 @@ def by_hand(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: to
         return narrow(run(call, *wide((args, kwargs))), dtype) if emulated(dtype, device) else run(call, args, kwargs)
     if kind == "float32":
         return run(call, *wide((args, kwargs)))
+    if call.function in (F.batch_norm, F.instance_norm) and not is_wide:
+        return with_wide_weights(call, args, kwargs)
+    if call.name == "linear_cross_entropy":
+        x, weight, target = args
+        logits = by_hand(Call("linear", F.linear, None), (x, weight), {}, dtype, device)
+        return F.cross_entropy(logits.float(), target, **kwargs)
     if kind == "float32_inside" and call.name not in OWN_KERNEL and not is_wide:
         return narrow(run(call, *wide((args, kwargs))), dtype)
     return run(call, args, kwargs)
+
+
+def with_wide_weights(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a norm with running statistics on FP32 weights, ones if it has none, unless the statistics are 16-bit."""
+    names = ("input", "running_mean", "running_var", "weight", "bias")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    mean = given.get("running_mean")
+    if mean is None or mean.dtype == torch.float32:
+        given.update(wide({name: given.get(name) for name in ("weight", "bias")}))
+        given["weight"] = torch.ones(given["input"].shape[1]) if given["weight"] is None else given["weight"]
+    return call.function(**given, **dict(zip(("training",), args[5:], strict=False)))
 
 
 def bits(result: Any) -> list[Any]:

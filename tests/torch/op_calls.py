@@ -233,6 +233,17 @@ CALLS: dict[str, list[Arguments]] = {
     "addr_": [takes(SQUARE, SQUARE[0], OTHER[0])],
     "baddbmm_": [takes(BATCH, BATCH, BATCHES)],
     "__setitem__": [takes(X, 0, Y[0]), takes(X, (ROWS, slice(1, 3)), Y[:2, :2]), takes(X, MASK, 0.5)],
+    "masked_fill": [takes(X, MASK, 0.5), takes(X, MASK, torch.tensor(0.5))],
+    "masked_fill_": [takes(X, MASK, 0.5)],
+    "pad": [takes(IMAGE, (1, 1, 1, 1), mode="reflect"), takes(X, (1, 2))],
+    "max_pool3d": [takes(VOLUME, 2)],
+    "adaptive_avg_pool3d": [takes(VOLUME, 2)],
+    "adaptive_max_pool3d": [takes(VOLUME, 2)],
+    "max_unpool1d": [takes(*F.max_pool1d(LINE, 2, return_indices=True), 2)],
+    "max_unpool2d": [takes(*F.max_pool2d(IMAGE, 2, return_indices=True), 2)],
+    "max_unpool3d": [takes(*F.max_pool3d(VOLUME, 2, return_indices=True), 2)],
+    "fractional_max_pool2d": [takes(IMAGE, 2, output_size=3, _random_samples=torch.full((1, 4, 2), 0.5))],
+    "fractional_max_pool3d": [takes(VOLUME, 2, output_size=2, _random_samples=torch.full((1, 2, 3), 0.5))],
     **OF_MATRICES,
 }
 

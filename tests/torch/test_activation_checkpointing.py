@@ -151,6 +151,7 @@ def test_names_and_modules_stay_as_they_were():
     forward = model.blocks[0].forward
     assert inspect.signature(forward) == inspect.signature(plain.blocks[0].forward)
     assert forward.__doc__ == Block.forward.__doc__
+    assert not hasattr(forward, "policy")
     model.load_state_dict(plain.state_dict())
 
 

@@ -264,3 +264,29 @@ def test_removing_it_restores_the_forward():
     linear.forward = own = lambda x: x
     dt.cast(linear, "bf16").forward.remove()
     assert linear.forward is own
+
+
+def test_a_callable_forward_of_ones_own_is_called(same_bits):
+    class Spy:
+        def __init__(self, forward) -> None:
+            self._forward, self._module, self.calls = forward, None, 0
+
+        def __call__(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self._forward(x)
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    spy = model[0].forward = Spy(model[0].forward)
+    dt.cast(model, "bf16")(torch.ones(1, 2))
+    assert spy.calls == 1
+    assert dt.uncast(model)[0].forward is spy
+
+
+def test_masks_are_filled_with_what_float16_can_hold():
+    class Masked(nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return scores.masked_fill(scores > 0, -1e9).softmax(-1)
+
+    scores = torch.tensor([[-1.0, 1.0, -1.0], [1.0, 2.0, 3.0]])
+    probabilities = dt.cast(Masked(), "fp16")(scores)
+    assert probabilities.tolist() == [[0.5, 0.0, 0.5], pytest.approx([1 / 3] * 3, abs=1e-3)]

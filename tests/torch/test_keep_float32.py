@@ -38,7 +38,10 @@ def inside(policy: str, function) -> list[object]:
 @pytest.mark.parametrize("dtype", NARROW.values(), ids=NARROW)
 def test_every_listed_operation_runs_in_float32_in_a_block(dtype):
     for name, call in CALLS.items():
-        if KINDS[call.name] in ("widest", "refused") or call.name == "linalg.lstsq":
+        if KINDS[call.name] in ("widest", "refused", "as_given") or call.name == "linalg.lstsq":
+            continue
+        # 16-bit statistics are written into, so they are not widened
+        if call.function is F.batch_norm:
             continue
         expected = run(call, *wide(arguments(call, dtype)))
         with dt.keep_float32():

@@ -52,7 +52,7 @@ def check(name: str, operands: torch.dtype, dtype: torch.dtype, device: str) -> 
     else:
         assert bits(got) == bits(expected)
     # and what was expected is of the dtype that the table speaks of
-    allowed = {"compute": dtype, "float32": torch.float32, "float32_inside": operands, "widest": operands}[kind]
+    allowed = {"compute": dtype, "float32": torch.float32}.get(kind, operands)
     assert dtypes(got) <= {allowed, *([torch.complex64] if kind == "float32" else [])}
 
 
@@ -96,7 +96,9 @@ def test_on_a_gpu(name):
 
 
 @HALVES
-@pytest.mark.parametrize("name", [name for name in INSIDE if CALLS[name].name in OWN_KERNEL])
+@pytest.mark.parametrize(
+    "name", [name for name in INSIDE if CALLS[name].name in OWN_KERNEL and CALLS[name].function is not F.instance_norm]
+)
 def test_kernels_that_are_left_to_torch_compute_in_float32(name, dtype):
     # at most one unit in the last place from the widened result: one rounding more, but no 16-bit arithmetic
     call = CALLS[name]

@@ -53,9 +53,13 @@ DIFFERENT = {
     "scatter_add": ("float32_inside", "a sum"),
     "binary_cross_entropy": ("refused", "as on CUDA, on every device"),
     "grid_sampler grid_sampler_2d grid_sampler_3d": ("widest", "as grid_sample on CUDA: stable in 16 bits"),
-    """max_pool3d max_unpool2d max_unpool3d adaptive_avg_pool3d adaptive_max_pool3d fractional_max_pool2d
-    fractional_max_pool3d reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
-    replication_pad3d""": (None, "maxima, copies and means that torch's CPU kernels have in 16 bits since"),
+    "avg_pool3d": ("float32_inside", "computed so on a CPU, which has no 16-bit kernel"),
+    "max_pool3d max_unpool2d max_unpool3d adaptive_avg_pool3d adaptive_max_pool3d fractional_max_pool2d": (
+        "as_given",
+        "maxima, copies and means that torch's CPU kernels have in 16 bits since",
+    ),
+    "fractional_max_pool3d": ("as_given", "the same"),
+    "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d replication_pad3d": (None, "inside pad"),
     "fake_quantize_per_tensor_affine": (None, "quantization is not of this library"),
 }
 OURS = {name: kind for names, (kind, _) in DIFFERENT.items() for name in names.split()}

@@ -51,7 +51,8 @@ class CastForward:
         self._output = output
         self._pending = pending
         self._region = Region(torch_dtype(effective.compute))
-        functools.update_wrapper(self, self._forward)
+        # its name and its signature; whatever else it carries is its own
+        functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._output is None and self._pending is None and self._region.still_holds():

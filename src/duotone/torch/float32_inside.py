@@ -21,7 +21,12 @@ from duotone.torch.gathers_in_float32 import (
     take_in_float32,
 )
 from duotone.torch.indexing_in_float32 import getitem_in_float32
-from duotone.torch.norms_in_float32 import group_norm_in_float32, layer_norm_in_float32, rms_norm_in_float32
+from duotone.torch.norms_in_float32 import (
+    batch_norm_in_float32,
+    group_norm_in_float32,
+    layer_norm_in_float32,
+    rms_norm_in_float32,
+)
 
 Function = Callable[..., Any]
 # takes the function that was called, its positional and its named arguments, and returns the result
@@ -34,6 +39,8 @@ FLOAT32_INSIDE: Mapping[Function, Replacement] = {
     F.rms_norm: rms_norm_in_float32,
     torch.rms_norm: rms_norm_in_float32,
     F.group_norm: group_norm_in_float32,
+    F.batch_norm: batch_norm_in_float32,
+    F.instance_norm: batch_norm_in_float32,
     F.embedding_bag: embedding_bag_in_float32,
     Tensor.__getitem__: getitem_in_float32,
     torch.index_select: index_select_in_float32,

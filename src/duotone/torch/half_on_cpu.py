@@ -190,12 +190,10 @@ class _Call:
         """Fill `saved` with the 16-bit tensor behind `tensor`, or, if there is none, with itself."""
         half = tensor
         found = self.by_memory.get(tensor.untyped_storage()._cdata)
-        # one that has been changed is no longer what was widened
+        # one that has been changed is no longer what was widened; widening a tensor of inference mode, which has no
+        # version to check in backward, leaves another version than 0 as well
         if found is not None and tensor.dtype is torch.float32 and tensor._version == 0:
             half, wide = found
-            if half.is_inference():
-                # it has no version to check
-                half = half.clone()
             saved.stride = wide.stride()
             if tensor is not wide and (tensor.stride() != saved.stride or tensor.shape != wide.shape):
                 place = tensor.shape, tensor.stride(), int(tensor.storage_offset())

@@ -6,6 +6,7 @@ kind promises, `float32_inside`, `cross_entropy` and `half_on_cpu` have the hand
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +19,22 @@ from duotone.errors import OperationError
 from duotone.torch.cross_entropy import cross_entropy_in_float32
 from duotone.torch.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU
 from duotone.torch.half_on_cpu import cpu_has_half_products, multiply_in_float32
-from duotone.torch.op_rules import Function, Kind, functions_of, kinds
+from duotone.torch.op_rules import Function, Kind, functions_of, kinds, kinds_by_name
 
 # takes the function that was called, its positional and its named arguments, and returns the result
 Handler = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = (torch.bfloat16, torch.float16)
-# sums of many terms into few places
+# sums of many terms into few places, each of which torch's kernels round
 _SUMMED_BY_INDEX = ("index_add", "index_reduce", "scatter_add", "scatter_reduce")
+# what torch has no 16-bit kernel for on a CPU
+_WIDENED_ON_CPU = ("avg_pool3d", "rrelu")
 # sums that widen while they read, so that no widened copy is made
-_WITH_DTYPE = ("sum", "nansum", "prod", "cumsum", "cumprod", "linalg.vector_norm")
-_made: dict[tuple[torch.dtype, str], "Rules"] = {}
+_WITH_DTYPE = ("sum", "nansum", "prod", "linalg.vector_norm")
+# what may write into an operand
+_WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
+_made: dict[str, "Rules"] = {}
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,39 @@ class Rules:
 
 def rules_for(compute: torch.dtype, device_type: str) -> Rules:
     """Return the rules of a region where `compute` is the dtype of products."""
-    # not functools.cache, which torch.compile looks through
-    if (compute, device_type) not in _made:
-        _made[compute, device_type] = _make_rules(compute, device_type)
-    return _made[compute, device_type]
+    # neither functools.cache, which torch.compile looks through, nor a dtype as the key, which it cannot name
+    key = f"{compute} {device_type}"
+    if key not in _made:
+        _made[key] = _make_rules(compute, device_type)
+    return _made[key]
 
 
 def _make_rules(compute: torch.dtype, device_type: str) -> Rules:
     made = {function: handler(kind, compute) for function, kind in kinds().items()}
+
+    def put(handler: Handler, *names: str) -> None:
+        made.update((function, handler) for name in names for function in functions_of(name))
+
+    put(_write_into, *(name for name, kind in kinds_by_name().items() if kind == "widest" and name.endswith("_")))
+    put(_fill, "masked_fill", "masked_fill_")
+    put(_sum_to_float32, *_WITH_DTYPE)
+    if compute == torch.float32:
+        made.update(dict.fromkeys(_WRITING, _widen_all_but_what_is_written))
+        return Rules(made, frozenset())
+    put(_widen_and_round, *_SUMMED_BY_INDEX)
+    put(cross_entropy_in_float32, "cross_entropy")
+    made.update(FLOAT32_INSIDE)
     products = [function for function, kind in kinds().items() if kind == "compute"]
-    if compute != torch.float32:
-        made.update(FLOAT32_INSIDE)
-        made.update(dict.fromkeys(functions_of("cross_entropy"), cross_entropy_in_float32))
-        made.update(dict.fromkeys(functions_of("linear_cross_entropy"), _product_and_loss(compute, device_type)))
-        if device_type == "cpu":
-            made.update(FLOAT32_INSIDE_ON_CPU)
-        made.update((function, _sum_inside) for name in _SUMMED_BY_INDEX for function in functions_of(name))
-    if compute == torch.float16 and device_type == "cpu" and not cpu_has_half_products():
-        made.update(dict.fromkeys(products, multiply_in_float32))
-        products = []
-    made.update((function, _sum_to_float32) for name in _WITH_DTYPE for function in functions_of(name))
-    return Rules(made, frozenset(products))
+    # made of several operations, each of which is to see autocast switched off
+    composed = list(functions_of("multi_head_attention_forward"))
+    if device_type == "cpu":
+        put(_widen_and_round, *_WIDENED_ON_CPU)
+        made.update(FLOAT32_INSIDE_ON_CPU)
+        if compute == torch.float16 and not cpu_has_half_products():
+            made.update(dict.fromkeys(products, multiply_in_float32))
+            composed = products
+    put(_product_and_loss(made[F.linear]), "linear_cross_entropy")
+    return Rules(made, frozenset(products) - frozenset(composed))
 
 
 def handler(kind: Kind, compute: torch.dtype) -> Handler:
@@ -75,7 +92,7 @@ def handler(kind: Kind, compute: torch.dtype) -> Handler:
     if kind == "as_given" or (kind == "float32_inside" and compute != torch.float32):
         return _call
     if kind in ("float32", "float32_inside"):
-        return functools.partial(_call_in, torch.float32)
+        return _call_in_float32
     if kind == "compute":
         return functools.partial(_call_in, compute)
     return {"widest": _to_widest, "refused": _refuse}[kind]
@@ -104,37 +121,47 @@ def _call_in(dtype: torch.dtype, func: Function, args: tuple[Any, ...], kwargs: 
     return func(*[cast_operand(arg, dtype) for arg in args], **named)
 
 
-def _product_and_loss(compute: torch.dtype, device_type: str) -> Handler:
+def _call_in_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    # a result that is asked for in 16 bits is the caller's own choice
+    return func(*args, **kwargs) if kwargs.get("dtype") in _NARROW else _call_in(torch.float32, func, args, kwargs)
+
+
+def _widen_all_but_what_is_written(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call in FP32, but on 16-bit statistics, or a table that is to be renormed, as given: they are written into."""
+    places = {1: "running_mean", 2: "running_var"}
+    if func.__name__.startswith("embedding"):
+        places = {3: "max_norm"}
+    written = [kwargs.get(name, args[at] if at < len(args) else None) for at, name in places.items()]
+    if any(x is not None and getattr(x, "dtype", None) is not torch.float32 for x in written):
+        return cast_operand(func(*args, **kwargs), torch.float32)
+    return _call_in(torch.float32, func, args, kwargs)
+
+
+def _product_and_loss(multiply: Handler) -> Handler:
     """Return `F.linear_cross_entropy` with the product in `compute` and the loss in FP32; torch's has both in one."""
-
-    def product_and_loss(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return _linear_cross_entropy(func, rules_for(compute, device_type).handlers[F.linear], *args, **kwargs)
-
-    return product_and_loss
+    return functools.partial(_linear_cross_entropy, multiply)
 
 
 def _linear_cross_entropy(
-    func: Function,
-    multiply: Handler,
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    linear_bias: Tensor | None = None,
-    ignore_index: int | None = None,
-    **named: Any,
+    multiply: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor:
-    if named.pop("options", None) is not None or linear_weight.dim() != 2 or input.dim() > 2:
+    # the first three may come by name too
+    named = {**dict(zip(("input", "linear_weight", "target"), args, strict=False)), **kwargs}
+    x, weight, target = named["input"], named["linear_weight"], named["target"]
+    if named.get("options") is not None or weight.dim() != 2 or x.dim() > 2:
         # torch's own parts, or a loss of several dimensions: all of it in FP32
-        named = {"linear_bias": linear_bias, "ignore_index": ignore_index, **named}
-        return _call_in(torch.float32, func, (input, linear_weight, target), named)
-    logits = multiply(F.linear, (input, linear_weight, linear_bias), {})
-    named["ignore_index"] = -100 if ignore_index is None else ignore_index
-    return cross_entropy_in_float32(F.cross_entropy, (logits, target), named)
+        return _call_in(torch.float32, func, args, kwargs)
+    logits = multiply(F.linear, (x, weight, named.get("linear_bias")), {})
+    ignore_index = named.get("ignore_index")
+    rest = {name: named[name] for name in ("weight", "reduction", "label_smoothing") if name in named}
+    rest["ignore_index"] = -100 if ignore_index is None else ignore_index
+    return cross_entropy_in_float32(F.cross_entropy, (logits, target), rest)
 
 
-def _sum_inside(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Sum in FP32 and round once to the widest operand's dtype; torch's kernels round after every term."""
+def _widen_and_round(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call on FP32 operands and round once to the dtype of the widest."""
+    if kwargs.get("out") is not None:
+        return func(*args, **kwargs)
     dtypes = {operand.dtype for operand in operands((args, tuple(kwargs.values())))}
     result = _call_in(torch.float32, func, args, kwargs)
     return cast_operand(result, next(iter(dtypes))) if len(dtypes) == 1 else result
@@ -142,16 +169,34 @@ def _sum_inside(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 
 def _sum_to_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     has_say = kwargs.get("dtype") is not None or kwargs.get("out") is not None
-    if has_say or not args or args[0].dtype not in _NARROW:
+    if has_say or getattr(args[0] if args else kwargs.get("input"), "dtype", None) not in _NARROW:
         return func(*args, **kwargs)
     return func(*args, **kwargs, dtype=torch.float32)
 
 
+def _write_into(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call with every operand in the dtype of the first, which is written into."""
+    dtype = getattr(args[0] if args else kwargs.get("input"), "dtype", None)
+    return _call_in(dtype, func, args, kwargs) if dtype in _FLOATS else func(*args, **kwargs)
+
+
+def _fill(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Fill in a number, those beyond FP16's range as its largest: -1e9 is how masks are written, and torch raises."""
+    named = {**dict(zip(("input", "mask", "value"), args, strict=False)), **kwargs}
+    value, largest = named.get("value"), torch.finfo(torch.float16).max
+    is_beyond = isinstance(value, (int, float)) and largest < abs(value) < math.inf
+    if is_beyond and getattr(named.get("input"), "dtype", None) == torch.float16:
+        return func(named["input"], named["mask"], math.copysign(largest, value))
+    return func(*args, **kwargs)
+
+
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    if func.__name__.endswith("_"):
-        return _call_in(args[0].dtype, func, args, kwargs) if args[0].dtype in _FLOATS else func(*args, **kwargs)
-    dtypes = {operand.dtype for operand in operands((args, tuple(kwargs.values())))}
-    return _call_in(torch.float32, func, args, kwargs) if len(dtypes) > 1 else func(*args, **kwargs)
+    found = list(operands((args, tuple(kwargs.values()))))
+    # as everywhere in torch, a tensor without dimensions has no say beside one with
+    dtypes = {operand.dtype for operand in found if operand.dim()} or {operand.dtype for operand in found}
+    if all(operand.dtype in dtypes for operand in found) and len(dtypes) < 2:
+        return func(*args, **kwargs)
+    return _call_in(torch.float32 if len(dtypes) > 1 else next(iter(dtypes)), func, args, kwargs)
 
 
 def _refuse(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

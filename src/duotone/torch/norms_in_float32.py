@@ -6,8 +6,8 @@ sums the gradients of a LayerNorm's weight and bias in 16 bits, rounds the mean 
 16-bit or absent, and keeps FP32 copies in `rms_norm`. So LayerNorm and GroupNorm get FP32 weights beside 16-bit data,
 for which their kernels' results differ from FP32's rounded once in one element of some thousands, and LayerNorm's sums
 are taken here; RMSNorm's results are those of FP32, rounded once. Other devices' kernels compute in FP32 but take one
-dtype: there weights are cast to that of `x`. Left out: BatchNorm and InstanceNorm, whose FP32 weights every kernel
-takes beside 16-bit data; forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
+dtype: there weights are cast to that of `x`, but for BatchNorm and InstanceNorm, whose FP32 weights every kernel takes.
+Left out: forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
 """
 
 import math
@@ -81,6 +81,25 @@ def group_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwarg
     torch.float16
     """
     return _group_norm(func, *args, **kwargs)
+
+
+def batch_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.batch_norm` or `F.instance_norm` with FP32 weights, so that its statistics are FP32 and its sums, too.
+
+    Args:
+        func: `F.batch_norm` or `F.instance_norm`.
+        args: its arguments; weights may be 16-bit beside data and running statistics in FP32, and the other way round.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> x = (1024 + torch.arange(4.0)).bfloat16().view(1, 1, 4)
+    >>> batch_norm_in_float32(F.instance_norm, (x,), {}).sum()
+    tensor(0., dtype=torch.bfloat16)
+    """
+    return _batch_norm(func, *args, **kwargs)
 
 
 class _LayerNorm(Function):
@@ -190,7 +209,7 @@ def _layer_norm(
     **named: Any,
 ) -> Tensor:
     dtype = input.dtype
-    if dtype not in _NARROW or not input.is_cpu:
+    if dtype not in _NARROW or not input.is_cpu or input.is_nested:
         return func(input, normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps, *rest, **named)
     if _records(input, weight, bias):
         return apply(_LayerNorm, input, tuple(normalized_shape), weight, bias, eps)[0]
@@ -232,6 +251,24 @@ def _group_norm(
     return func(input, num_groups, _widened(weight), _widened(bias), eps)
 
 
+def _batch_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    if running_mean is None or running_mean.dtype == torch.float32:
+        weight, bias = _widened(weight), _widened(bias)
+        # the kernel keeps its statistics in the dtype of the weight; without one, in that of x
+        if weight is None and input.is_cpu and input.dtype in _NARROW and input.dim() > 1:
+            weight = torch.ones(input.shape[1])
+    return func(input, running_mean, running_var, weight, bias, *rest, **named)
+
+
 def _rstd(wide: Tensor, rank: int, eps: float) -> Tensor:
     return wide.pow(2).mean(_last(rank), keepdim=True).add(eps).rsqrt()
 
@@ -251,4 +288,4 @@ def _cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _widened(weight: Tensor | None) -> Tensor | None:
-    return None if weight is None else weight.float()
+    return weight.float() if weight is not None and weight.dtype in _NARROW else weight

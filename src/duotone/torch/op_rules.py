@@ -44,14 +44,14 @@ _NAMES: Mapping[Kind, str] = MappingProxyType(
             softmax log_softmax softmin special.softmax special.log_softmax
             mean nanmean var std var_mean std_mean
             embedding embedding_bag index_select gather take take_along_dim __getitem__
-            index_add index_reduce scatter_add scatter_reduce
+            index_add index_reduce scatter_add scatter_reduce avg_pool3d rrelu
         """,
         "float32": """
             exp exp2 expm1 log log2 log10 log1p logit pow square rsqrt reciprocal softplus xlogy
             acos arccos asin arcsin cosh sinh tan erfinv lgamma digamma mvlgamma polygamma
             sum nansum prod cumsum cumprod logsumexp logcumsumexp logaddexp logaddexp2 trace dot vdot linalg.vecdot
             norm nuclear_norm frobenius_norm renorm normalize linalg.norm linalg.vector_norm linalg.matrix_norm
-            lp_pool1d lp_pool2d lp_pool3d avg_pool3d local_response_norm gumbel_softmax rrelu
+            lp_pool1d lp_pool2d lp_pool3d local_response_norm gumbel_softmax
             dist cdist pdist pairwise_distance cosine_similarity
             cross_entropy linear_cross_entropy nll_loss binary_cross_entropy_with_logits mse_loss l1_loss
             smooth_l1_loss huber_loss kl_div ctc_loss poisson_nll_loss gaussian_nll_loss hinge_embedding_loss
@@ -90,6 +90,12 @@ _NAMES: Mapping[Kind, str] = MappingProxyType(
             put_ addmm_ addbmm_ addmv_ addr_ baddbmm_ lerp_ heaviside_ __setitem__
         """,
         "refused": "binary_cross_entropy",
+        # torch.autocast has FP32 for these on a CPU, and on no other device; a number beyond FP16's range that is filled
+        # in (-1e9) is taken as its largest
+        "as_given": """
+            masked_fill masked_fill_ pad max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_unpool1d max_unpool2d max_unpool3d
+            fractional_max_pool2d fractional_max_pool3d
+        """,
     }
 )
 # operators and methods that are another spelling of an operation
@@ -154,7 +160,8 @@ def functions_like(function: Function) -> list[Function]:
         same = list(functions_of(name))
         if function in same:
             return same
-    if resolve_name(function) is None:
+    # a tracer cannot look into torch's lists
+    if not torch.compiler.is_compiling() and resolve_name(function) is None:
         raise OperationError(f"{function} is not a function of torch; put it under a rule with op_rule(function, kind)")
     return list(dict.fromkeys([function, *functions_of(function.__name__)]))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from duotone.torch.handlers import handler, operands
@@ -100,5 +101,7 @@ def _carry_out(kind: Kind, function: Function, args: tuple[Any, ...], kwargs: Ma
     compute = None if first is None else compute_dtype(first.device.type)
     if first is None or compute is None:
         return function(*args, **kwargs)
-    with no_autocast(first.device.type):
+    # where everything is widened, another dtype than FP32 is what ends that
+    ended = torch.autocast(first.device.type, torch.bfloat16, enabled=False)
+    with ended if compute == torch.float32 else no_autocast(first.device.type):
         return handler(kind, compute)(function, args, kwargs)
