@@ -57,6 +57,10 @@ def by_hand(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: to
     """Return what a region in `dtype` is to give for operands that are all in 16 bits or all in FP32."""
     kind = KINDS[call.name]
     is_wide = all(tensor.dtype not in NARROW for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor))
+    if call.name == "linear_cross_entropy":
+        x, weight, target = args
+        logits = by_hand(Call("linear", F.linear, None), (x, weight), {}, dtype, device)
+        return F.cross_entropy(logits.float(), target, **kwargs)
     if kind == "compute":
         args, kwargs = narrow((args, kwargs), dtype)
         return narrow(run(call, *wide((args, kwargs))), dtype) if emulated(dtype, device) else run(call, args, kwargs)
@@ -64,10 +68,6 @@ def by_hand(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: to
         return run(call, *wide((args, kwargs)))
     if call.function in (F.batch_norm, F.instance_norm) and not is_wide:
         return with_wide_weights(call, args, kwargs)
-    if call.name == "linear_cross_entropy":
-        x, weight, target = args
-        logits = by_hand(Call("linear", F.linear, None), (x, weight), {}, dtype, device)
-        return F.cross_entropy(logits.float(), target, **kwargs)
     if kind == "float32_inside" and call.name not in OWN_KERNEL and not is_wide:
         return narrow(run(call, *wide((args, kwargs))), dtype)
     return run(call, args, kwargs)

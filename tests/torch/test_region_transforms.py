@@ -32,6 +32,8 @@ class OneOfEach(nn.Module):
             normal = F.layer_norm(hidden, (6,), self.scale) + F.embedding(torch.tensor([0, 1, 1, 2]), self.table)
             wide = torch.cat([F.softmax(normal, -1).sum(0, keepdim=True), hidden.exp()])
             both = torch.cat([wide, normal])
+            # one of torch's methods in Python, which a tracer does not follow in a mode
+            both = both.unflatten(-1, (2, 3)).flatten(1)
             return torch.addcmul(both, both.square(), both[1:2].sigmoid()) @ self.weight.T
 
 
@@ -59,13 +61,6 @@ def test_an_exported_program_gives_the_same_bits(strict, dtype, same_bits):
     module = OneOfEach(dtype).eval()
     with torch.no_grad():
         program = torch.export.export(module, (x(),), strict=strict)
-        assert same_bits(program.module()(x()), module(x()))
-
-
-def test_a_draft_of_an_exported_program_gives_the_same_bits(same_bits):
-    module = OneOfEach(torch.bfloat16).eval()
-    with torch.no_grad():
-        program = torch.export.draft_export(module, (x(),))
         assert same_bits(program.module()(x()), module(x()))
 
 

@@ -7,7 +7,8 @@ of a model a second time, during the backward pass and outside of the border.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -51,17 +52,23 @@ class CastForward:
         self._output = output
         self._pending = pending
         self._region = Region(torch_dtype(effective.compute))
+        self._is_spared = self._region.spares(module)
         # its name and its signature; whatever else it carries is its own
         functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._output is None and self._pending is None and self._region.still_holds():
-            return self._forward(*args, **kwargs)
+        if self._output is None and self._pending is None:
+            if self._is_spared and len(args) == 1 and type(args[0]) is Tensor and self._region.is_all_there_is():
+                # a mode takes longer to call a function than a small one takes to run
+                with torch._C.DisableTorchFunction():
+                    return self._forward(*args, **kwargs)
+            if self._region.still_holds():
+                return self._forward(*args, **kwargs)
         if self._pending is not None:
             self._pending(self._module)
             self._pending = None
         if self._inputs is not None:
-            args = cast_floating(args, self._inputs)
+            args = tuple([cast_floating(arg, self._inputs) for arg in args])
             kwargs = cast_floating(kwargs, self._inputs) if kwargs else kwargs
         with self._region.on(_device_type(self._module, args)):
             result = self._forward(*args, **kwargs)
@@ -131,11 +138,7 @@ def torch_dtype(format_name: str) -> torch.dtype:
 
 
 def _device_type(module: nn.Module, args: tuple[Any, ...]) -> str:
-    return next(_tensors(module, args)).device.type
-
-
-def _tensors(module: nn.Module, args: tuple[Any, ...]) -> Iterator[Tensor]:
-    yield from (arg for arg in args if isinstance(arg, Tensor))
-    yield from module.parameters()
-    yield from module.buffers()
-    yield torch.empty(0)
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device.type
+    return next(chain(module.parameters(), module.buffers(), [torch.empty(0)])).device.type

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from duotone.errors import OperationError
 from duotone.torch.cross_entropy import cross_entropy_in_float32
 from duotone.torch.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU
 from duotone.torch.half_on_cpu import cpu_has_half_products, multiply_in_float32
-from duotone.torch.op_rules import Function, Kind, functions_of, kinds, kinds_by_name
+from duotone.torch.op_rules import Function, Kind, forms, functions_of, kinds, kinds_by_name
 
 # takes the function that was called, its positional and its named arguments, and returns the result
 Handler = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -32,6 +33,7 @@ _SUMMED_BY_INDEX = ("index_add", "index_reduce", "scatter_add", "scatter_reduce"
 _WIDENED_ON_CPU = ("avg_pool3d", "rrelu")
 # sums that widen while they read, so that no widened copy is made
 _WITH_DTYPE = ("sum", "nansum", "prod", "linalg.vector_norm")
+_COMPOSED = ("multi_head_attention_forward",)
 # what may write into an operand
 _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
 _made: dict[str, "Rules"] = {}
@@ -43,11 +45,22 @@ class Rules:
 
     Attributes:
         handlers: for each listed function; autocast is off when one is called.
-        products: the functions that may be called as they are if each operand is in the region's dtype.
+        product: the handler of functions that may be called as they are if each operand is in the region's dtype.
+        methods: tensors' methods that are written in Python, with their handlers.
     """
 
     handlers: dict[Function, Handler]
-    products: frozenset[Function]
+    product: Handler | None
+    methods: tuple[tuple[Function, Handler], ...]
+
+    def find(self, function: Function) -> Handler | None:
+        """Return how a function is carried out, or None if it is called as it is."""
+        if torch.compiler.is_compiling():
+            # torch.compile does not find these in a dict, and takes it that they are not there
+            for method, handler in self.methods:
+                if function is method:
+                    return handler
+        return self.handlers.get(function)
 
 
 def rules_for(compute: torch.dtype, device_type: str) -> Rules:
@@ -55,6 +68,7 @@ def rules_for(compute: torch.dtype, device_type: str) -> Rules:
     # neither functools.cache, which torch.compile looks through, nor a dtype as the key, which it cannot name
     key = f"{compute} {device_type}"
     if key not in _made:
+        forms()
         _made[key] = _make_rules(compute, device_type)
     return _made[key]
 
@@ -67,24 +81,31 @@ def _make_rules(compute: torch.dtype, device_type: str) -> Rules:
 
     put(_write_into, *(name for name, kind in kinds_by_name().items() if kind == "widest" and name.endswith("_")))
     put(_fill, "masked_fill", "masked_fill_")
+    # a method in Python that asks for its super() cannot be traced in a mode
+    made[Tensor.unflatten] = _unflatten
     put(_sum_to_float32, *_WITH_DTYPE)
     if compute == torch.float32:
         made.update(dict.fromkeys(_WRITING, _widen_all_but_what_is_written))
-        return Rules(made, frozenset())
+        return Rules(made, None, _methods(made))
     put(_widen_and_round, *_SUMMED_BY_INDEX)
     put(cross_entropy_in_float32, "cross_entropy")
     made.update(FLOAT32_INSIDE)
-    products = [function for function, kind in kinds().items() if kind == "compute"]
-    # made of several operations, each of which is to see autocast switched off
-    composed = list(functions_of("multi_head_attention_forward"))
+    product = functools.partial(_call_in, compute)
     if device_type == "cpu":
         put(_widen_and_round, *_WIDENED_ON_CPU)
         made.update(FLOAT32_INSIDE_ON_CPU)
         if compute == torch.float16 and not cpu_has_half_products():
-            made.update(dict.fromkeys(products, multiply_in_float32))
-            composed = products
-    put(_product_and_loss(made[F.linear]), "linear_cross_entropy")
-    return Rules(made, frozenset(products) - frozenset(composed))
+            product = multiply_in_float32
+    made.update((function, product) for function, kind in kinds().items() if kind == "compute")
+    # made of several operations, each of which is to see autocast switched off
+    put(product if product is multiply_in_float32 else functools.partial(_call_in, compute), *_COMPOSED)
+    put(functools.partial(_linear_cross_entropy, product), "linear_cross_entropy")
+    return Rules(made, None if product is multiply_in_float32 else product, _methods(made))
+
+
+def _methods(made: dict[Function, Handler]) -> tuple[tuple[Function, Handler], ...]:
+    methods = [getattr(Tensor, name) for name in dir(Tensor)]
+    return tuple((method, made[method]) for method in methods if isinstance(method, FunctionType) and method in made)
 
 
 def handler(kind: Kind, compute: torch.dtype) -> Handler:
@@ -137,11 +158,6 @@ def _widen_all_but_what_is_written(func: Function, args: tuple[Any, ...], kwargs
     return _call_in(torch.float32, func, args, kwargs)
 
 
-def _product_and_loss(multiply: Handler) -> Handler:
-    """Return `F.linear_cross_entropy` with the product in `compute` and the loss in FP32; torch's has both in one."""
-    return functools.partial(_linear_cross_entropy, multiply)
-
-
 def _linear_cross_entropy(
     multiply: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor:
@@ -180,12 +196,15 @@ def _write_into(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     return _call_in(dtype, func, args, kwargs) if dtype in _FLOATS else func(*args, **kwargs)
 
 
+def _unflatten(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return torch.unflatten(*args, **kwargs) if torch.compiler.is_compiling() else func(*args, **kwargs)
+
+
 def _fill(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Fill in a number, those beyond FP16's range as its largest: -1e9 is how masks are written, and torch raises."""
     named = {**dict(zip(("input", "mask", "value"), args, strict=False)), **kwargs}
     value, largest = named.get("value"), torch.finfo(torch.float16).max
-    is_beyond = isinstance(value, (int, float)) and largest < abs(value) < math.inf
-    if is_beyond and getattr(named.get("input"), "dtype", None) == torch.float16:
+    if isinstance(value, int | float) and largest < abs(value) < math.inf and named["input"].dtype == torch.float16:
         return func(named["input"], named["mask"], math.copysign(largest, value))
     return func(*args, **kwargs)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import resolve_name
+from torch.overrides import get_overridable_functions
 
 from duotone.errors import OperationError, nearest_names
 
@@ -109,6 +109,7 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _NAMESPACES: Mapping[str, object] = MappingProxyType(
     {"linalg": torch.linalg, "fft": torch.fft, "special": torch.special}
 )
+_forms: dict[Function, list[Function]] = {}
 
 
 def kinds_by_name() -> dict[str, Kind]:
@@ -156,14 +157,27 @@ def functions_like(function: Function) -> list[Function]:
     >>> torch.Tensor.exp in functions_like(torch.exp)
     True
     """
-    for name in kinds_by_name():
-        same = list(functions_of(name))
-        if function in same:
-            return same
-    # a tracer cannot look into torch's lists
-    if not torch.compiler.is_compiling() and resolve_name(function) is None:
+    found = forms().get(function)
+    if found is None:
         raise OperationError(f"{function} is not a function of torch; put it under a rule with op_rule(function, kind)")
-    return list(dict.fromkeys([function, *functions_of(function.__name__)]))
+    return found
+
+
+def forms() -> Mapping[Function, list[Function]]:
+    """Return the forms of every function of torch that can be intercepted."""
+    # not functools.cache, which torch.compile looks through
+    if not _forms:
+        # the rest are attributes of tensors
+        namespaces = (torch, torch.functional, F, Tensor, torch.linalg, torch.fft, torch.special)
+        listed = get_overridable_functions()
+        for function in (function for namespace in namespaces for function in listed[namespace]):
+            if function.__name__ != "__get__":
+                same = list(functions_of(function.__name__))
+                _forms[function] = same if function in same else [function]
+        for name in kinds_by_name():
+            same = list(functions_of(name))
+            _forms.update(dict.fromkeys(same, same))
+    return _forms
 
 
 def check_kind(kind: str) -> Kind:

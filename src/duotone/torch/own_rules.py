@@ -81,7 +81,8 @@ def op_rules(rules: Mapping[Function, Kind]) -> Iterator[None]:
 class _OwnRules(TorchFunctionMode):
     def __init__(self, rules: Mapping[Function, Kind]) -> None:
         super().__init__()
-        self._rules = rules
+        # not a dict: torch.compile does not find tensors' methods in one
+        self._rules = tuple(rules.items())
 
     def __torch_function__(
         self,
@@ -90,10 +91,10 @@ class _OwnRules(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        kind = self._rules.get(func)
-        if kind is None:
-            return func(*args, **(kwargs or {}))
-        return _carry_out(kind, func, args, kwargs or {})
+        for function, kind in self._rules:
+            if func is function:
+                return _carry_out(kind, func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def _carry_out(kind: Kind, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

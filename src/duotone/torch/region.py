@@ -13,10 +13,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from duotone.torch.handlers import Rules, are_ready, rules_for
 from duotone.torch.op_rules import Function
+
+# modules that call one function, which is a product
+_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# and those that call one that is not listed
+_UNLISTED = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Flatten)
 
 
 class Region:
@@ -63,6 +69,21 @@ class Region:
         # the innermost mode first: it is the one nearly always
         return any(isinstance(torch._C._get_function_stack_at(at), RulesMode) for at in range(depth - 1, -1, -1))
 
+    def is_all_there_is(self) -> bool:
+        """Return whether a region with this `compute` is around this call, and no other mode."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
+            return False
+        mode = torch._C._get_function_stack_at(0)
+        return type(mode) is RulesMode and mode.compute is self.compute
+
+    def spares(self, module: nn.Module) -> bool:
+        """Return whether a module runs the same without the rules, under autocast alone, where `is_all_there_is`.
+
+        It is so if it calls one function of torch, and that is a product, or one that is not listed.
+        """
+        on_cpu = self.compute == torch.float16 and self._on_cpu.product is None
+        return type(module) in (_UNLISTED if on_cpu else _UNLISTED + _PRODUCTS)
+
 
 @contextmanager
 def float32_everywhere() -> Iterator[None]:
@@ -93,9 +114,9 @@ class RulesMode(TorchFunctionMode):
 
     def __init__(self, rules: Rules, device_type: str, compute: torch.dtype) -> None:
         super().__init__()
-        self._rules, self._products = rules.handlers, rules.products
+        self._rules = rules
         self._device_type = device_type
-        self._compute = compute
+        self.compute = compute
 
     def __torch_function__(
         self,
@@ -104,12 +125,12 @@ class RulesMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        rule = self._rules.get(func)
+        rule = self._rules.find(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
-        if func in self._products and not kwargs and are_ready(args, self._compute):
+        if rule is self._rules.product and rule is not None and not kwargs and are_ready(args, self.compute):
             return func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
-        if rule is None or compute_dtype(self._device_type) is not self._compute:
+        if rule is None or compute_dtype(self._device_type) is not self.compute:
             return func(*args, **kwargs) if kwargs else func(*args)
         with no_autocast(self._device_type):
             return rule(func, args, kwargs or {})
