@@ -28,26 +28,28 @@ ALLOWED = {
     "duotone.policy": ("duotone.errors", "duotone.formats", "duotone.policy_spelling"),
     "duotone.policy_spelling": ("duotone.errors", "duotone.formats"),
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.kernels"),
-    "duotone.torch.nested": (),
-    "duotone.torch.half_on_cpu": ("duotone.errors", "duotone.torch.nested"),
-    "duotone.torch.sums_on_cpu": ("duotone.torch.nested",),
-    "duotone.torch.op_rules": ("duotone.torch.half_on_cpu", "duotone.torch.sums_on_cpu"),
     "duotone.torch.master": ("duotone.errors", "duotone.torch.kernels"),
     "duotone.torch.memory": ("duotone.torch.master",),
-    "duotone.torch.cast": (
+    "duotone.torch.casting": (
         "duotone.errors",
         "duotone.policy",
-        "duotone.torch.cast_forward",
-        "duotone.torch.half_on_cpu",
+        "duotone.torch.casting",
         "duotone.torch.kernels",
         "duotone.torch.master",
     ),
-    "duotone.torch.cast_forward": (
-        "duotone.policy",
-        "duotone.torch.master",
-        "duotone.torch.nested",
-        "duotone.torch.op_rules",
+    "duotone.torch.casting.nested": (),
+    "duotone.torch.casting.op_rules": ("duotone.errors",),
+    "duotone.torch.casting.float32_inside": ("duotone.torch.casting.float32_inside",),
+    "duotone.torch.casting.half_on_cpu": ("duotone.errors", "duotone.torch.casting.nested"),
+    "duotone.torch.casting.handlers": (
+        "duotone.errors",
+        "duotone.torch.casting.float32_inside",
+        "duotone.torch.casting.half_on_cpu",
+        "duotone.torch.casting.op_rules",
     ),
+    "duotone.torch.casting.region": ("duotone.torch.casting.handlers", "duotone.torch.casting.op_rules"),
+    "duotone.torch.casting.activation_checkpointing": ("duotone.errors",),
+    "duotone.torch.explain": ("duotone.errors", "duotone.torch.casting", "duotone.torch.explain"),
     "duotone.torch.optim": (
         "duotone.errors",
         "duotone.torch.kernels",
@@ -152,6 +154,7 @@ def test_public_names() -> None:
     assert set(duotone.torch.__all__) == {
         "SGD",
         "AdamW",
+        "Explanation",
         "Lion",
         "LossScaler",
         "MasterWeights",
@@ -161,16 +164,21 @@ def test_public_names() -> None:
         "Rule",
         "StepReport",
         "cast",
+        "checkpoint_activations",
+        "explain",
+        "keep_float32",
         "load_checkpoint",
         "load_master_weights",
         "master_weights",
         "memory",
+        "op_rule",
+        "op_rules",
         "policy_of",
         "prepare",
         "save_checkpoint",
         "step",
     }
-    assert callable(duotone.torch.cast)
+    assert callable(duotone.torch.casting.cast)
     assert callable(duotone.torch.step)
     assert {"Task", "Trainer", "RunSettings"} <= set(duotone.train.__all__)
     for module in (duotone.torch, duotone.train):

@@ -48,7 +48,11 @@ class BackendError(DuotoneError, RuntimeError):
 
 
 class OperationError(DuotoneError, RuntimeError):
-    """An operation that a cast model does not run in 16 bits, or a rule for operations that does not exist."""
+    """An operation that a cast model does not run in 16 bits, or on an operand that was changed; or no such rule."""
+
+
+class ExplainError(DuotoneError, TypeError):
+    """Something that cannot be explained, or a run that says twice what to run."""
 
 
 class TaskError(DuotoneError, ValueError):

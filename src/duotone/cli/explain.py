@@ -61,8 +61,8 @@ def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "
     import torch
 
     import duotone.torch as dt
+    from duotone.torch.casting.nested import map_tensors
     from duotone.torch.explain import explain
-    from duotone.torch.nested import map_tensors
 
     model = dt.cast(task.model.to(device), settings.policy)
     # the first batch of a run with this seed, as the trainer draws it

@@ -28,7 +28,7 @@ def ops_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print each operation's kind as JSON.")] = False,
 ) -> None:
     """Show which operations run in which dtype inside a cast model."""
-    from duotone.torch.op_rules import functions_of, kinds_by_name
+    from duotone.torch.casting.op_rules import functions_of, kinds_by_name
 
     kinds: dict[str, str] = dict(kinds_by_name())
     if operation is not None:

@@ -8,16 +8,16 @@ scaler = dt.LossScaler("fp16")
 """
 
 from duotone.policy import Policy, Rule
-from duotone.torch.activation_checkpointing import checkpoint_activations
-from duotone.torch.cast import cast, policy_of, uncast
+from duotone.torch.casting.activation_checkpointing import checkpoint_activations
+from duotone.torch.casting.cast import cast, policy_of, uncast
+from duotone.torch.casting.keep_float32 import keep_float32
+from duotone.torch.casting.own_rules import op_rule, op_rules
 from duotone.torch.checkpoint import load_checkpoint, save_checkpoint
 from duotone.torch.explain import Explanation, explain, saved_for_backward
-from duotone.torch.keep_float32 import keep_float32
 from duotone.torch.loss_scaler import LossScaler
 from duotone.torch.master import load_master_weights, master_weights
 from duotone.torch.memory import Memory, memory
 from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
-from duotone.torch.own_rules import op_rule, op_rules
 from duotone.torch.prepare import Prepared, prepare
 from duotone.torch.step import StepReport, step
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from duotone.errors import CheckpointError, DuotoneError
 from duotone.policy import Policy
-from duotone.torch.cast import policy_of
+from duotone.torch.casting.cast import policy_of
 from duotone.torch.checkpoint_folder import read_folder, read_manifest, write_folder
 from duotone.torch.kernels import decode
 from duotone.torch.loss_scaler import LossScaler

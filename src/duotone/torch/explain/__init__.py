@@ -4,12 +4,11 @@
 """
 
 from duotone.torch.explain.explanation import Cast, Explanation, ModuleDtypes, Operation, Output, RepeatedCast
-from duotone.torch.explain.recording import ExplainError, explain
+from duotone.torch.explain.recording import explain
 from duotone.torch.explain.saved import SavedBytes, saved_for_backward
 
 __all__ = [
     "Cast",
-    "ExplainError",
     "Explanation",
     "ModuleDtypes",
     "Operation",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from duotone.torch.casting.nested import map_tensors
 from duotone.torch.explain.explanation import OUTSIDE, Cast, Operation, Output, RepeatedCast
 from duotone.torch.explain.places import Caller
 from duotone.torch.explain.saved import SavedBytes, dtype_name, storages_of
-from duotone.torch.nested import map_tensors
 
 
 @dataclass

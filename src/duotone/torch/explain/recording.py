@@ -12,20 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from duotone.errors import DuotoneError
+from duotone.errors import ExplainError
 from duotone.policy import Policy
-from duotone.torch.cast import policy_of
-from duotone.torch.cast_forward import cast_forward_of
+from duotone.torch.casting.cast import policy_of
+from duotone.torch.casting.cast_forward import cast_forward_of
 from duotone.torch.explain.explanation import OUTSIDE, Explanation, ModuleDtypes
 from duotone.torch.explain.findings import with_findings
 from duotone.torch.explain.ledger import Ledger, tensors_in
 from duotone.torch.explain.modes import Functions, Kernels
 from duotone.torch.explain.restore import left_as_it_was
 from duotone.torch.explain.saved import dtype_name, in_backward, watch_saved
-
-
-class ExplainError(DuotoneError, TypeError):
-    """Something that cannot be explained, or a run that says twice what to run."""
 
 
 def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None, **kwargs: Any) -> Explanation:

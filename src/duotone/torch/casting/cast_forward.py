@@ -1,0 +1,144 @@
+"""A module's forward in its policy: inputs cast, operations under their rules, outputs cast.
+
+The root of a cast model, and each part that a rule treats differently, is a border where inputs and outputs are cast.
+Every module inside stands ready to enter the region of its border again, because activation checkpointing calls parts
+of a model a second time, during the backward pass and outside of the border.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duotone.policy import Policy
+from duotone.torch.casting.nested import cast_floating
+from duotone.torch.casting.region import Region
+from duotone.torch.master import rounding_of, set_state_dtype, set_storage, state_dtype_of, tail_of
+
+
+class CastForward:
+    """Stands in front of a module's forward.
+
+    Args:
+        module: the module whose forward it is.
+        policy: what `policy_of` is to return for the module.
+        effective: the module's policy, rules applied.
+        inputs: what inputs are cast to; None to take them as they come.
+        output: what the output is cast to; None inside a border.
+        pending: casts the parameters of a lazily shaped module at its first call, when they have a shape.
+
+    Attributes:
+        policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        policy: Policy,
+        effective: Policy,
+        *,
+        inputs: torch.dtype | None = None,
+        output: torch.dtype | None = None,
+        pending: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        self.policy = policy
+        self._module = module
+        self._forward = _innermost(module)
+        self._inputs = inputs
+        self._output = output
+        self._pending = pending
+        self._region = Region(torch_dtype(effective.compute))
+        self._is_spared = self._region.spares(module)
+        # its name and its signature; whatever else it carries is its own
+        functools.update_wrapper(self, self._forward, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._output is None and self._pending is None:
+            if self._is_spared and len(args) == 1 and type(args[0]) is Tensor and self._region.is_all_there_is():
+                # a mode takes longer to call a function than a small one takes to run
+                with torch._C.DisableTorchFunction():
+                    return self._forward(*args, **kwargs)
+            if self._region.still_holds():
+                return self._forward(*args, **kwargs)
+        if self._pending is not None:
+            self._pending(self._module)
+            self._pending = None
+        if self._inputs is not None:
+            args = tuple([cast_floating(arg, self._inputs) for arg in args])
+            kwargs = cast_floating(kwargs, self._inputs) if kwargs else kwargs
+        with self._region.on(_device_type(self._module, args)):
+            result = self._forward(*args, **kwargs)
+        return result if self._output is None else cast_floating(result, self._output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
+        copied = object.__new__(CastForward)
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # torch copies a parameter without what is noted on it; a module's parameters are copied before its forward
+        for param in self._module.parameters():
+            twin = memo.get(id(param))
+            if isinstance(twin, Tensor):
+                set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
+                set_state_dtype(twin, state_dtype_of(param))
+                if param.is_floating_point():
+                    twin.grad_dtype = param.grad_dtype
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch pickles a parameter with what is noted on it, but without the dtype of its gradient
+        params = self._module.parameters() if self._output is not None else ()
+        return {**self.__dict__, "_grad_dtypes": [(p, p.grad_dtype) for p in params if p.is_floating_point()]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for param, grad_dtype in state.pop("_grad_dtypes"):
+            param.grad_dtype = grad_dtype
+        self.__dict__.update(state)
+
+    def install(self) -> None:
+        """Put this in front of the module's forward, but inside of what recomputes activations."""
+        outer: Any = self._module.__dict__.get("forward")
+        if hasattr(outer, "inner"):
+            outer.inner = self
+        else:
+            self._module.forward = self
+
+    def remove(self) -> None:
+        """Give the module the forward back that it had."""
+        outer: Any = self._module.__dict__["forward"]
+        if outer is not self:
+            outer.inner = self._forward
+        elif getattr(self._forward, "__func__", None) is type(self._module).forward:
+            del self._module.forward
+        else:
+            self._module.forward = self._forward
+
+
+def cast_forward_of(module: nn.Module) -> CastForward | None:
+    """Return what stands in front of a module's forward, or None."""
+    forward = _innermost(module)
+    return forward if isinstance(forward, CastForward) else None
+
+
+def _innermost(module: nn.Module) -> Callable[..., Any]:
+    """Return a module's forward as it is inside of what recomputes activations."""
+    return getattr(module.forward, "inner", module.forward)
+
+
+def torch_dtype(format_name: str) -> torch.dtype:
+    """Return torch's dtype of a format.
+
+    >>> torch_dtype("bfloat16")
+    torch.bfloat16
+    """
+    return getattr(torch, format_name)
+
+
+def _device_type(module: nn.Module, args: tuple[Any, ...]) -> str:
+    for arg in args:
+        if isinstance(arg, Tensor):
+            return arg.device.type
+    return next(chain(module.parameters(), module.buffers(), [torch.empty(0)])).device.type

@@ -1,0 +1,154 @@
+"""Embeddings of 16-bit tables whose gradients are summed in FP32: `grad[v] = round16(sum of the rows' gradients)`.
+
+In BF16 a running sum of ones stalls at 256, so that on a CPU (torch 2.13) the gradient of a row that 1,000 tokens use
+comes out four times too small. Nothing of the table is widened: a lookup copies 16-bit rows, a bag sums FP32 copies of
+the rows that it holds and rounds once. The gradient is FP32 until it is rounded once to the table's dtype, or not at
+all where its `grad_dtype` says so. Left out: tables that are renormalized in place (`max_norm`) or get sparse
+gradients, which stay with torch, and forward-mode derivatives.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from duotone.torch.casting.float32_inside.autograd_function import apply
+from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of, sum_rows
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+def embedding_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.embedding` with a gradient summed in FP32.
+
+    Args:
+        func: `F.embedding`.
+        args: its arguments.
+        kwargs: its named arguments.
+
+    Returns:
+        The rows, in the table's dtype.
+
+    >>> from torch.nn import functional as F
+    >>> weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    >>> rows = embedding_in_float32(F.embedding, (torch.zeros(1000, dtype=torch.int64), weight), {})
+    >>> rows.sum().backward()
+    >>> rows.dtype, weight.grad.item()
+    (torch.bfloat16, 1000.0)
+    """
+    return _embedding(func, *args, **kwargs)
+
+
+def embedding_bag_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.embedding_bag` with FP32 inside.
+
+    Args:
+        func: `F.embedding_bag`.
+        args: its arguments; `per_sample_weights` may have another dtype than the table.
+        kwargs: its named arguments.
+
+    Returns:
+        One row for each bag, in the table's dtype.
+
+    >>> from torch.nn import functional as F
+    >>> table, weights = torch.ones(3, 2, dtype=torch.bfloat16), torch.full((1, 2), 0.75)
+    >>> bags = (torch.tensor([[0, 2]]), table)
+    >>> embedding_bag_in_float32(F.embedding_bag, bags, {"mode": "sum", "per_sample_weights": weights})
+    tensor([[1.5000, 1.5000]], dtype=torch.bfloat16)
+    """
+    return _embedding_bag(func, *args, **kwargs)
+
+
+class _Lookup(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
+    ) -> Tensor:
+        return torch.embedding(weight, indices).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        weight, indices, ctx.padding_idx, ctx.scale_grad_by_freq, _ = inputs
+        ctx.shape, ctx.dtype = weight.shape, grad_dtype_of(weight)
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (indices,) = ctx.saved_tensors
+        if not ctx.scale_grad_by_freq:
+            indices, rows = indices.reshape(-1), grad.float().reshape(-1, ctx.shape[1])
+            if ctx.padding_idx >= 0:
+                rows = rows.masked_fill((indices == ctx.padding_idx).unsqueeze(1), 0)
+            return sum_rows(indices, rows, ctx.shape, 0, ctx.dtype), None, None, None, None
+        grad_weight = torch.ops.aten.embedding_dense_backward.default(
+            grad.float(), indices, ctx.shape[0], ctx.padding_idx, True
+        )
+        return grad_weight, None, None, None, None
+
+
+def _embedding(
+    func: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    row = _padding_row(weight, padding_idx)
+    if weight.dtype not in _NARROW or not torch.is_grad_enabled() or max_norm is not None or sparse or row is None:
+        return func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return apply(_Lookup, weight, input, row, scale_grad_by_freq, weight.dtype)
+
+
+def _embedding_bag(
+    func: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    row = _padding_row(weight, padding_idx)
+    one_dtype = per_sample_weights is None or per_sample_weights.dtype == weight.dtype
+    # other devices' kernels sum in FP32 themselves, but for the gradient of largest values
+    by_itself = not weight.is_cpu and mode != "max" and one_dtype
+    # frequencies of largest values are refused by torch
+    refused = mode == "max" and scale_grad_by_freq
+    if weight.dtype not in _NARROW or max_norm is not None or sparse or by_itself or refused or row is None:
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights.to(weight.dtype)
+        rest = (scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+        return func(input, weight, offsets, max_norm, norm_type, *rest)
+
+    # a bag sums a table of its own rows, each of which stands in it once
+    indices = input.reshape(-1)
+    places = torch.arange(len(indices), dtype=input.dtype, device=input.device)
+    if padding_idx is not None:
+        # rows that do not count become the last row of that table, which is its padding
+        places, padding_idx = torch.where(indices == row, len(indices), places), len(indices)
+        indices = torch.cat([indices, indices.new_full((1,), row)])
+    rows = apply(_Lookup, weight, indices, row, scale_grad_by_freq, torch.float32)
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.float()
+    rest = (False, mode, False, per_sample_weights, include_last_offset, padding_idx)
+    return func(places.view_as(input), rows, offsets, None, norm_type, *rest).to(weight.dtype)
+
+
+def _padding_row(weight: Tensor, padding_idx: int | None) -> int | None:
+    """Return the row of `padding_idx`, -1 without one, or None where torch is to refuse it."""
+    if padding_idx is None:
+        return -1
+    rows = weight.shape[0]
+    return padding_idx % rows if -rows <= padding_idx < rows else None

@@ -1,0 +1,291 @@
+"""Norms that take 16-bit data and compute in FP32: `y = round16((x - mean) * rstd * weight + bias)`.
+
+Kept for the backward pass are `x` in its 16 bits and one FP32 mean and `rstd` per row, nothing of the size of `x`.
+Gradients are rounded once to each operand's dtype, or not at all where its `grad_dtype` says so. torch 2.13 on CPUs
+sums the gradients of a LayerNorm's weight and bias in 16 bits, rounds the mean and `rstd` of norms whose weights are
+16-bit or absent, and keeps FP32 copies in `rms_norm`. So LayerNorm and GroupNorm get FP32 weights beside 16-bit data,
+for which their kernels' results differ from FP32's rounded once in one element of some thousands, and LayerNorm's sums
+are taken here; RMSNorm's results are those of FP32, rounded once. Other devices' kernels compute in FP32 but take one
+dtype: there weights are cast to that of `x`, but for BatchNorm and InstanceNorm, whose FP32 weights every kernel takes.
+Left out: forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager
+from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of
+
+_NARROW = (torch.bfloat16, torch.float16)
+# widened at a time: 1 MiB of FP32 stays in a CPU's caches, and no FP32 copy of the whole exists
+_ELEMENTS = 2**18
+_BACKWARD = torch.ops.aten.native_layer_norm_backward.default
+
+
+def layer_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.layer_norm` with FP32 inside.
+
+    Args:
+        func: `F.layer_norm` or `torch.layer_norm`.
+        args: its arguments; `x` and the weights may differ in dtype.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> x, bias = torch.ones(1000, 4, dtype=torch.bfloat16), torch.zeros(4, requires_grad=True)
+    >>> layer_norm_in_float32(F.layer_norm, (x, (4,)), {"bias": bias}).sum(dtype=torch.float32).backward()
+    >>> bias.grad.tolist()
+    [1000.0, 1000.0, 1000.0, 1000.0]
+    """
+    return _layer_norm(func, *args, **kwargs)
+
+
+def rms_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.rms_norm` with FP32 inside; without `eps` it is that of FP32, as in torch's own call on 16-bit data.
+
+    Args:
+        func: `F.rms_norm` or `torch.rms_norm`.
+        args: its arguments; `x` and the weight may differ in dtype.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> rms_norm_in_float32(F.rms_norm, (torch.full((1, 2), 3.0).half(), (2,)), {"weight": torch.ones(2)})
+    tensor([[1., 1.]], dtype=torch.float16)
+    """
+    return _rms_norm(func, *args, **kwargs)
+
+
+def group_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.group_norm` so that its statistics are FP32 and its sums, too.
+
+    Args:
+        func: `F.group_norm`.
+        args: its arguments; `x` and the weights may differ in dtype.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> group_norm_in_float32(F.group_norm, (torch.ones(1, 4, 2).half(), 2), {"bias": torch.ones(4)}).dtype
+    torch.float16
+    """
+    return _group_norm(func, *args, **kwargs)
+
+
+def batch_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Call `F.batch_norm` or `F.instance_norm` with FP32 weights, so that its statistics are FP32 and its sums, too.
+
+    Args:
+        func: `F.batch_norm` or `F.instance_norm`.
+        args: its arguments; weights may be 16-bit beside data and running statistics in FP32, and the other way round.
+        kwargs: its named arguments.
+
+    Returns:
+        The normalized `x`, in its dtype.
+
+    >>> from torch.nn import functional as F
+    >>> x = (1024 + torch.arange(4.0)).bfloat16().view(1, 1, 4)
+    >>> batch_norm_in_float32(F.instance_norm, (x,), {}).sum()
+    tensor(0., dtype=torch.bfloat16)
+    """
+    return _batch_norm(func, *args, **kwargs)
+
+
+class _LayerNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.native_layer_norm(x, shape, *_beside(x, shape, weight, bias), eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, ctx.shape, weight, bias, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # once: a second look would run a checkpointed part again
+        x, weight, bias, mean, rstd = saved = ctx.saved_tensors
+        of_x, _, of_weight, of_bias, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or grad_dtype_of(x) != x.dtype:
+            # as torch differentiates FP32 operands, second derivatives included
+            wide = (grad.float(), x.float(), ctx.shape, mean, rstd, _widened(weight), _widened(bias))
+            grad_x, grad_weight, grad_bias = _BACKWARD(*wide, [of_x, of_weight, of_bias])
+            return grad_x, None, grad_weight, grad_bias, None
+        grad_x = None
+        if of_x:
+            weight_and_bias = _beside(x, ctx.shape, weight, bias)
+            grad_x = _BACKWARD(grad, x, ctx.shape, mean, rstd, *weight_and_bias, [True, False, False])[0]
+        if not of_weight and not of_bias:
+            return grad_x, None, None, None, None
+        return grad_x, None, *_sums_over_rows(ctx, grad, *saved)
+
+
+def _beside(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return FP32 weights to stand beside 16-bit data: only then does torch's kernel keep FP32 means."""
+    weight = x.new_ones(shape, dtype=torch.float32) if weight is None else weight.float()
+    return weight, torch.zeros_like(weight) if bias is None else bias.float()
+
+
+def _sums_over_rows(
+    ctx: Any, grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor | None, Tensor | None, None]:
+    """Return the gradients of weight and bias, a few rows widened at a time; the last is that of eps."""
+    wanted = [False, *ctx.needs_input_grad[2:4]]
+    weight, bias = (None if each is None else each.float().reshape(-1) for each in (weight, bias))
+    rows, grads = (each.reshape(-1, math.prod(ctx.shape)) for each in (x, grad))
+    means, rstds = mean.reshape(-1, 1), rstd.reshape(-1, 1)
+    count = max(1, _ELEMENTS // max(1, rows.shape[1])) if is_eager() else len(rows)
+    sums: list[Tensor | None] = [None, None]
+    for first in range(0, max(1, len(rows)), max(1, count)):
+        some = slice(first, first + count)
+        parts = _BACKWARD(
+            grads[some].float(), rows[some].float(), rows.shape[1:], means[some], rstds[some], weight, bias, wanted
+        )[1:]
+        sums = [part if total is None else total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    grad_weight, grad_bias = (None if total is None else total.view(ctx.shape) for total in sums)
+    return grad_weight, grad_bias, None
+
+
+class _RMSNorm(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor, rank: int, weight: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        wide = x.float()
+        rstd = _rstd(wide, rank, eps)
+        y = wide * rstd if weight is None else wide * rstd * weight
+        return y.to(x.dtype), rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.rank, weight, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, rstd = ctx.saved_tensors
+        grad_x = grad_weight = None
+        wide, grad = x.float(), grad.float()
+        # a second derivative goes through rstd, which was kept as a constant
+        if torch.is_grad_enabled():
+            rstd = _rstd(wide, ctx.rank, ctx.eps)
+        unit = wide * rstd
+        if ctx.needs_input_grad[0]:
+            of_unit = grad if weight is None else grad * weight
+            grad_x = rstd * (of_unit - unit * (of_unit * unit).mean(_last(ctx.rank), keepdim=True))
+        if weight is not None and ctx.needs_input_grad[2]:
+            grad_weight = (grad * unit).sum_to_size(weight.shape)
+        return grad_x, None, grad_weight, None
+
+
+def _layer_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    dtype = input.dtype
+    if dtype not in _NARROW or not input.is_cpu or input.is_nested:
+        return func(input, normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps, *rest, **named)
+    if _records(input, weight, bias):
+        return apply(_LayerNorm, input, tuple(normalized_shape), weight, bias, eps)[0]
+    return func(input, normalized_shape, *_beside(input, normalized_shape, weight, bias), eps, *rest, **named)
+
+
+def _rms_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    dtype = input.dtype
+    if dtype not in _NARROW or not input.is_cpu:
+        return func(input, normalized_shape, _cast(weight, dtype), eps)
+    shape = tuple(normalized_shape)
+    # a shape that does not fit is left to torch to refuse
+    fits = shape and input.shape[-len(shape) :] == shape and (weight is None or tuple(weight.shape) == shape)
+    if fits and _records(input, weight):
+        return apply(_RMSNorm, input, len(shape), weight, torch.finfo(torch.float32).eps if eps is None else eps)[0]
+    return func(input.float(), normalized_shape, _widened(weight), eps).to(dtype)
+
+
+def _group_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    dtype = input.dtype
+    if dtype not in _NARROW or not input.is_cpu:
+        return func(input, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)
+    # the kernel keeps its statistics in the dtype of the weight; without one, in that of x
+    if weight is None and input.dim() > 1:
+        weight = torch.ones(input.shape[1])
+    return func(input, num_groups, _widened(weight), _widened(bias), eps)
+
+
+def _batch_norm(
+    func: Callable[..., Any],
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    if running_mean is None or running_mean.dtype == torch.float32:
+        weight, bias = _widened(weight), _widened(bias)
+        # the kernel keeps its statistics in the dtype of the weight; without one, in that of x
+        if weight is None and input.is_cpu and input.dtype in _NARROW and input.dim() > 1:
+            weight = torch.ones(input.shape[1])
+    return func(input, running_mean, running_var, weight, bias, *rest, **named)
+
+
+def _rstd(wide: Tensor, rank: int, eps: float) -> Tensor:
+    return wide.pow(2).mean(_last(rank), keepdim=True).add(eps).rsqrt()
+
+
+def _last(rank: int) -> tuple[int, ...]:
+    return tuple(range(-rank, 0))
+
+
+def _records(x: Tensor, *weights: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(weight is not None and weight.requires_grad for weight in weights)
+    )
+
+
+def _cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight.to(dtype)
+
+
+def _widened(weight: Tensor | None) -> Tensor | None:
+    return weight.float() if weight is not None and weight.dtype in _NARROW else weight

@@ -1,0 +1,144 @@
+"""Where operations run under the rules of `op_rules`: a region, entered around a part of a model.
+
+A region is torch.autocast without its weight cache, and a function mode that carries out the rules in Python. The mode
+decides for every listed operation that user code calls; autocast casts what is multiplied inside of functions that
+torch composes itself, and tells code that asks that it runs in 16 bits. A weight cache would go stale when weights
+change inside, and is not needed where weights are 16-bit already. Whoever switches autocast off or to another dtype
+inside (`torch.autocast(enabled=False)`, `torch.amp.custom_fwd`) switches the rules off with it. Left out: functions
+that Python code of torch's calls inside of an unlisted function see autocast's rules alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from duotone.torch.casting.handlers import Rules, are_ready, rules_for
+from duotone.torch.casting.op_rules import Function
+
+# modules that call one function, which is a product
+_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# and those that call one that is not listed
+_UNLISTED = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Flatten)
+
+
+class Region:
+    """Where operations run in one dtype where that is safe, and in FP32 where it is not.
+
+    Args:
+        compute: BF16 or FP16; FP32 switches off whatever is around it.
+
+    >>> with Region(torch.bfloat16).on("cpu"):
+    ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype, torch.ones(2).bfloat16().exp().dtype
+    (torch.bfloat16, torch.float32)
+    """
+
+    def __init__(self, compute: torch.dtype) -> None:
+        self.compute = compute
+        # looked up here and not in a forward pass, where a tracer would follow
+        self._on_cpu, self._elsewhere = rules_for(compute, "cpu"), rules_for(compute, "cuda")
+        rules_for(torch.float32, "cpu")
+
+    def __reduce__(self) -> Any:
+        # the handlers are found anew, in another process too
+        return Region, (self.compute,)
+
+    @contextmanager
+    def on(self, device_type: str) -> Iterator[None]:
+        """Enter the region for tensors on `"cpu"`, `"cuda"`, ..."""
+        if self.compute == torch.float32:
+            with torch.autocast(device_type, enabled=False):
+                yield
+            return
+        rules = self._on_cpu if device_type == "cpu" else self._elsewhere
+        mode = RulesMode(rules, device_type, self.compute)
+        with torch.autocast(device_type, self.compute, cache_enabled=False), mode:
+            yield
+
+    def still_holds(self) -> bool:
+        """Return whether a region, entered around this call, holds here too.
+
+        Autocast follows a recomputation by `torch.utils.checkpoint`; the rules do not.
+        """
+        if self.compute == torch.float32 or torch.compiler.is_compiling():
+            return True
+        depth = torch._C._len_torch_function_stack()
+        # the innermost mode first: it is the one nearly always
+        return any(isinstance(torch._C._get_function_stack_at(at), RulesMode) for at in range(depth - 1, -1, -1))
+
+    def is_all_there_is(self) -> bool:
+        """Return whether a region with this `compute` is around this call, and no other mode."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
+            return False
+        mode = torch._C._get_function_stack_at(0)
+        return type(mode) is RulesMode and mode.compute is self.compute
+
+    def spares(self, module: nn.Module) -> bool:
+        """Return whether a module runs the same without the rules, under autocast alone, where `is_all_there_is`.
+
+        It is so if it calls one function of torch, and that is a product, or one that is not listed.
+        """
+        on_cpu = self.compute == torch.float16 and self._on_cpu.product is None
+        return type(module) in (_UNLISTED if on_cpu else _UNLISTED + _PRODUCTS)
+
+
+@contextmanager
+def float32_everywhere() -> Iterator[None]:
+    """Enter a region, on every device, where listed operations cast 16-bit operands to FP32 and give FP32."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    with (
+        torch.autocast("cpu", torch.float32, enabled=False),
+        torch.autocast(device_type, torch.float32, enabled=False),
+        RulesMode(rules_for(torch.float32, "cpu"), device_type, torch.float32),
+    ):
+        yield
+
+
+def compute_dtype(device_type: str) -> torch.dtype | None:
+    """Return what products are computed in here, or None outside of regions and where autocast is switched off.
+
+    >>> with float32_everywhere():
+    ...     compute_dtype("cpu")
+    torch.float32
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    # nobody but a region that widens has FP32 there
+    return dtype if dtype == torch.float32 or torch.is_autocast_enabled(device_type) else None
+
+
+class RulesMode(TorchFunctionMode):
+    """Carries out rules for the functions that have one, wherever autocast is as the region left it."""
+
+    def __init__(self, rules: Rules, device_type: str, compute: torch.dtype) -> None:
+        super().__init__()
+        self._rules = rules
+        self._device_type = device_type
+        self.compute = compute
+
+    def __torch_function__(
+        self,
+        func: Function,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        rule = self._rules.find(func)
+        # nearly every product's operands have their dtype already; this spares them most of what follows
+        if rule is self._rules.product and rule is not None and not kwargs and are_ready(args, self.compute):
+            return func(*args)
+        # another dtype there: a region inside of this one, or the user's own autocast
+        if rule is None or compute_dtype(self._device_type) is not self.compute:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        with no_autocast(self._device_type):
+            return rule(func, args, kwargs or {})
+
+
+def no_autocast(device_type: str) -> Any:
+    """Switch autocast off."""
+    # the guard of C++ is several times cheaper, but a tracer would not see it
+    if torch.compiler.is_compiling():
+        return torch.autocast(device_type, enabled=False)
+    return torch._C._DisableAutocast()
