@@ -216,7 +216,7 @@ def test_the_count_of_roundings_is_needed(train):
 
 def make(policy: str, kind: str, seed: int = 0):
     torch.manual_seed(seed)
-    model = dt.cast(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)), policy)
+    model = dt.cast(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2)), policy)
     return model, wrapped(model, kind), dt.LossScaler(policy)
 
 

@@ -91,8 +91,8 @@ _NAMES: Mapping[Kind, str] = MappingProxyType(
             put_ addmm_ addbmm_ addmv_ addr_ baddbmm_ lerp_ heaviside_ __setitem__
         """,
         "refused": "binary_cross_entropy",
-        # autocast has FP32 for most of these on a CPU, and on no other device; a number beyond FP16's range that is to be
-        # filled in, such as -1e9, is taken as its largest
+        # autocast has FP32 for most of these on a CPU, and on no other device; a number beyond FP16's range that is to
+        # be filled in, such as -1e9, is taken as its largest
         "as_given": """
             masked_fill masked_fill_ pad max_pool3d adaptive_avg_pool3d adaptive_max_pool3d
             max_unpool1d max_unpool2d max_unpool3d fractional_max_pool2d fractional_max_pool3d
