@@ -22,8 +22,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test  ## measure what README states, about 25 minutes on two cores
+bench: $(VENV)/.installed-test  ## measure what README states, about 35 minutes on two cores
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/casting.py
 	$(BIN)/python benchmarks/policies.py
 
 clean:  ## remove the virtual environment and caches

@@ -40,8 +40,8 @@ ROUNDS = (5, 41)
 SMALL = (GPTConfig(layers=6, heads=6, width=384, context=256), 8)
 # for the arm that takes more than ten times as long
 TINY = (GPTConfig(layers=2, heads=4, width=256, context=128), 4)
-# a batch at which activations outweigh 1.6 M parameters by far
-WIDE_BATCH = (GPTConfig(layers=2, heads=4, width=256, context=256), 32)
+# a batch at which activations outweigh 0.9 M parameters by far
+WIDE_BATCH = (GPTConfig(layers=4, heads=4, width=128, context=256), 64)
 GPT2 = (GPTConfig(layers=12, heads=12, width=768, context=1024, vocabulary=50304), 8)
 
 Step = Callable[[], None]
@@ -280,7 +280,7 @@ def measure(device: str) -> dict[str, Any]:
     print("saved activations", flush=True)
     results["saved_bytes_per_token_and_channel"] = saved_activations(device)
     print("peak memory", flush=True)
-    peers = ("fp32", "torch.amp bf16", "torch.amp bf16, CUDA's rules", "bf16")
+    peers = ("fp32", "torch.amp bf16", "torch.amp bf16, CUDA's rules", "bf16", "fp16")
     results["peak_bytes"] = {
         arm: peak_bytes(lambda arm=arm: training_step(arm, WIDE_BATCH, device), device) for arm in peers
     }

@@ -55,7 +55,7 @@ def test_no_example_was_missed():
     assert {command[0] for command in COMMANDS} == {"make", "duotone"}
 
 
-@pytest.mark.parametrize("name", ["policies", "step"])
+@pytest.mark.parametrize("name", ["policies", "step", "casting"])
 def test_the_tables_are_those_of_the_results(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module(name)

@@ -55,6 +55,32 @@ def test_compiled_whole_it_gives_the_same_bits(backend, dtype, same_bits):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
+METHODS = {
+    "norm": lambda y: y.norm(),
+    "2 ** y": lambda y: 2**y,
+    "y ** 2": lambda y: y**2,
+    "1 / y": lambda y: 1 / y,
+    "y @ y": lambda y: y @ y.mT,
+    "stft": lambda y: y.flatten().stft(4, window=torch.ones(4), return_complex=True).real,
+    "unflatten": lambda y: y.unflatten(-1, (2, 3)),
+    "split": lambda y: y.split(2, -1)[0],
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_in_python_have_their_rules_when_compiled(name, same_bits):
+    # of a result, which a tracer takes from another place than an input's
+    region = Region(torch.bfloat16)
+
+    def compute(data: Tensor) -> Tensor:
+        with region.on("cpu"):
+            return METHODS[name](data.abs())
+
+    torch.compiler.reset()
+    data = x().bfloat16()
+    assert same_bits(torch.compile(compute, backend="eager", fullgraph=True)(data), compute(data))
+
+
 @HALVES
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_program_gives_the_same_bits(strict, dtype, same_bits):
