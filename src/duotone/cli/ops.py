@@ -1,6 +1,7 @@
 """`duotone ops`: which operations run in which dtype inside a cast model, on every device."""
 
 import json
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -17,7 +18,7 @@ _MEANINGS = {
     "float32": "operands cast to FP32, the result stays FP32",
     "widest": "operands cast to the widest among them; in place, to what is written into",
     "refused": "an error in 16 bits, with the way out",
-    "as_given": "runs on what it is given (whatever is not listed)",
+    "as_given": "runs on what it is given; so does whatever is not listed: add, mul, relu, gelu",
 }
 
 
@@ -32,9 +33,13 @@ def ops_command(
 
     kinds: dict[str, str] = dict(kinds_by_name())
     if operation is not None:
-        name = operation.removeprefix("torch.").removeprefix("nn.functional.").removeprefix("Tensor.")
+        name = operation
+        for prefix in ("torch.", "nn.functional.", "F.", "Tensor."):
+            name = name.removeprefix(prefix)
         if name not in kinds and not any(functions_of(name)):
-            raise OperationError(f'torch has no operation "{operation}"; write a name such as softmax or linalg.norm')
+            near = get_close_matches(name.removeprefix("nn.").lower(), kinds, n=3, cutoff=0.6)
+            hint = f"did you mean {' or '.join(near)}?" if near else "write a name such as softmax or linalg.norm"
+            raise OperationError(f'torch has no operation "{operation}"; {hint}')
         kinds = {name: kinds.get(name, "as_given")}
     if as_json:
         typer.echo(json.dumps(kinds, indent=2))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import duotone.torch as dt
-from duotone.errors import PolicyError
+from duotone.errors import DuotoneWarning, PolicyError
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
 from duotone.torch.master import read_master, rounding_of, tail_of
 
@@ -282,3 +282,42 @@ def test_the_policy_of_a_model(model):
     assert dt.policy_of(nn.Sequential(model)) == dt.Policy.parse("bf16")
     # one cast part of several is not the whole
     assert dt.policy_of(nn.Sequential(model, nn.ReLU())) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (torch.ones(1), "got a Tensor to cast; give a torch.nn.Module"),
+        ("bf16", "got a str to cast; give a torch.nn.Module, before anything else"),
+        (nn.Linear, "got the class Linear to cast; give an instance of it"),
+    ],
+)
+def test_what_is_no_module_is_named(model, message):
+    with pytest.raises(PolicyError, match=message):
+        dt.cast(model, "bf16")
+
+
+def test_torchscript_is_refused_and_nothing_changes():
+    model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
+    with pytest.raises(PolicyError, match='module "1" of this Sequential is TorchScript'):
+        dt.cast(model, "bf16")
+    assert model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("Linear: grad=float32", "but Linear is a class there; write type=Linear"),
+        ("type=nn.Linear: grad=float32", "but Linear is a class there; write type=Linear"),
+        ("type=Liner: grad=float32", "whose classes include Linear; mend its pattern"),
+        ("block.1: grad=float32", r"whose modules include blocks\.1 and blocks\.0 and blocks; mend its pattern"),
+    ],
+)
+def test_a_rule_that_nearly_holds_is_told_what_there_is(model, rule, message):
+    with pytest.raises(PolicyError, match=message):
+        dt.cast(model, f"bf16; {rule}")
+
+
+def test_a_model_in_float64_is_told_that_nothing_was_cast():
+    with pytest.warns(DuotoneWarning, match="no parameter of this Linear was cast, for they are FP64"):
+        dt.cast(nn.Linear(2, 2).double(), "bf16")

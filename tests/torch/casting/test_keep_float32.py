@@ -204,11 +204,11 @@ def test_a_module_keeps_float32_weights_and_arithmetic(policy, same_bits):
     assert model[2].weight.dtype == torch.float32
     assert model[0].weight.dtype == NARROW[policy]
     # the same as by a rule
-    dt.cast(plain, f"{policy};2: param=float32,compute=float32")
+    dt.cast(plain, f"{policy};2: param=float32,compute=float32,output=float32")
     assert str(dt.policy_of(model)) == str(dt.policy_of(plain))
     data = torch.linspace(-1, 1, 6).view(2, 3)
     assert same_bits(model(data), plain(data))
-    assert "2: param=float32,compute=float32" in str(dt.policy_of(model))
+    assert "2: param=float32,compute=float32,output=float32" in str(dt.policy_of(model))
     assert dt.Policy.parse(str(dt.policy_of(model))) == dt.policy_of(model)
 
 
@@ -286,3 +286,23 @@ def test_parts_in_float32_compile_whole(kind, backend, policy, same_bits):
     model, data = dt.cast(kind(), policy), torch.linspace(-1, 1, 6).view(2, 3)
     expected = model(data)
     assert same_bits(torch.compile(model, fullgraph=True, backend=backend)(data), expected)
+
+
+def test_parentheses_make_no_difference_to_a_decorator():
+    half = torch.ones(2, dtype=torch.bfloat16)
+    assert (
+        dt.keep_float32()(torch.add)(half, half).dtype == dt.keep_float32(torch.add)(half, half).dtype == torch.float32
+    )
+
+
+@pytest.mark.parametrize("part", [torch.ones(1), "head", nn.Linear])
+def test_what_is_neither_module_nor_function_is_refused(part):
+    with pytest.raises(PolicyError, match="keep_float32 takes a module, a function or nothing, not"):
+        dt.keep_float32(part)
+
+
+def test_a_head_that_is_kept_gives_its_float32_results_away(same_bits):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 300))
+    dt.keep_float32(model[1])
+    y = dt.cast(model, "bf16")(torch.randn(8, 4))
+    assert not torch.equal(y, y.bfloat16().float())

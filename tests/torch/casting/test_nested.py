@@ -77,3 +77,9 @@ def test_only_floating_point_of_at_most_32_bits_is_cast(to):
         got = cast_floating([tensor], to)[0]
         assert got.dtype == (dtype if dtype in kept else to)
         assert got is tensor or dtype != to
+
+
+def test_a_tensor_that_occurs_twice_is_cast_once():
+    x = torch.ones(1)
+    one, other = cast_floating({"a": x, "b": [x]}, torch.bfloat16).values()
+    assert one is other[0]

@@ -307,7 +307,9 @@ def test_what_is_refused():
         pass
     for no_function_of_torch in (seeing, double, len):
         with (
-            pytest.raises(OperationError, match=r"put it under a rule with op_rule\(function, kind\)"),
+            pytest.raises(
+                OperationError, match=r"put functions of your own under a rule with op_rule\(function, kind\)"
+            ),
             dt.op_rules({no_function_of_torch: "float32"}),
         ):
             pass

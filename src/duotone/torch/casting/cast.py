@@ -6,13 +6,16 @@ pass in `cast_forward`. Running statistics and other buffers stay as they are.
 """
 
 import dataclasses
+import warnings
+from difflib import get_close_matches
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-from duotone.errors import PolicyError
+from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import ClassNames, Policy, Rule
-from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, torch_dtype
+from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.keep_float32 import is_kept_in_float32
 from duotone.torch.casting.residence import Residence, SettleWhenShaped, is_castable, is_lazy, plan, settle
@@ -24,13 +27,15 @@ def cast(model: Module, policy: Policy | str) -> Module:
     """Put a model into a policy, in place.
 
     Floating-point parameters in FP32, BF16 or FP16 get the policy's `param` dtype, except those of norms, which stay
-    FP32 unless a rule names them; FP64, integer and complex parameters, and all buffers, are left alone. Tied
-    parameters stay tied, frozen ones get no tail, lazily shaped ones are cast when they get their shape. Casting again
-    with the same policy changes nothing; casting to another one starts from the FP32 masters. `uncast` undoes it.
+    FP32 unless a rule names them; FP64, integer and complex parameters, and all buffers, are left alone: an operation
+    on a FP32 buffer and a 16-bit tensor gives FP32, as always in torch. Tied parameters stay tied, frozen ones get no
+    tail, lazily shaped ones are cast when they get their shape. Casting again with the same policy changes nothing;
+    casting to another one starts from the FP32 masters. `uncast` undoes it.
 
     Args:
         model: any module.
-        policy: a `Policy`, or its text: a preset such as `"bf16"`, or anything `Policy.parse` reads.
+        policy: a `Policy`, or its text: a preset such as `"bf16"`, or anything `Policy.parse` reads, rules by path and
+            by type among it: `"bf16; head: output=float32; type=Embedding: grad=float32"`.
 
     Returns:
         The same model, for chaining.
@@ -44,10 +49,17 @@ def cast(model: Module, policy: Policy | str) -> Module:
     >>> model.weight.dtype, model(torch.ones(1, 2)).dtype
     (torch.bfloat16, torch.float32)
     """
+    check_module(model, "cast")
     classes = _class_names(model)
     policy = _with_marks(model, Policy.parse(policy))
     _check(model, policy, classes)
     residences = plan(model, policy, classes)
+    if not residences and any(param.dtype == torch.float64 for param in model.parameters()):
+        warnings.warn(
+            f"no parameter of this {type(model).__name__} was cast, for they are FP64; call model.float() first",
+            DuotoneWarning,
+            stacklevel=2,
+        )
     _remove_forwards(model)
     for param, residence in residences.items():
         settle(param, residence)
@@ -71,6 +83,7 @@ def uncast(model: Module) -> Module:
     >>> uncast(cast(model, "bf16")).weight.equal(before), policy_of(model)
     (True, None)
     """
+    check_module(model, "uncast")
     if any(cast_forward_of(module) is not None for module in model.modules()):
         _remove_forwards(model)
         for param in model.parameters():
@@ -88,6 +101,7 @@ def policy_of(model: nn.Module) -> Policy | None:
     >>> policy_of(cast(nn.Linear(2, 1), "bf16")).name
     'bf16'
     """
+    check_module(model, "ask for its policy")
     forward = cast_forward_of(model)
     children = list(model.children())
     if forward is None and len(children) == 1:
@@ -109,25 +123,41 @@ def _with_marks(model: nn.Module, policy: Policy) -> Policy:
         return policy
     if "" in marked:
         raise PolicyError(f'keep_float32 marks all of this {type(model).__name__}; cast it to policy "fp32"')
-    kept = tuple(Rule(path, (("param", "float32"), ("compute", "float32"))) for path in marked)
+    roles = (("param", "float32"), ("compute", "float32"), ("output", "float32"))
+    kept = tuple(Rule(path, roles) for path in marked)
     return dataclasses.replace(policy, rules=policy.rules + tuple(rule for rule in kept if rule not in policy.rules))
 
 
 def _check(model: nn.Module, policy: Policy, classes: ClassNames) -> None:
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PolicyError(
+                f'module "{path}" of this {name} is TorchScript, whose forward cannot be put into a policy; cast the '
+                "model before torch.jit.script"
+            )
     for rule in policy.rules:
         if not any(rule.matches(path, classes) for path in classes):
-            has = "classes" if rule.pattern.startswith("type=") else "modules"
-            names = list(dict.fromkeys(names[0] for names in classes.values()) if has == "classes" else classes)
-            # the model itself has no name that a pattern could give
-            names = names if has == "classes" else names[1:]
-            raise PolicyError(
-                f'rule "{rule}" holds for no module of this {type(model).__name__}, whose {has} are '
-                f"{', '.join(names[:5]) or 'itself alone'}{', ...' if len(names) > 5 else ''}; mend its pattern"
-            )
+            what_there_is = _what_there_is(rule.pattern, classes)
+            raise PolicyError(f'rule "{rule}" holds for no module of this {name}, {what_there_is}')
     for path in classes:
         compute = policy.for_module(path, classes).compute
         if compute.startswith("float8"):
             raise PolicyError(f"compute={compute} is not available in torch yet; use bfloat16 or float16")
+
+
+def _what_there_is(pattern: str, classes: ClassNames) -> str:
+    """Return the end of a sentence about a pattern that matches nothing."""
+    of_types = dict.fromkeys(name for names in classes.values() for name in names[:1])
+    wanted = pattern.removeprefix("type=").rpartition(".")[2]
+    if pattern != f"type={wanted}" and wanted in of_types:
+        return f"but {wanted} is a class there; write type={wanted}"
+    kind, known = ("classes", list(of_types)) if pattern.startswith("type=") else ("modules", [p for p in classes if p])
+    near = get_close_matches(wanted if kind == "classes" else pattern, known, n=3, cutoff=0.5)
+    if near:
+        return f"whose {kind} include {' and '.join(near)}; mend its pattern"
+    more = f" and {len(known) - 5} more" if len(known) > 5 else ""
+    return f"whose {kind} are {', '.join(known[:5]) or 'itself alone'}{more}; mend its pattern"
 
 
 def _remove_forwards(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duotone.errors import PolicyError
 from duotone.policy import Policy
 from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import Region
@@ -68,7 +69,7 @@ class CastForward:
             self._pending(self._module)
             self._pending = None
         if self._inputs is not None:
-            args = tuple([cast_floating(arg, self._inputs) for arg in args])
+            args = (cast_floating(args[0], self._inputs),) if len(args) == 1 else cast_floating(args, self._inputs)
             kwargs = cast_floating(kwargs, self._inputs) if kwargs else kwargs
         with self._region.on(_device_type(self._module, args)):
             result = self._forward(*args, **kwargs)
@@ -115,6 +116,18 @@ class CastForward:
             del self._module.forward
         else:
             self._module.forward = self._forward
+
+
+def check_module(model: object, verb: str) -> None:
+    """Raise unless `model` is a module.
+
+    Raises:
+        PolicyError: it is not.
+    """
+    if isinstance(model, type):
+        raise PolicyError(f"got the class {model.__name__} to {verb}; give an instance of it")
+    if not isinstance(model, nn.Module):
+        raise PolicyError(f"got a {type(model).__name__} to {verb}; give a torch.nn.Module, before anything else")
 
 
 def cast_forward_of(module: nn.Module) -> CastForward | None:

@@ -29,12 +29,12 @@ def keep_float32(part: Any = None) -> Any:
       and gives FP32; operations that are not listed run on what they are given.
     - `@keep_float32` on a function or method: it is so called, on inputs cast to FP32 first.
     - `keep_float32(module)`, before `cast`: the module's weights stay FP32 and it computes in FP32, as under the rule
-      `path: param=float32,compute=float32`. Returns the module.
+      `path: param=float32,compute=float32,output=float32`, and after any other rule. Returns the module.
 
-    Inputs and results are cast at a module's border; a function's results and a block's are FP32 and stay so.
+    What comes out is FP32 and stays so.
 
     Raises:
-        PolicyError: the module is cast already.
+        PolicyError: the module is cast already, or it is neither a module nor a function.
 
     >>> x = torch.ones(2, 2, dtype=torch.bfloat16)
     >>> with keep_float32():
@@ -44,12 +44,18 @@ def keep_float32(part: Any = None) -> Any:
     torch.float32
     """
     if part is None:
-        return float32_everywhere()
+        return _Block()
+    if isinstance(part, type) or not callable(part):
+        got = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+        raise PolicyError(
+            f"keep_float32 takes a module, a function or nothing, not {got:.60}; decorate a class's forward, and for a "
+            'path write a rule: "bf16; head: param=float32,compute=float32,output=float32"'
+        )
     if isinstance(part, nn.Module):
         if cast_forward_of(part) is not None:
             raise PolicyError(
                 f"this {type(part).__name__} is cast already; call keep_float32 before cast, or cast again with a "
-                "rule for its path: param=float32,compute=float32"
+                "rule for its path: param=float32,compute=float32,output=float32"
             )
         setattr(part, _MARK, True)
         return part
@@ -60,6 +66,20 @@ def keep_float32(part: Any = None) -> Any:
             return part(*cast_floating(args, torch.float32), **cast_floating(kwargs, torch.float32))
 
     return in_float32
+
+
+class _Block:
+    """A block of code in FP32; as a decorator, the same as `keep_float32` without parentheses."""
+
+    def __enter__(self) -> None:
+        self._entered = float32_everywhere()
+        self._entered.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.__exit__(*error)
+
+    def __call__(self, function: Part) -> Part:
+        return keep_float32(function)
 
 
 def is_kept_in_float32(module: nn.Module) -> bool:

@@ -48,7 +48,17 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     """
     if isinstance(value, Tensor):
         return value.to(dtype) if value.dtype in _FLOATING else value
-    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.dtype in _FLOATING else tensor, value)
+    # a tensor that occurs twice is cast once, and stays one
+    done: dict[int, Tensor] = {}
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.dtype not in _FLOATING or tensor.dtype == dtype:
+            return tensor
+        if id(tensor) not in done:
+            done[id(tensor)] = tensor.to(dtype)
+        return done[id(tensor)]
+
+    return map_tensors(change, value)
 
 
 def _same(old: Any, new: Any) -> bool:

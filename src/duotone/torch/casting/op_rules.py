@@ -160,7 +160,10 @@ def functions_like(function: Function) -> list[Function]:
     """
     found = forms().get(function)
     if found is None:
-        raise OperationError(f"{function} is not a function of torch; put it under a rule with op_rule(function, kind)")
+        raise OperationError(
+            f"{function!r:.60} is not a function of torch; give torch.exp for instance, neither its name nor a "
+            "module's class, and put functions of your own under a rule with op_rule(function, kind)"
+        )
     return found
 
 

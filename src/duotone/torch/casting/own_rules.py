@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
+from duotone.errors import OperationError
 from duotone.torch.casting.handlers import handler, operands
 from duotone.torch.casting.op_rules import Function, Kind, check_kind, functions_like
 from duotone.torch.casting.region import compute_dtype, no_autocast
@@ -45,6 +46,8 @@ def op_rule(function: Called, kind: Kind) -> Called:
     (torch.float32, torch.bfloat16)
     """
     kind = check_kind(kind)
+    if isinstance(function, type) or not callable(function):
+        raise OperationError(f"op_rule takes a function, not {function!r:.60}; give torch.exp, not its name or a class")
 
     @functools.wraps(function)
     def under_rule(*args: Any, **kwargs: Any) -> Any:
@@ -71,6 +74,8 @@ def op_rules(rules: Mapping[Function, Kind]) -> Iterator[None]:
     >>> dt.cast(Exp(), "bf16")(torch.ones(2))
     torch.bfloat16
     """
+    if not isinstance(rules, Mapping):
+        raise OperationError(f'op_rules takes a mapping, such as {{torch.exp: "float32"}}, not {rules!r:.60}')
     found: dict[Function, Kind] = {}
     for function, kind in rules.items():
         found.update(dict.fromkeys(functions_like(function), check_kind(kind)))
