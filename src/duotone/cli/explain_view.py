@@ -1,7 +1,7 @@
 """What `duotone explain` shows: what stands out first, then modules, operations, casts and saved bytes as tables."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from rich import box
@@ -73,16 +73,32 @@ def _modules_table(explanation: Explanation, depth: int | None) -> Table:
     rows = list(_module_rows(explanation, depth))
     saved = [each for each in _dtypes(explanation.saved_activation_bytes) if each in _FLOATING]
     headings = [f"saved\n{label(dtype)}" for dtype in saved]
+    # indices and masks, in one column
+    others = any(_other(each) for each in (explanation.saved_activation_bytes, explanation.saved_outside_bytes))
+    headings += ["saved\nother"] if others else []
     table = _table("module", "type", "params", "input", "output", *headings, right=headings)
+    if others:
+        # several dtypes stand below each other, so that names of modules keep their room
+        table.columns[3].max_width = table.columns[4].max_width = 6
     for row in rows:
         first = row.group.first
-        sizes = [size(row.saved[dtype]) if dtype in row.saved else "" for dtype in saved]
+        sizes = _saved_cells(row.saved, saved, others)
         dtypes = (first.parameter_dtypes, first.input_dtypes, first.output_dtypes)
         table.add_row(row.name, first.type, *(labels(each) for each in dtypes), *sizes)
     if explanation.saved_outside_bytes:
-        outside = explanation.saved_outside_bytes
-        table.add_row(OUTSIDE, "", "", "", "", *(size(outside[each]) if each in outside else "" for each in saved))
+        table.add_row(OUTSIDE, "", "", "", "", *_saved_cells(explanation.saved_outside_bytes, saved, others))
     return table
+
+
+def _saved_cells(found: Mapping[str, int], dtypes: Iterable[str], others: bool) -> list[str]:
+    cells = [size(found[dtype]) if dtype in found else "" for dtype in dtypes]
+    other = _other(found)
+    return cells + ([size(other) if other else ""] if others else [])
+
+
+def _other(found: Mapping[str, int]) -> int:
+    """Return the bytes that are no floating-point numbers."""
+    return sum(number for dtype, number in found.items() if dtype not in _FLOATING)
 
 
 def _module_rows(explanation: Explanation, depth: int | None) -> Iterator[_Row]:
@@ -163,6 +179,8 @@ def _rest(rows: int) -> str:
 
 def _border(cast: Cast) -> str:
     """Say what is cast where a module's inputs or results pass into another dtype."""
+    if cast.module:
+        return "border"
     return "result" if cast.to_dtype == "float32" else "input"
 
 

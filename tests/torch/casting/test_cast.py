@@ -321,3 +321,11 @@ def test_a_rule_that_nearly_holds_is_told_what_there_is(model, rule, message):
 def test_a_model_in_float64_is_told_that_nothing_was_cast():
     with pytest.warns(DuotoneWarning, match="no parameter of this Linear was cast, for they are FP64"):
         dt.cast(nn.Linear(2, 2).double(), "bf16")
+
+
+def test_what_is_frozen_after_the_cast_keeps_its_master():
+    model = nn.Linear(8, 8)
+    before = model.weight.detach().clone()
+    dt.cast(model, "bf16").requires_grad_(False)
+    dt.cast(model, "bf16").requires_grad_(True)
+    assert torch.equal(dt.master_weights(dt.cast(model, "bf16"))["weight"], before)

@@ -290,3 +290,64 @@ def test_masks_are_filled_with_what_float16_can_hold():
     scores = torch.tensor([[-1.0, 1.0, -1.0], [1.0, 2.0, 3.0]])
     probabilities = dt.cast(Masked(), "fp16")(scores)
     assert probabilities.tolist() == [[0.5, 0.0, 0.5], pytest.approx([1 / 3] * 3, abs=1e-3)]
+
+
+class Container(nn.Module):
+    """A module without a forward of its own, as GANs and training loops in classes have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+    def training_step(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(x), y)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed"])
+def test_a_part_that_is_called_by_itself_is_its_own_border(policy, same_bits):
+    torch.manual_seed(0)
+    model, x = dt.cast(Container(), policy), torch.randn(3, 4)
+    assert model.training_step(x, torch.tensor([0, 1, 2])).dtype == torch.float32
+    alone = model.net(x)
+    assert same_bits(alone, dt.cast(copy.deepcopy(model.net), policy)(x))
+    torch.compiler.reset()
+    assert same_bits(torch.compile(model.net, backend="eager", fullgraph=True)(x), alone)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_gives_the_same_bits(strict, same_bits):
+    torch.manual_seed(0)
+    model, x = dt.cast(Container().net, "bf16"), torch.randn(3, 4)
+    with torch.no_grad():
+        assert same_bits(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
+
+def attend(x: Tensor, lowest: float) -> Tensor:
+    mask = torch.zeros(3, 3)
+    mask[2] = lowest
+    return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
+@pytest.mark.parametrize(("policy", "dtype"), PRECISIONS)
+@pytest.mark.parametrize("lowest", [torch.finfo(torch.float32).min, -1e9])
+def test_masks_in_float32_do_not_become_infinite(policy, dtype, lowest):
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return attend(x, lowest)
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 3, 8)
+    rough, exact = dt.cast(Attention(), policy)(x)[0, 0], attend(x, lowest)[0, 0]
+    # a row that is masked as a whole has no meaning, but it has a value; BF16 reaches as far as FP32
+    assert rough[2].abs().max() > 0.1
+    rows = slice(3 if dtype == torch.bfloat16 else 2)
+    assert (rough[rows] - exact[rows]).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, torch.tensor(-3.4e38)])
+def test_bfloat16_masks_are_filled_too(number):
+    class Masked(nn.Module):
+        def forward(self, scores: Tensor) -> Tensor:
+            return scores.masked_fill(scores > 0, number)
+
+    assert dt.cast(Masked(), "bf16")(torch.ones(1, 2)).tolist() == [[torch.finfo(torch.bfloat16).min] * 2]

@@ -83,3 +83,31 @@ def test_a_tensor_that_occurs_twice_is_cast_once():
     x = torch.ones(1)
     one, other = cast_floating({"a": x, "b": [x]}, torch.bfloat16).values()
     assert one is other[0]
+
+
+@dataclass
+class Computed:
+    """Fields that its constructor makes, and a dict besides, as the transformers library returns them."""
+
+    x: torch.Tensor
+    count: int = field(init=False, default=0)
+
+
+class Locked(OrderedDict):
+    """A dict that refuses to be updated."""
+
+    def update(self, *_: object) -> None:
+        raise TypeError("cannot be updated")
+
+
+def test_what_a_constructor_made_is_kept():
+    value = Computed(torch.ones(1))
+    value.count = 7
+    got = cast_floating(value, torch.bfloat16)
+    assert (got.x.dtype, got.count, value.x.dtype) == (torch.bfloat16, 7, torch.float32)
+
+
+def test_a_dict_that_refuses_updates_is_filled_all_the_same():
+    got = cast_floating(Locked(x=torch.ones(1)), torch.bfloat16)
+    assert type(got) is Locked
+    assert got["x"].dtype == torch.bfloat16

@@ -2,7 +2,10 @@
 
 The root of a cast model, and each part that a rule treats differently, is a border where inputs and outputs are cast.
 Every module inside stands ready to enter the region of its border again, because activation checkpointing calls parts
-of a model a second time, during the backward pass and outside of the border.
+of a model a second time, during the backward pass and outside of the border. Called by itself, such a module is its own
+border. Left out: functions that are no modules and that `torch.utils.checkpoint` calls again, which then run under
+autocast's rules alone (`checkpoint_activations` has no such gap); recurrent layers under torch.compile, unless
+`torch._dynamo.config.allow_rnn` is set; replicas and shallow copies of a cast module.
 """
 
 import copy
@@ -52,6 +55,10 @@ class CastForward:
         self._inputs = inputs
         self._output = output
         self._pending = pending
+        self._by_itself = (
+            torch_dtype(effective.compute) if effective.param == effective.compute else None,
+            torch_dtype(effective.output),
+        )
         self._region = Region(torch_dtype(effective.compute))
         self._is_spared = self._region.spares(module)
         # its name and its signature; whatever else it carries is its own
@@ -63,17 +70,27 @@ class CastForward:
                 # a mode takes longer to call a function than a small one takes to run
                 with torch._C.DisableTorchFunction():
                     return self._forward(*args, **kwargs)
-            if self._region.still_holds():
+            tracing = torch.compiler.is_compiling()
+            if self._region.still_holds(_device_type(self._module, args) if tracing else "cpu"):
                 return self._forward(*args, **kwargs)
         if self._pending is not None:
             self._pending(self._module)
             self._pending = None
-        if self._inputs is not None:
-            args = (cast_floating(args[0], self._inputs),) if len(args) == 1 else cast_floating(args, self._inputs)
-            kwargs = cast_floating(kwargs, self._inputs) if kwargs else kwargs
+        inputs, output = self._inputs, self._output
+        # neither inside of a border nor run again in a backward pass: a part that is called by itself is its own border
+        if output is None and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+            inputs, output = self._by_itself
+        if inputs is not None:
+            args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
+            kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs
         with self._region.on(_device_type(self._module, args)):
             result = self._forward(*args, **kwargs)
-        return result if self._output is None else cast_floating(result, self._output)
+        return result if output is None else cast_floating(result, output)
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export asks where a model is from
+        return self._forward.__code__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
         copied = object.__new__(CastForward)

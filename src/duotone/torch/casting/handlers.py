@@ -99,6 +99,7 @@ def _make_rules(compute: torch.dtype, device_type: str) -> Rules:
     made.update((function, product) for function, kind in kinds().items() if kind == "compute")
     # made of several operations, each of which is to see autocast switched off
     put(product if product is multiply_in_float32 else functools.partial(_call_in, compute), *_COMPOSED)
+    put(functools.partial(_attend, product), "scaled_dot_product_attention")
     put(functools.partial(_linear_cross_entropy, product), "linear_cross_entropy")
     return Rules(made, None if product is multiply_in_float32 else product, _methods(made))
 
@@ -201,12 +202,39 @@ def _unflatten(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _fill(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Fill in a number, those beyond FP16's range as its largest: -1e9 is how masks are written, and torch raises."""
+    """Fill in a number, those beyond the range as its largest: -1e9 is how masks are written, and torch raises."""
     named = {**dict(zip(("input", "mask", "value"), args, strict=False)), **kwargs}
-    value, largest = named.get("value"), torch.finfo(torch.float16).max
-    if isinstance(value, int | float) and largest < abs(value) < math.inf and named["input"].dtype == torch.float16:
-        return func(named["input"], named["mask"], math.copysign(largest, value))
+    data, value = named["input"], named["value"]
+    if data.dtype in _NARROW and isinstance(value, Tensor):
+        return func(data, named["mask"], saturated(value, data.dtype))
+    if data.dtype in _NARROW and isinstance(value, int | float) and math.isfinite(value):
+        largest = torch.finfo(data.dtype).max
+        return func(data, named["mask"], max(-largest, min(largest, value)))
     return func(*args, **kwargs)
+
+
+def _attend(attend: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call attention with what a mask has beyond the 16-bit range as its largest: -Inf would mask whole rows away."""
+    query = args[0] if args else kwargs.get("query")
+    narrow = torch.get_autocast_dtype(query.device.type) if isinstance(query, Tensor) else None
+    if narrow in _NARROW:
+        if isinstance(kwargs.get("attn_mask"), Tensor):
+            kwargs = {**kwargs, "attn_mask": saturated(kwargs["attn_mask"], narrow)}
+        elif len(args) > 3 and isinstance(args[3], Tensor):
+            args = (*args[:3], saturated(args[3], narrow), *args[4:])
+    return attend(func, args, kwargs)
+
+
+def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a FP32 tensor to 16 bits, finite values beyond the range to the largest; any other tensor is left alone.
+
+    >>> saturated(torch.tensor([-1e9, -torch.inf]), torch.float16)
+    tensor([-65504.,    -inf], dtype=torch.float16)
+    """
+    if tensor.dtype != torch.float32:
+        return tensor
+    largest = torch.finfo(dtype).max
+    return torch.where(tensor.isinf(), tensor, tensor.clamp(-largest, largest)).to(dtype)
 
 
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

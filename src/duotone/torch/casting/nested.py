@@ -3,6 +3,7 @@
 Tuples, named tuples, lists, dicts and dataclasses are walked; anything else is left as it is.
 """
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Callable
@@ -24,6 +25,11 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return change(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if hasattr(value, field.name)]
+        old = {name: getattr(value, name) for name in names}
+        new = {name: map_tensors(change, item) for name, item in old.items()}
+        return value if _same(old.values(), new.values()) else _rebuild_dataclass(value, new)
     if isinstance(value, (tuple, list)):
         new = [map_tensors(change, item) for item in value]
         if _same(value, new):
@@ -32,10 +38,6 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, dict):
         new = {key: map_tensors(change, item) for key, item in value.items()}
         return value if _same(value.values(), new.values()) else _rebuild_dict(value, new)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        new = {name: map_tensors(change, item) for name, item in old.items()}
-        return value if _same(old.values(), new.values()) else dataclasses.replace(value, **new)
     return value
 
 
@@ -68,5 +70,17 @@ def _same(old: Any, new: Any) -> bool:
 def _rebuild_dict(old: dict[Any, Any], new: dict[Any, Any]) -> dict[Any, Any]:
     # a shallow copy keeps the subclass and what it carries, a default factory for instance
     copied = old.copy()
-    copied.update(new)
+    for key, item in new.items():
+        copied[key] = item
+    return copied
+
+
+def _rebuild_dataclass(old: Any, new: dict[str, Any]) -> Any:
+    # neither its constructor nor what it computes from its fields is run again; a frozen one is filled in all the same
+    copied = copy.copy(old)
+    for name, item in new.items():
+        object.__setattr__(copied, name, item)
+        # what the transformers library returns is a dict as well, which has the same items
+        if isinstance(copied, dict) and name in copied:
+            dict.__setitem__(copied, name, item)
     return copied

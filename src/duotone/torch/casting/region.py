@@ -58,13 +58,16 @@ class Region:
         with torch.autocast(device_type, self.compute, cache_enabled=False), mode:
             yield
 
-    def still_holds(self) -> bool:
+    def still_holds(self, device_type: str = "cpu") -> bool:
         """Return whether a region, entered around this call, holds here too.
 
         Autocast follows a recomputation by `torch.utils.checkpoint`; the rules do not.
         """
-        if self.compute == torch.float32 or torch.compiler.is_compiling():
+        if self.compute == torch.float32:
             return True
+        if torch.compiler.is_compiling():
+            # a tracer does not show its modes
+            return compute_dtype(device_type) is not None
         depth = torch._C._len_torch_function_stack()
         # the innermost mode first: it is the one nearly always
         return any(isinstance(torch._C._get_function_stack_at(at), RulesMode) for at in range(depth - 1, -1, -1))

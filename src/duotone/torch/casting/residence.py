@@ -61,7 +61,9 @@ def plan(model: nn.Module, policy: Policy, classes: ClassNames) -> dict[nn.Param
 def settle(param: nn.Parameter, residence: Residence) -> None:
     """Bring a parameter into its residence, in place; its FP32 master stays what it is, bit for bit."""
     tail = tail_of(param)
-    has_tail = residence.param in SPLIT_DTYPES and residence.rounding is None and param.requires_grad
+    # one that was frozen since keeps the tail that it has
+    is_split = residence.param in SPLIT_DTYPES and residence.rounding is None
+    has_tail = is_split and (param.requires_grad or tail is not None)
     grad, param.grad = param.grad, None
     if param.dtype != residence.param or has_tail != (tail is not None):
         weight, tail = read_master(param), None

@@ -3,7 +3,15 @@
 `explain` runs the model and returns an `Explanation`; `saved_for_backward` is its count of what autograd keeps, alone.
 """
 
-from duotone.torch.explain.explanation import Cast, Explanation, ModuleDtypes, Operation, Output, RepeatedCast
+from duotone.torch.explain.explanation import (
+    Cast,
+    Explanation,
+    ModuleDtypes,
+    Operation,
+    Output,
+    RepeatedCast,
+    Widening,
+)
 from duotone.torch.explain.recording import explain
 from duotone.torch.explain.saved import SavedBytes, saved_for_backward
 
@@ -15,6 +23,7 @@ __all__ = [
     "Output",
     "RepeatedCast",
     "SavedBytes",
+    "Widening",
     "explain",
     "saved_for_backward",
 ]

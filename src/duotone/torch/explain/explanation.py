@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 
 OUTSIDE = "outside the model"
+NO_HALF = "no FP16 on this CPU"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ModuleDtypes:
         output_dtypes: of the tensors that it returned.
         saved_bytes: activations saved for backward while it was the innermost module, by dtype; a storage belongs to
             whoever saved it first.
+        kept_float32_bytes: the part of its FP32 that was saved inside of `keep_float32`, or of FP16 products on a CPU without.
     """
 
     path: str
@@ -34,6 +36,7 @@ class ModuleDtypes:
     input_dtypes: tuple[str, ...]
     output_dtypes: tuple[str, ...]
     saved_bytes: dict[str, int]
+    kept_float32_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,11 @@ class Operation:
         compute_dtype: the widest that its kernels read; what a kernel widens to inside does not show.
         output_dtype: of its result.
         calls: how many.
-        mixed: whether operands of the result's size came in several dtypes, so that torch widened the result.
+        mixed: whether an elementwise kernel read several dtypes, so that torch widened the result.
         modules: the calls by path of the innermost module around them.
         places: the lines that made the calls, `file:line`.
+        reason: why it computed in FP32, if that is known: `"keep_float32"`, `"no FP16 on this CPU"` for products that
+            Duotone carries out in FP32 there, `"torch"` if its operands were narrow and torch widened them inside.
     """
 
     name: str
@@ -57,6 +62,34 @@ class Operation:
     mixed: bool
     modules: dict[str, int]
     places: tuple[str, ...]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Widening:
+    """An elementwise operation on a 16-bit and an FP32 tensor, which gave FP32 although nothing asked for it.
+
+    Attributes:
+        operation: its name.
+        module: the innermost module around it.
+        place: `file:line` of the code that called it.
+        from_dtype: the 16-bit operand's.
+        name: of the parameter or buffer that the FP32 operand is, or is a part of.
+        is_buffer: whether that is a buffer.
+        is_stream: whether both operands have the result's size.
+        calls: how often.
+        result_bytes: the results' size, together.
+    """
+
+    operation: str
+    module: str
+    place: str | None
+    from_dtype: str
+    name: str | None
+    is_buffer: bool
+    is_stream: bool
+    calls: int
+    result_bytes: int
 
 
 @dataclass(frozen=True)
@@ -120,12 +153,14 @@ class Output:
         computed_dtype: in which it was before a last cast; the same without one.
         shape: its shape.
         result_bytes: its size.
+        rounded_in: the module at whose border it was cast from FP32 to `computed_dtype`, if that was all that made it.
     """
 
     dtype: str
     computed_dtype: str
     shape: tuple[int, ...]
     result_bytes: int
+    rounded_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +175,9 @@ class Explanation:
         modules: every module, in the model's order.
         operations: every operation that read or made floating-point numbers, the most called first.
         casts: between floating-point dtypes, the largest first.
+        emulated_casts: those around FP16 products on a CPU that has none, which are nowhere else; not among `casts`.
         repeated_casts: of the same tensor to the same dtype, the most wasteful first.
+        widenings: operations on a 16-bit and an FP32 tensor that gave FP32, in the order in which they first ran.
         outputs: what the model returned.
         saved_activation_bytes: what autograd saved for the backward pass by dtype, each storage once, without
             parameters and buffers.
@@ -155,7 +192,9 @@ class Explanation:
     modules: tuple[ModuleDtypes, ...]
     operations: tuple[Operation, ...]
     casts: tuple[Cast, ...]
+    emulated_casts: tuple[Cast, ...]
     repeated_casts: tuple[RepeatedCast, ...]
+    widenings: tuple[Widening, ...]
     outputs: tuple[Output, ...]
     saved_activation_bytes: dict[str, int]
     saved_parameter_bytes: dict[str, int]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from duotone.policy import Policy
-from duotone.torch.explain.explanation import OUTSIDE, Cast, Explanation, RepeatedCast
+from duotone.torch.explain.explanation import NO_HALF, OUTSIDE, Cast, Explanation, Operation, RepeatedCast, Widening
 from duotone.torch.explain.siblings import group_siblings, paths_of_groups
 from duotone.torch.explain.wording import SIXTEEN_BITS, count, label, listed, size
 
@@ -43,8 +43,11 @@ PRODUCTS = frozenset(
         "gru_cell",
     }
 )
-NOTHING = "nothing stands out: every dtype is where the policy puts it"
+_ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
+NOTHING = "nothing stands out: every floating-point dtype is where the policy puts it"
 _LARGE_BYTES = 1_000_000
+# FP32 in what is saved is worth a word from 1 MB on, or where it is much of what is more than a toy
+_SHARE, _MUCH, _TOY_BYTES = 0.1, 0.3, 64_000
 _MOST = 3
 
 
@@ -72,8 +75,12 @@ def with_findings(explanation: Explanation) -> Explanation:
     else:
         found = [
             *_products_in_float32(explanation),
+            *_no_half_products(explanation),
+            *_attention_in_float32(explanation),
             *_parameters_in_float32(explanation),
+            *_first_widening(explanation),
             *_residual_in_float32(explanation),
+            *_rounded_and_widened(explanation),
             *_outputs(explanation),
             *_repeated(explanation),
             *_upcasts(explanation),
@@ -92,14 +99,15 @@ def _without_policy(explanation: Explanation) -> Iterator[str]:
             'every pass; dt.cast(model, "bf16") casts the weights once'
         )
     elif computed <= {"float32", "float64"}:
-        yield (
-            "the model is under no policy and computes in FP32; see what changes after "
-            'dt.cast(model, "bf16"), or with --policy bf16'
-        )
+        yield ('the model is under no policy and computes in FP32; see what changes after dt.cast(model, "bf16")')
 
 
 def _outputs(explanation: Explanation) -> Iterator[str]:
-    wide = [each for each in explanation.outputs if each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS]
+    wide = [
+        each
+        for each in explanation.outputs
+        if each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS and each.rounded_in is None
+    ]
     written = sum(each.result_bytes for each in wide)
     if wide and _is_large(written, explanation, share=0.1):
         narrow = wide[0].computed_dtype
@@ -109,6 +117,15 @@ def _outputs(explanation: Explanation) -> Iterator[str]:
             f"{results} the model in FP32 although computed in {label(narrow)}: {size(written)} ({shape}); "
             f"with output={narrow} in the policy it takes half, with the loss inside the model nothing"
         )
+
+
+def _rounded_and_widened(explanation: Explanation) -> Iterator[str]:
+    for each in explanation.outputs:
+        if each.rounded_in is not None and each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS:
+            yield (
+                f"the FP32 result of {each.rounded_in} is rounded to {label(each.computed_dtype)} at its border and "
+                f'widened again at the model\'s; write "{each.rounded_in}: ...,output=float32" in the policy'
+            )
 
 
 def _repeated(explanation: Explanation) -> Iterator[str]:
@@ -136,7 +153,7 @@ def _products_in_float32(explanation: Explanation) -> Iterator[str]:
     calls: defaultdict[str, int] = defaultdict(int)
     names, places = dict[str, None](), dict[str, None]()
     for operation in explanation.operations:
-        if operation.name not in PRODUCTS or operation.compute_dtype != "float32":
+        if not _is_product_in_float32(operation) or operation.reason is not None:
             continue
         for path, number in operation.modules.items():
             if asked.get(path) in SIXTEEN_BITS:
@@ -145,12 +162,52 @@ def _products_in_float32(explanation: Explanation) -> Iterator[str]:
                 places.update(dict.fromkeys(operation.places))
     if calls:
         advice = "look there for .float(), autocast(enabled=False) or a product with an FP32 tensor"
-        if "float16" in asked.values():
-            advice = "a CPU without FP16 products runs them so; anywhere else " + advice
         yield (
             f"{count(sum(calls.values()), 'matrix product')} ({listed(names)}) ran in FP32 in {_listed_modules(calls)}"
             f"{_at(places)} although the policy computes in 16 bits; {advice}"
         )
+
+
+def _is_product_in_float32(operation: Operation) -> bool:
+    return operation.name in PRODUCTS and operation.compute_dtype == "float32"
+
+
+def _no_half_products(explanation: Explanation) -> Iterator[str]:
+    number = sum(
+        each.calls for each in explanation.operations if _is_product_in_float32(each) and each.reason == NO_HALF
+    )
+    casts = sum(cast.calls for cast in explanation.emulated_casts)
+    written = sum(cast.result_bytes for cast in explanation.emulated_casts)
+    if number:
+        yield (
+            f"this CPU has no FP16 products: {number:,} ran in FP32; their {count(casts, 'cast')} ({size(written)}) "
+            "would not be there on a GPU"
+        )
+
+
+def _widened_by_torch(explanation: Explanation) -> dict[str, dict[str, None]]:
+    """Return the products that torch itself computes in FP32 inside of a layer or an attention, by module."""
+    asked = _computes(explanation)
+    found: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for operation in explanation.operations:
+        if _is_product_in_float32(operation) and operation.reason == "torch":
+            for path in operation.modules:
+                if asked.get(path) in SIXTEEN_BITS:
+                    found[path][operation.name] = None
+    return found
+
+
+def _attention_in_float32(explanation: Explanation) -> Iterator[str]:
+    shown, found = _shown(explanation), _widened_by_torch(explanation)
+    if not found:
+        return
+    names = dict.fromkeys(name for names in found.values() for name in names)
+    saved = sum(each.saved_bytes.get("float32", 0) for each in explanation.modules if each.path in found)
+    attention = " (attention with dropout has no fused kernel on a CPU)" if _ATTENTION.intersection(names) else ""
+    yield (
+        f"torch computes {listed(names)} in FP32 by itself in "
+        f"{_listed_modules(dict.fromkeys(shown[path] for path in found))}{attention}: {size(saved)} saved"
+    )
 
 
 def _parameters_in_float32(explanation: Explanation) -> Iterator[str]:
@@ -170,28 +227,49 @@ def _parameters_in_float32(explanation: Explanation) -> Iterator[str]:
         )
 
 
+def _widenings(explanation: Explanation) -> list[Widening]:
+    asked = _computes(explanation)
+    return [each for each in explanation.widenings if asked.get(each.module) in SIXTEEN_BITS]
+
+
+def _is_residual(each: Widening) -> bool:
+    """Return whether a widening is two results being added, and not one and a buffer."""
+    return each.operation == "add" and each.is_stream and each.name is None
+
+
+def _first_widening(explanation: Explanation) -> Iterator[str]:
+    large = [each for each in _widenings(explanation) if _is_large(each.result_bytes, explanation, share=0.01)]
+    if not large or _is_residual(large[0]):
+        return
+    first, shown = large[0], _shown(explanation)
+    named, what = "", "the FP32 one"
+    if first.name is not None:
+        kind, what = "buffer" if first.is_buffer else "parameter", "it"
+        named = f" (the {kind} {_shown_parameter(first.name, shown)})"
+    yield (
+        f"the stream becomes FP32 in {_listed_modules([shown[first.module]])}{_at([first.place])}: "
+        f"{first.operation} of {label(first.from_dtype)} and FP32{named}; cast {what} where it is used, .to(x.dtype)"
+    )
+
+
 def _residual_in_float32(explanation: Explanation) -> Iterator[str]:
-    shown, asked = _shown(explanation), _computes(explanation)
-    calls, places = 0, dict[str, None]()
-    modules = dict[str, None]()
-    for operation in explanation.operations:
-        if operation.name == "add" and operation.mixed and operation.output_dtype == "float32":
-            inside = {path: number for path, number in operation.modules.items() if asked.get(path) in SIXTEEN_BITS}
-            calls += sum(inside.values())
-            modules.update((shown[path], None) for path in inside)
-            places.update(dict.fromkeys(operation.places) if inside else {})
-    if calls:
+    shown = _shown(explanation)
+    found = [each for each in _widenings(explanation) if _is_residual(each)]
+    if found:
         yield (
-            f"{count(calls, 'addition')} of a 16-bit and an FP32 tensor gave FP32 in {_listed_modules(modules)}"
-            f"{_at(places)}: a residual stream in FP32 takes twice the bytes and a cast before every layer; cast the "
-            "FP32 side once where it begins, unless FP32 is meant"
+            f"{count(sum(each.calls for each in found), 'addition')} of a 16-bit and an FP32 tensor gave FP32 in "
+            f"{_listed_modules(dict.fromkeys(shown[each.module] for each in found))}"
+            f"{_at(each.place for each in found)}: a residual stream in FP32 takes twice the bytes and a cast before "
+            "every layer; cast the FP32 side once where it begins, unless FP32 is meant"
         )
 
 
 def _upcasts(explanation: Explanation) -> Iterator[str]:
-    shown = _shown(explanation)
+    shown, by_torch = _shown(explanation), _widened_by_torch(explanation)
     groups: defaultdict[tuple[str | None, str, str | None], list[Cast]] = defaultdict(list)
     for cast in explanation.casts:
+        if cast.by == "torch" and cast.module in by_torch:
+            continue
         if cast.by in ("model", "torch") and cast.from_dtype in SIXTEEN_BITS and cast.to_dtype == "float32":
             groups[cast.place, cast.from_dtype, cast.operation if cast.by == "torch" else None].append(cast)
     for (place, from_dtype, operation), casts in _largest(groups, lambda cast: cast.result_bytes):
@@ -210,17 +288,30 @@ def _upcasts(explanation: Explanation) -> Iterator[str]:
 
 
 def _saved_in_float32(explanation: Explanation) -> Iterator[str]:
-    total = sum(explanation.saved_activation_bytes.values())
-    wide = explanation.saved_activation_bytes.get("float32", 0)
-    if Policy.parse(explanation.policy or "").compute not in SIXTEEN_BITS or not total or wide < 0.1 * total:
+    if Policy.parse(explanation.policy or "").compute not in SIXTEEN_BITS:
         return
-    by_module = {group.path or "the model": group.saved_bytes for group in group_siblings(explanation.modules)}
-    by_module[OUTSIDE] = explanation.saved_outside_bytes
-    shares = {path: saved["float32"] for path, saved in by_module.items() if saved.get("float32")}
+    asked, by_torch = _computes(explanation), _widened_by_torch(explanation)
+    shares: dict[str, int] = {}
+    for group in group_siblings(explanation.modules):
+        for module in group.members:
+            # what a rule or keep_float32 asks for is meant, and what torch does by itself has been said
+            meant = asked.get(module.path) == "float32" or module.path in by_torch
+            wide = 0 if meant else module.saved_bytes.get("float32", 0) - module.kept_float32_bytes
+            if wide:
+                path = group.path or "the model"
+                shares[path] = shares.get(path, 0) + wide
+    outside = explanation.saved_outside_bytes.get("float32", 0)
+    if outside:
+        shares[OUTSIDE] = outside
+    total, wide = sum(explanation.saved_activation_bytes.values()), sum(shares.values())
+    if not (wide >= max(_LARGE_BYTES, _SHARE * total) or wide >= max(_TOY_BYTES, _MUCH * total)):
+        return
+    all_wide = explanation.saved_activation_bytes["float32"]
+    rest = f", without {size(all_wide - wide)} that is meant or named above" if all_wide > wide else ""
     largest = sorted(shares.items(), key=lambda item: -item[1])[:_MOST]
     yield (
-        f"FP32 is {wide / total:.0%} of what is saved for backward, {size(wide)} of {size(total)}; the largest parts: "
-        f"{', '.join(f'{path} ({size(number)})' for path, number in largest)}; look for casts to FP32 there"
+        f"FP32 is {wide / total:.0%} of what is saved for backward, {size(wide)} of {size(total)}{rest}; the largest "
+        f"parts: {', '.join(f'{path} ({size(number)})' for path, number in largest)}; look for casts to FP32 there"
     )
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from duotone.torch.casting.nested import map_tensors
-from duotone.torch.explain.explanation import OUTSIDE, Cast, Operation, Output, RepeatedCast
-from duotone.torch.explain.places import Caller
+from duotone.torch.casting.region import compute_dtype
+from duotone.torch.explain.explanation import NO_HALF, OUTSIDE, Cast, Operation, Output, RepeatedCast, Widening
+from duotone.torch.explain.places import Caller, in_emulation
 from duotone.torch.explain.saved import SavedBytes, dtype_name, storages_of
 
 
@@ -25,8 +26,11 @@ class Call:
         module: the innermost module around it.
         caller: who called it, once somebody has asked.
         reads: dtypes of floating-point tensors that its kernels read or made, with dimensions or without.
-        mixed: whether a kernel read several dtypes at its result's size.
+        mixed: whether an elementwise kernel read several dtypes.
+        widening: what is to be noted of it if its result is FP32.
         result: dtype of its result.
+        kept: whether `keep_float32` is around it.
+        is_narrow: whether it was given 16-bit operands and none in FP32.
     """
 
     func: Callable[..., Any]
@@ -35,7 +39,20 @@ class Call:
     caller: Caller | None = None
     reads: set[torch.dtype] = field(default_factory=set)
     mixed: bool = False
+    widening: "Mixed | None" = None
     result: torch.dtype | None = None
+    kept: bool = False
+    is_narrow: bool = False
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Operands of an elementwise kernel, one in 16 bits and one in FP32."""
+
+    narrow: torch.dtype
+    wide: Tensor
+    is_stream: bool
+    result_bytes: int
 
 
 @dataclass
@@ -68,15 +85,20 @@ class Ledger:
     def __init__(self, model: nn.Module, has_policy: bool) -> None:
         resident = [*model.named_parameters(), *model.named_buffers()]
         self._names = {key: name for name, tensor in resident for key, _ in storages_of(tensor)}
+        self._buffers = {name for name, _ in model.named_buffers()}
         self._has_policy = has_policy
         self.running: list[str] = []
         self.modules: defaultdict[str, ModuleNotes] = defaultdict(ModuleNotes)
         self.saved = SavedBytes(tensor for _, tensor in resident)
         self.saved_by_module: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._operations: dict[tuple[str, str, str, bool], tuple[Counter[str], dict[str, None]]] = {}
+        self.kept_by_module: Counter[str] = Counter()
+        self._operations: dict[tuple[str, str, str, bool, str | None], tuple[Counter[str], dict[str, None]]] = {}
         self._casts: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        self._emulated: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        self._widenings: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         self._repeats: dict[tuple[Any, ...], _Repeats] = {}
         self._cast_from: dict[StorageWeakRef, torch.dtype] = {}
+        self._rounded_in: dict[StorageWeakRef, str] = {}
         self._outputs: dict[StorageWeakRef, Output] = {}
 
     @property
@@ -86,7 +108,10 @@ class Ledger:
 
     def note_saved(self, tensor: Tensor) -> None:
         """Count a tensor that autograd saved for the module that is running."""
-        self.saved_by_module[self.module].update(self.saved.add(tensor))
+        added = self.saved.add(tensor)
+        self.saved_by_module[self.module].update(added)
+        if is_kept() or (added.get("float32") and in_emulation()):
+            self.kept_by_module[self.module] += added.get("float32", 0)
 
     def note_call(self, call: Call) -> None:
         """Count a call that has ended, if it did arithmetic in floating point."""
@@ -95,7 +120,13 @@ class Ledger:
         # the widest: what kernels read together is promoted to it
         compute = max(call.reads, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
         result = call.result or compute
-        key = (function_name(call.func), dtype_name(compute), dtype_name(result), call.mixed)
+        name, reason = function_name(call.func), _reason(call) if compute == torch.float32 else None
+        mixed = call.widening
+        if mixed is not None and result == torch.float32 and reason is None and not call.caller.inserted:
+            resident = next((self._names[key] for key, _ in storages_of(mixed.wide) if key in self._names), None)
+            same = (dtype_name(mixed.narrow), resident, resident in self._buffers, mixed.is_stream)
+            self._widenings[name, call.module, call.caller.place, *same].append(mixed.result_bytes)
+        key = (name, dtype_name(compute), dtype_name(result), call.mixed, reason)
         modules, places = self._operations.setdefault(key, (Counter(), {}))
         modules[call.module] += 1
         if call.caller.place is not None:
@@ -107,6 +138,9 @@ class Ledger:
         size = result.numel() * result.element_size()
         module = self.module
         by, operation = self._who(call, caller)
+        if caller.emulation is not None and not (caller.emulation in _ROUNDS_OPERANDS and to_dtype == "float16"):
+            self._emulated[from_dtype, to_dtype, by, module, operation, caller.place].append(size)
+            return
         self._casts[from_dtype, to_dtype, by, module, operation, caller.place].append(size)
         for key, _ in storages_of(source):
             version = 0 if source.is_inference() else source._version
@@ -115,8 +149,14 @@ class Ledger:
             repeats.sizes.append(size)
             repeats.modules.append(module)
             repeats.places += [caller.place] if caller.place else []
+        at_border = by == "duotone" and operation is None and module not in ("", OUTSIDE)
+        before = [self._rounded_in[key] for key, _ in storages_of(source) if key in self._rounded_in]
         for key, _ in storages_of(result):
             self._cast_from[key] = source.dtype
+            if at_border and source.dtype == torch.float32:
+                self._rounded_in[key] = module
+            elif before and result.dtype == torch.float32:
+                self._rounded_in[key] = before[0]
 
     def note_outputs(self, outputs: Any) -> None:
         """Note what the model returned; a tensor that it returns again counts once."""
@@ -126,21 +166,34 @@ class Ledger:
                     computed = self._cast_from.get(key, tensor.dtype)
                     size = tensor.numel() * tensor.element_size()
                     self._outputs[key] = Output(
-                        dtype_name(tensor.dtype), dtype_name(computed), tuple(tensor.shape), size
+                        dtype_name(tensor.dtype),
+                        dtype_name(computed),
+                        tuple(tensor.shape),
+                        size,
+                        self._rounded_in.get(key) if computed != tensor.dtype else None,
                     )
 
     def operations(self) -> tuple[Operation, ...]:
         """Return the operations, the most called first."""
         found = [
-            Operation(name, compute, output, sum(modules.values()), mixed, dict(modules), tuple(places))
-            for (name, compute, output, mixed), (modules, places) in self._operations.items()
+            Operation(name, compute, output, sum(modules.values()), mixed, dict(modules), tuple(places), reason)
+            for (name, compute, output, mixed, reason), (modules, places) in self._operations.items()
         ]
         return tuple(sorted(found, key=lambda operation: -operation.calls))
 
     def casts(self) -> tuple[Cast, ...]:
         """Return the casts, the largest first."""
-        found = [Cast(*key, calls=len(sizes), result_bytes=sum(sizes)) for key, sizes in self._casts.items()]
-        return tuple(sorted(found, key=lambda cast: -cast.result_bytes))
+        return _as_casts(self._casts)
+
+    def emulated_casts(self) -> tuple[Cast, ...]:
+        """Return the casts around FP16 products that this CPU does not have, the largest first."""
+        return _as_casts(self._emulated)
+
+    def widenings(self) -> tuple[Widening, ...]:
+        """Return where 16-bit and FP32 tensors met, in the order of the run."""
+        return tuple(
+            Widening(*key, calls=len(sizes), result_bytes=sum(sizes)) for key, sizes in self._widenings.items()
+        )
 
     def repeated_casts(self) -> tuple[RepeatedCast, ...]:
         """Return the casts of one tensor to one dtype that came more than once, the most wasteful first."""
@@ -167,11 +220,36 @@ class Ledger:
     def _who(self, call: Call | None, caller: Caller) -> tuple[str, str | None]:
         """Return who asked for a cast, and the operation that it was for."""
         if caller.inserted:
-            return "duotone", None if caller.handled is None else function_name(caller.handled)
+            # a mode around a module is handed the casts at the module's border
+            is_border = caller.handled is None or caller.handled in CASTS
+            return "duotone", None if is_border else function_name(caller.handled)
         if call is None or call.func in CASTS:
             return "model", None if call is None else function_name(call.func)
         by = ("duotone" if self._has_policy else "autocast") if call.autocast else "torch"
         return by, function_name(call.func)
+
+
+# functions of `half_on_cpu` that round an operand to FP16, as any cast to FP16 does, before they widen it
+_ROUNDS_OPERANDS = ("widen", "_widen")
+
+
+def is_kept() -> bool:
+    """Return whether `keep_float32` is around this call."""
+    return compute_dtype("cpu") == torch.float32
+
+
+def _reason(call: Call) -> str | None:
+    """Return why a call computed in FP32, if that is known."""
+    if call.kept:
+        return "keep_float32"
+    if call.caller is not None and call.caller.emulation is not None:
+        return NO_HALF
+    return "torch" if call.is_narrow and not (call.caller and call.caller.inserted) else None
+
+
+def _as_casts(noted: dict[tuple[Any, ...], list[int]]) -> tuple[Cast, ...]:
+    found = [Cast(*key, calls=len(sizes), result_bytes=sum(sizes)) for key, sizes in noted.items()]
+    return tuple(sorted(found, key=lambda cast: -cast.result_bytes))
 
 
 # what code calls to cast; a cast inside of any other function is that function's, or autocast's for it

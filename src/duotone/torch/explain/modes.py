@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from duotone.torch.explain.ledger import Call, Ledger
+from duotone.torch.explain.ledger import Call, Ledger, Mixed, is_kept
 from duotone.torch.explain.places import find_caller
 from duotone.torch.explain.saved import in_backward
 
@@ -45,6 +45,7 @@ _NO_ARITHMETIC = frozenset(
 )
 # functions of which each kernel counts as an operation, since they are a whole layer
 _MADE_OF_OTHERS = frozenset({F.multi_head_attention_forward})
+_NARROW = frozenset({torch.bfloat16, torch.float16})
 # autograd's own way back, which is not explained
 _BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
 
@@ -81,7 +82,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return func(*args, **kwargs)
-        call = Call(func, _autocast_is_on(), self._ledger.module)
+        call = Call(func, _autocast_is_on(), self._ledger.module, kept=is_kept(), is_narrow=_is_narrow(args, kwargs))
         self._calls.append(call)
         try:
             result = func(*args, **kwargs)
@@ -106,6 +107,7 @@ class Functions(TorchFunctionMode):
         elif handler is self._handler and self._handled is not None:
             self._handled.reads |= call.reads
             self._handled.mixed |= call.mixed
+            self._handled.widening = self._handled.widening or call.widening
             self._handled.result = call.result or self._handled.result
         else:
             self.finish()
@@ -155,18 +157,44 @@ class Kernels(TorchDispatchMode):
             return
         if not floating:
             return
+        asked = call
         alone = call is None or call.func in _MADE_OF_OTHERS
         if call is None or alone:
-            call = Call(func.overloadpacket, False, self._ledger.module)
+            # under autocast a whole layer's products have narrow operands, unless torch widened them inside
+            is_narrow = call is not None and (call.is_narrow or call.autocast)
+            call = Call(func.overloadpacket, False, self._ledger.module, kept=is_kept(), is_narrow=is_narrow)
+        asked = asked or call
         if call.caller is None:
-            call.caller = find_caller(call.func, self._stop)
+            call.caller = find_caller(asked.func, self._stop)
         wide = [operand for operand in floating if operand.ndim] or floating
         call.reads |= {operand.dtype for operand in wide}
         if isinstance(result, Tensor):
-            call.mixed |= len({operand.dtype for operand in wide if operand.shape == result.shape}) > 1
+            full = {operand.dtype for operand in wide if operand.shape == result.shape}
+            mixed = None
+            if torch.Tag.pointwise in func.tags and not alone:
+                mixed = _mixed(wide, len(full) > 1, result)
+            call.mixed |= len(full) > 1 or mixed is not None
+            call.widening = call.widening or mixed
         if alone:
             call.result = _first_floating_dtype(result)
             self._ledger.note_call(call)
+
+
+def _mixed(operands: Sequence[Tensor], is_stream: bool, result: Tensor) -> Mixed | None:
+    """Return what is to be noted of an elementwise kernel if it read 16 bits and FP32, and wrote FP32."""
+    narrow = [operand.dtype for operand in operands if operand.dtype in _NARROW]
+    wide = [operand for operand in operands if operand.dtype == torch.float32]
+    if not narrow or not wide or result.dtype != torch.float32:
+        return None
+    return Mixed(narrow[0], wide[0], is_stream, result.numel() * result.element_size())
+
+
+def _is_narrow(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function is given 16-bit tensors, and none that is wider."""
+    given = {
+        leaf.dtype for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    }
+    return bool(given) and given <= _NARROW
 
 
 def _source_of_copy(func: Any, args: tuple[Any, ...]) -> Tensor | None:

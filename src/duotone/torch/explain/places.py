@@ -21,6 +21,8 @@ _TORCH = str(Path(torch.__file__).parent) + os.sep
 _MODULES = str(Path(nn.modules.__file__).parent) + os.sep
 # files of torch that call modules, and never a function for a purpose of their own
 _CALLERS = tuple(_MODULES + name for name in ("module.py", "container.py"))
+# where Duotone carries out FP16 products on a CPU that has none
+_EMULATION = str(Path(__file__).parents[1] / "casting" / "half_on_cpu.py")
 _MODE = "__torch_function__"
 
 
@@ -34,12 +36,14 @@ class Caller:
         handled: the function that this mode was called with.
         place: `file:line` of the first line outside of torch and Duotone, or of torch's module if it is called by
             none; None if there is neither.
+        emulation: the function of Duotone's FP16 on CPUs, the innermost one, that did it; None if it had no part.
     """
 
     inserted: bool
     handler: FrameType | None
     handled: Callable[..., Any] | None
     place: str | None
+    emulation: str | None = None
 
 
 def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Caller:
@@ -47,9 +51,12 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
     frame: FrameType | None = sys._getframe(1)
     handler: FrameType | None = None
     inserted, asked, place, torch_place = False, False, None, None
+    emulation: str | None = None
     while frame is not None and frame.f_code is not stop:
         file = frame.f_code.co_filename
         if file.startswith(_DUOTONE):
+            if file == _EMULATION and emulation is None:
+                emulation = frame.f_code.co_name
             if file.startswith(_HERE) or asked:
                 pass
             elif frame.f_code.co_name == _MODE:
@@ -68,7 +75,15 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
             break
         frame = frame.f_back
     handled = None if handler is None else _argument(handler)
-    return Caller(inserted, handler, handled, place or torch_place)
+    return Caller(inserted, handler, handled, place or torch_place, emulation)
+
+
+def in_emulation() -> bool:
+    """Return whether Duotone is carrying out an FP16 product in FP32."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _EMULATION:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _argument(frame: FrameType) -> Any:

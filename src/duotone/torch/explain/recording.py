@@ -41,7 +41,7 @@ def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None,
         An `Explanation`; `print` it, or read its `findings`.
 
     Raises:
-        ExplainError: the model is no module, or there is both a run and a batch.
+        ExplainError: the model is no module, run is no function, or there is both a run and a batch.
 
     >>> import duotone.torch as dt
     >>> model = dt.cast(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), "bf16")
@@ -53,6 +53,8 @@ def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None,
     """
     if not isinstance(model, nn.Module):
         raise ExplainError(f"got a {type(model).__name__} to explain; give a torch.nn.Module")
+    if run is not None and not callable(run):
+        raise ExplainError(f"run is a function without arguments, such as lambda: loss_fn(model(x), y), not {run!r}")
     if run is not None and (batch or kwargs):
         raise ExplainError("got both a batch and run; give the batch to the model inside run, or leave run out")
     compiled = any(_is_compiled(module) for module in model.modules())
@@ -74,7 +76,9 @@ def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None,
             modules=_modules(model, ledger),
             operations=ledger.operations(),
             casts=ledger.casts(),
+            emulated_casts=ledger.emulated_casts(),
             repeated_casts=ledger.repeated_casts(),
+            widenings=ledger.widenings(),
             outputs=ledger.outputs(),
             saved_activation_bytes=ledger.saved.activation_bytes,
             saved_parameter_bytes=ledger.saved.resident_bytes,
@@ -144,24 +148,26 @@ def _modules(model: nn.Module, ledger: Ledger) -> tuple[ModuleDtypes, ...]:
                 input_dtypes=tuple(notes.inputs),
                 output_dtypes=tuple(notes.outputs),
                 saved_bytes=dict(ledger.saved_by_module[path]),
+                kept_float32_bytes=ledger.kept_by_module[path],
             )
         )
     return tuple(found)
 
 
 def _policies(model: nn.Module) -> dict[str, Policy]:
-    """Return the policy of each module, by path: its own, or what the rules of the nearest one around it say."""
+    """Return the policy of each module, by path, rules by path and by type applied.
+
+    It is that of what stands in front of its forward; where nothing does, the module is under the policy around it.
+    """
     found: dict[str, Policy] = {}
-    roots: dict[str, tuple[str, Policy]] = {}
     for path, module in _named_modules(model):
-        around = roots.get(path.rpartition(".")[0]) if path else None
         forward = cast_forward_of(module)
-        if around is None and forward is not None:
-            around = path, forward.policy
-        if around is not None:
-            root, policy = around
-            roots[path] = around
-            found[path] = policy.for_module(path[len(root) :].lstrip("."))
+        if forward is not None:
+            # a cast model's own has the rules, and the model itself may be of a type that one names
+            classes = {"": tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))}
+            found[path] = forward.policy.for_module("", classes)
+        elif path and path.rpartition(".")[0] in found:
+            found[path] = found[path.rpartition(".")[0]]
     return found
 
 

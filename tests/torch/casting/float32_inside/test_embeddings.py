@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import duotone.torch as dt
 from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,3 +185,9 @@ def test_rows_of_bags_in_a_large_table_are_rounded_after_they_are_summed():
     tokens, weight = torch.full((127, 13), 2), torch.ones(5000, 1, dtype=torch.bfloat16, requires_grad=True)
     inside(F.embedding_bag, tokens, weight).sum(dtype=torch.float32).backward()
     assert weight.grad[2].item() == 127
+
+
+def test_places_in_int32():
+    model = dt.cast(torch.nn.Embedding(1000, 4), "bf16")
+    model(torch.tensor([1, 2, 2], dtype=torch.int32)).sum().backward()
+    assert model.weight.grad[:4, 0].tolist() == [0.0, 1.0, 2.0, 0.0]
