@@ -103,6 +103,17 @@ def test_a_built_in_task_is_whole_at_80_columns(duotone, policy):
     assert f"GPT under {policy}," in output
 
 
+def test_saved_bytes_that_are_no_numbers_in_floating_point_have_a_column(duotone):
+    _, output, _ = duotone("explain", "stdlib-text:tiny")
+    modules = output[output.index("Modules:") : output.index("Operations:")]
+    assert "FP32     BF16    other" in modules
+    # the indices that it looked up
+    row = next(line.split() for line in modules.splitlines() if line.startswith("embedding"))
+    assert row[-2:] == ["2.11", "kB"]
+    _, output, _ = duotone("explain", write_task())
+    assert "other" not in output
+
+
 def test_depth(duotone):
     _, everything, _ = duotone("explain", "stdlib-text:tiny")
     _, output, _ = duotone("explain", "stdlib-text:tiny", "--modules", "2")

@@ -275,6 +275,7 @@ def test_text_names_everything():
     [
         ((lambda x: x, torch.ones(2)), None, "got a function to explain; give a torch.nn.Module"),
         ((nn.ReLU(), torch.ones(2)), lambda: 1, "both a batch and run"),
+        ((nn.ReLU(),), 3, r"run is a function without arguments, such as lambda: loss_fn\(model\(x\), y\), not 3"),
     ],
 )
 def test_bad_input_is_named(arguments, run, message):

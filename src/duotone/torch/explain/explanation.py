@@ -25,7 +25,8 @@ class ModuleDtypes:
         output_dtypes: of the tensors that it returned.
         saved_bytes: activations saved for backward while it was the innermost module, by dtype; a storage belongs to
             whoever saved it first.
-        kept_float32_bytes: the part of its FP32 that was saved inside of `keep_float32`, or of FP16 products on a CPU without.
+        kept_float32_bytes: the part of its FP32 that was saved inside of `keep_float32`, or inside of FP16 products on
+            a CPU that has none.
     """
 
     path: str

@@ -268,7 +268,8 @@ def _upcasts(explanation: Explanation) -> Iterator[str]:
     shown, by_torch = _shown(explanation), _widened_by_torch(explanation)
     groups: defaultdict[tuple[str | None, str, str | None], list[Cast]] = defaultdict(list)
     for cast in explanation.casts:
-        if cast.by == "torch" and cast.module in by_torch:
+        widened = by_torch.get(cast.module)
+        if cast.by == "torch" and widened and cast.operation in ("multi_head_attention_forward", *widened):
             continue
         if cast.by in ("model", "torch") and cast.from_dtype in SIXTEEN_BITS and cast.to_dtype == "float32":
             groups[cast.place, cast.from_dtype, cast.operation if cast.by == "torch" else None].append(cast)

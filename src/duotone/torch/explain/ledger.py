@@ -221,8 +221,10 @@ class Ledger:
         """Return who asked for a cast, and the operation that it was for."""
         if caller.inserted:
             # a mode around a module is handed the casts at the module's border
-            is_border = caller.handled is None or caller.handled in CASTS
-            return "duotone", None if is_border else function_name(caller.handled)
+            handled = caller.handled
+            # the inputs of a function that keep_float32 wraps are at no module's border
+            is_border = handled in CASTS and not is_kept()
+            return "duotone", None if handled is None or is_border else function_name(handled)
         if call is None or call.func in CASTS:
             return "model", None if call is None else function_name(call.func)
         by = ("duotone" if self._has_policy else "autocast") if call.autocast else "torch"
