@@ -9,7 +9,7 @@ that Python code of torch's calls inside of an unlisted function see autocast's 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -46,17 +46,15 @@ class Region:
         # the handlers are found anew, in another process too
         return Region, (self.compute,)
 
-    @contextmanager
-    def on(self, device_type: str) -> Iterator[None]:
-        """Enter the region for tensors on `"cpu"`, `"cuda"`, ..."""
+    def on(self, device_type: str) -> AbstractContextManager[None]:
+        """Return a context in which tensors on `"cpu"`, `"cuda"`, ... are in the region."""
         if self.compute == torch.float32:
-            with torch.autocast(device_type, enabled=False):
-                yield
-            return
-        rules = self._on_cpu if device_type == "cpu" else self._elsewhere
-        mode = RulesMode(rules, device_type, self.compute)
-        with torch.autocast(device_type, self.compute, cache_enabled=False), mode:
-            yield
+            return torch.autocast(device_type, enabled=False)
+        if device_type == "cpu" and not torch.compiler.is_compiling():
+            return _OnCpu(RulesMode(self._on_cpu, "cpu", self.compute))
+        return _on(
+            device_type, RulesMode(self._on_cpu if device_type == "cpu" else self._elsewhere, device_type, self.compute)
+        )
 
     def still_holds(self, device_type: str = "cpu") -> bool:
         """Return whether a region, entered around this call, holds here too.
@@ -86,6 +84,37 @@ class Region:
         """
         on_cpu = self.compute == torch.float16 and self._on_cpu.product is None
         return type(module) in (_UNLISTED if on_cpu else _UNLISTED + _PRODUCTS)
+
+
+@contextmanager
+def _on(device_type: str, mode: "RulesMode") -> Iterator[None]:
+    with torch.autocast(device_type, mode.compute, cache_enabled=False), mode:
+        yield
+
+
+class _OnCpu:
+    """The same for a CPU, outside of tracers, at a third of the time: what torch.autocast sets, set."""
+
+    def __init__(self, mode: "RulesMode") -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        self._before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        self._cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_enabled("cpu", True)
+        torch.set_autocast_dtype("cpu", self._mode.compute)
+        torch.set_autocast_cache_enabled(False)
+        torch.autocast_increment_nesting()
+        self._mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        enabled, dtype = self._before
+        torch.set_autocast_enabled("cpu", enabled)
+        torch.set_autocast_dtype("cpu", dtype)
+        torch.set_autocast_cache_enabled(self._cached)
 
 
 @contextmanager

@@ -63,6 +63,15 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
             del self.param_groups[-1]
             raise
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Let go of the gradients, or fill them with zeros, as torch's optimizers do."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "backend": self.backend}
 
