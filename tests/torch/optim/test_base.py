@@ -282,3 +282,13 @@ def test_other_dtypes_are_refused(make, dtype):
     with pytest.raises(OptimizerError, match=message):
         optimizer.add_param_group({"params": [bad]})
     assert [group["params"] for group in optimizer.param_groups] == [[good]]
+
+
+def test_gradients_are_let_go_of_or_filled_with_zeros():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = dt.AdamW([weight, nn.Parameter(torch.ones(1))])
+    weight.grad = torch.ones(2)
+    optimizer.zero_grad(set_to_none=False)
+    assert weight.grad.tolist() == [0.0, 0.0]
+    optimizer.zero_grad()
+    assert weight.grad is None
