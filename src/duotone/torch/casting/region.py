@@ -46,7 +46,7 @@ class Region:
         # the handlers are found anew, in another process too
         return Region, (self.compute,)
 
-    def on(self, device_type: str) -> AbstractContextManager[None]:
+    def on(self, device_type: str) -> AbstractContextManager[Any]:
         """Return a context in which tensors on `"cpu"`, `"cuda"`, ... are in the region."""
         if self.compute == torch.float32:
             return torch.autocast(device_type, enabled=False)
