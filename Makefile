@@ -4,13 +4,16 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test check format bench clean
+.PHONY: train test test-slow check format bench clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
 
 test: $(VENV)/.installed-test  ## the tests, README's examples and every docstring's among them
 	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.installed-test  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
 
 check: $(VENV)/.installed-dev  ## style, types, and the rules of the layout
 	$(BIN)/ruff check .
