@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-slow check format bench clean
+.PHONY: train test test-slow soak check format bench clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -14,6 +14,9 @@ test: $(VENV)/.installed-test  ## the tests, README's examples and every docstri
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+soak: $(VENV)/.installed-test  ## kill training runs 50 times, resume them, compare every bit; about ten minutes
+	$(BIN)/python benchmarks/soak.py
 
 check: $(VENV)/.installed-dev  ## style, types, and the rules of the layout
 	$(BIN)/ruff check .

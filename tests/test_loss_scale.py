@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duotone.errors import LossScaleError
-from duotone.loss_scale import LossScale, LossScaleState, init_state, update
+from duotone.loss_scale import LossScale, LossScaleState, init_state, select, update
 
 STEPS = st.lists(st.booleans(), max_size=60)
 
@@ -130,6 +130,86 @@ def test_after_a_clean_window_the_tolerance_is_as_new(loss_scale, steps):
         state = tolerated
     shrunk = max(state.scale * loss_scale.backoff_factor, loss_scale.min_scale)
     assert update(loss_scale, state, True).scale == shrunk
+
+
+# how to make a 0-d array of a dtype, its `where`, how to read it, and the dtypes of a state
+LIBRARIES = {
+    "python": (lambda value, dtype: value, select, lambda value: value, None, None),
+    "numpy": (np.asarray, np.where, lambda value: value.item(), np.float32, np.int32),
+    "torch": (
+        lambda value, dtype: torch.tensor(value, dtype=dtype),
+        torch.where,
+        lambda value: value.item(),
+        torch.float32,
+        torch.int32,
+    ),
+}
+
+
+def step_in(library, loss_scale, state, found_inf, loss_is_finite):
+    """Return the state after a step that was taken in a library, in Python numbers."""
+    array, where, read, float32, int32 = LIBRARIES[library]
+    kinds = {name: float32 if name == "scale" else int32 for name in vars(state)}
+    before = LossScaleState(**{name: array(leaf, kinds[name]) for name, leaf in vars(state).items()})
+    flags = array(found_inf, None), array(loss_is_finite, None)
+    after = update(loss_scale, before, flags[0], loss_is_finite=flags[1], where=where)
+    assert all(getattr(leaf, "dtype", None) == kinds[name] for name, leaf in vars(after).items())
+    return LossScaleState(**{name: read(leaf) for name, leaf in vars(after).items()})
+
+
+# a loss that is not finite: scale, trackers and counts before and after
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    ("before", "found_inf", "after"),
+    [
+        # an overflow then says nothing, in or out of tolerance, at the floor, and at the end of a window
+        ((8.0, 0, 1, 0, 0), True, (8.0, 0, 1, 1, 1)),
+        ((8.0, 1, 0, 3, 2), True, (8.0, 1, 0, 4, 3)),
+        ((1.0, 2, 0, 0, 0), True, (1.0, 2, 0, 1, 1)),
+        # finite gradients of such a loss are a clean step like any other, which may fill the window
+        ((8.0, 0, 0, 5, 5), False, (8.0, 1, 0, 5, 0)),
+        ((8.0, 2, 0, 5, 0), False, (16.0, 0, 1, 5, 0)),
+    ],
+)
+def test_a_loss_that_is_not_finite_leaves_the_scale_alone(library, before, found_inf, after):
+    loss_scale = LossScale(8.0, growth_interval=3, hysteresis=2)
+    assert step_in(library, loss_scale, LossScaleState(*before), found_inf, False) == LossScaleState(*after)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("found_inf", [True, False])
+@pytest.mark.parametrize("loss_scale", [LossScale.none(), LossScale.static(8.0), LossScale(8.0, growth_interval=1)])
+def test_a_finite_loss_is_what_is_taken_for_granted(library, found_inf, loss_scale):
+    state = init_state(loss_scale)
+    assert step_in(library, loss_scale, state, found_inf, True) == update(loss_scale, state, found_inf)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("loss_scale", [LossScale.none(), LossScale.static(8.0)])
+def test_a_scale_that_stands_still_counts_whatever_the_loss_is(library, loss_scale):
+    state = LossScaleState(loss_scale.init_scale, 0, 0, 2, 1)
+    for found_inf, counts in ((True, (3, 2)), (False, (2, 0))):
+        after = step_in(library, loss_scale, state, found_inf, False)
+        assert (after.scale, after.skipped, after.skipped_in_a_row) == (loss_scale.init_scale, *counts)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), (1.0, 0.0)])
+def test_whether_a_loss_is_finite_is_said_by_any_kind_of_number(library, yes, no):
+    state = init_state(LossScale())
+    assert step_in(library, LossScale(), state, True, no).scale == 2.0**16
+    assert step_in(library, LossScale(), state, True, yes).scale == 2.0**15
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_each_of_many_scales_has_its_own_loss(library):
+    array, where, _, float32, int32 = LIBRARIES[library]
+    state = LossScaleState(array([8.0] * 4, float32), *(array([0] * 4, int32) for _ in range(4)))
+    found_inf, finite = array([True, True, False, False], None), array([True, False, True, False], None)
+    after = update(LossScale(), state, found_inf, loss_is_finite=finite, where=where)
+    assert after.scale.tolist() == [4.0, 8.0, 8.0, 8.0]
+    assert after.growth_tracker.tolist() == [0, 0, 1, 1]
+    assert after.skipped.tolist() == [1, 1, 0, 0]
 
 
 def test_a_window_shortened_on_resume_closes_at_the_next_clean_step():

@@ -51,6 +51,10 @@ class OperationError(DuotoneError, RuntimeError):
     """An operation that a cast model does not run in 16 bits, or on an operand that was changed; or no such rule."""
 
 
+class AutocastError(DuotoneError, RuntimeError, TypeError, ValueError):
+    """An autocast for a device that has none, or around something that is no function."""
+
+
 class ExplainError(DuotoneError, TypeError):
     """Something that cannot be explained, or a run that says twice what to run."""
 

@@ -156,6 +156,7 @@ def update(
     state: LossScaleState,
     found_inf: Number,
     *,
+    loss_is_finite: Number = True,
     where: Callable[[Any, Any, Any], Any] = select,
 ) -> LossScaleState:
     """Return the state after one step, which was skipped if its gradients held an Inf or a NaN.
@@ -170,7 +171,8 @@ def update(
     where a clean step fills the window if g + 1 >= growth_interval. A full window restores the tolerance even
     where the scale is at its ceiling already, so the overflow after it is treated like the first. At
     hysteresis 1 and away from the bounds this is torch.amp's rule. A scale that cannot move has no windows:
-    its trackers stay as they are.
+    its trackers stay as they are. So does all but the counts of skipped steps where the loss itself was Inf or
+    NaN, for no scale can help there.
 
     There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where) nothing
     waits for a device, many scales can share one array, and dtypes are kept.
@@ -180,6 +182,7 @@ def update(
         state: The state before the step.
         found_inf: Whether the step overflowed: a bool, or any number or array that is 0 for a clean step; NaN
             is an overflow. Shape as the state's leaves.
+        loss_is_finite: Whether the loss was a finite number before it was scaled: a bool, or as `found_inf`.
         where: The framework's element-wise choice; the default is for Python numbers.
 
     >>> settings = LossScale()
@@ -192,6 +195,16 @@ def update(
     skipped_in_a_row = where(overflow, state.skipped_in_a_row + 1, 0)
     if not settings.is_dynamic:
         return replace(state, skipped=skipped, skipped_in_a_row=skipped_in_a_row)
+
+    if loss_is_finite is not True:
+        # an overflow that says nothing about the scale
+        says_something = where(overflow, loss_is_finite != 0, True)
+        moved = update(settings, state, found_inf, where=where)
+        kept = {
+            name: where(says_something, getattr(moved, name), getattr(state, name))
+            for name in ("scale", "growth_tracker", "hysteresis_tracker")
+        }
+        return replace(moved, **kept)
 
     window_is_full = state.growth_tracker + 1 >= settings.growth_interval
     tolerated = state.hysteresis_tracker > 0

@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from duotone.cli.main import main
-
 TINY = ("stdlib-text:tiny", "--steps", "4", "--log-every", "2")
 TASK_FILE = """
 import torch
@@ -24,25 +22,6 @@ def task():
         evaluate=lambda model: {{"loss": 0.5}},
     )
 """
-
-
-@pytest.fixture
-def duotone(monkeypatch, tmp_path, capsys):
-    """Return a function that runs the command in an empty folder and gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["duotone", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def write_task(name: str, loss: str = "model(x).square().mean()", batches: str = "[torch.ones(2, 1)]") -> str:
@@ -82,7 +61,7 @@ def test_plain_lines_fit_what_they_say(duotone):
 def test_stop_and_resume(duotone):
     code, output, _ = duotone("train", *TINY, "--out", "run", "--stop-after", "3")
     assert code == 0
-    assert "stopped after step 3 of 4; go on with: duotone train --resume --out run" in output
+    assert "stopped after step 3 of 4, saved; go on with: duotone train --resume --out run\n" in output
     code, output, _ = duotone("train", "--resume", "--out", "run")
     assert code == 0
     assert "steps: 4 (0 skipped)" in output
@@ -125,6 +104,9 @@ def test_a_users_own_task(duotone):
         (("--config", "absent.yaml"), "cannot read the configuration absent.yaml"),
         (("--resume",), "--resume needs --out"),
         (("--resume", "--out", "absent"), "absent holds no run to resume"),
+        (("--resume", "latest-valid", "--out", "absent"), "absent holds no run to resume"),
+        (("--resume=newest", "--out", "absent"), '--resume is "newest"; did you mean latest?'),
+        (("--keep", "0"), "keep is 0; it must be at least 1"),
         (("--policy", "bf16; blok.*: param=float32,compute=float32"), "holds for no module"),
     ],
 )

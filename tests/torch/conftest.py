@@ -1,5 +1,6 @@
 """What the tests of duotone.torch share."""
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -63,8 +64,9 @@ class Ranks:
         store = self._folder / f"store-{self._calls}"
         path = function.__code__.co_filename
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
-            connection.send((path, function.__name__, rank, world_size, str(store), arguments))
-        answers = [connection.recv() for _, connection in self._workers[:world_size]]
+            call = (path, function.__name__, rank, world_size, str(store), arguments)
+            connection.send_bytes(pickle.dumps(call))
+        answers = [pickle.loads(connection.recv_bytes()) for _, connection in self._workers[:world_size]]
         for rank, (succeeded, answer) in enumerate(answers):
             assert succeeded, f"rank {rank}:\n{answer}"
         return [answer for _, answer in answers]
@@ -72,7 +74,7 @@ class Ranks:
     def close(self) -> None:
         """End the processes."""
         for process, connection in self._workers:
-            connection.send(None)
+            connection.send_bytes(pickle.dumps(None))
             process.wait(timeout=30)
         self._listener.close()
 

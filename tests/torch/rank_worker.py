@@ -1,9 +1,11 @@
 """A process that stands for one rank after another: it runs test functions of files in groups of any size.
 
-Started by `conftest.Ranks` as `python rank_worker.py ADDRESS`; it connects there and answers calls until it is told None.
+Started by `conftest.Ranks` as `python rank_worker.py ADDRESS`; it connects there and answers calls until it is told
+None.
 """
 
 import importlib.util
+import pickle
 import sys
 import traceback
 from multiprocessing.connection import Client
@@ -52,8 +54,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with Client(sys.argv[1]) as connection:
-        while (call := connection.recv()) is not None:
-            connection.send(_answer(call))
+        # as plain pickles: torch would have connections share the memory of tensors
+        while (call := pickle.loads(connection.recv_bytes())) is not None:
+            connection.send_bytes(pickle.dumps(_answer(call)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The `duotone` command: its verbs, its version, and errors as one line each.
 
-Exit codes: 0 for success, 1 for a training run that failed numerically, 2 for anything wrong with what was asked for.
+Exit codes: 0 for success, 1 for a training run that failed numerically, 2 for anything wrong with what was asked for
+or with what it needs, a full disk for one, 130 and 143 for a run that Ctrl-C or SIGTERM stopped.
 """
 
 import sys
@@ -12,8 +13,9 @@ import typer
 from duotone import __version__
 from duotone.cli.explain import explain_command
 from duotone.cli.formats import formats_command
+from duotone.cli.one_voice import exit_code_of
 from duotone.cli.ops import ops_command
-from duotone.cli.train import train_command
+from duotone.cli.train import TrainCommand, train_command
 from duotone.errors import DuotoneError
 
 app = typer.Typer(
@@ -22,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train_command)
+app.command("train", cls=TrainCommand)(train_command)
 app.command("explain")(explain_command)
 app.command("formats")(formats_command)
 app.command("ops")(ops_command)
@@ -50,7 +52,7 @@ def main() -> None:
         app()
     except DuotoneError as error:
         typer.echo(f"error: {_one_line(error)}", err=True)
-        sys.exit(1 if isinstance(error, ArithmeticError) else 2)
+        sys.exit(exit_code_of(error))
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

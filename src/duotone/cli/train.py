@@ -1,16 +1,52 @@
 """`duotone train`: train a built-in task or the user's own under a policy."""
 
+import os
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from duotone.errors import TaskError
+from duotone.errors import TaskError, nearest_names
 
 if TYPE_CHECKING:
-    from duotone.train import RunFolder, RunSettings, Task, Trainer
+    from duotone.train import Ranks, RunSettings, Task, Trainer
 
+RESUMES = ("latest", "latest-valid")
 _RUNS = Path("runs")
+
+
+class TrainCommand(TyperCommand):
+    """A command whose `--resume` may go without its value, which Typer cannot say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, with the value of a `--resume` written out."""
+        try:
+            return super().parse_args(ctx, with_resume_value(args))
+        except Exception as error:
+            # all ranks read the same arguments, and the first says what is wrong with them
+            if os.environ.get("RANK", "0") != "0":
+                raise SystemExit(getattr(error, "exit_code", 2)) from error
+            raise
+
+
+def with_resume_value(arguments: Sequence[str]) -> list[str]:
+    """Join `--resume` and the word after it if that is a value of it, and give it its default if not.
+
+    >>> with_resume_value(["digits", "--resume", "--out", "run"])
+    ['digits', '--resume=latest', '--out', 'run']
+    >>> with_resume_value(["--resume", "latest-valid", "digits"])
+    ['--resume=latest-valid', 'digits']
+    """
+    left, joined = list(arguments), []
+    while left:
+        argument = left.pop(0)
+        if argument == "--resume":
+            argument += f"={left.pop(0) if left and left[0] in RESUMES else RESUMES[0]}"
+        joined.append(argument)
+    return joined
 
 
 def _norm(text: str) -> float | str:
@@ -45,18 +81,30 @@ def train_command(
     clip_norm: Annotated[
         Any, typer.Option(help="Largest norm of the true gradient, or none.", parser=_norm, metavar="FLOAT|none")
     ] = None,
-    micro_batches: Annotated[int | None, typer.Option(help="Batches accumulated into one step.")] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(help="Of ranks that torchrun starts: ddp, a copy on each, or fsdp, a part. (default: ddp)"),
+    ] = None,
+    micro_batches: Annotated[int | None, typer.Option(help="Batches accumulated into one step, on each rank.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of metrics.")] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints that stay, the newest. (default: 2)")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of these settings; flags go before it.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML and exit.")] = False,
     out: Annotated[Path | None, typer.Option(help="The run's folder. (default: runs/TASK-POLICY-N)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on with the run in --out, from its newest checkpoint or its newest intact one.",
+            metavar="[latest|latest-valid]",
+        ),
+    ] = None,
     stop_after: Annotated[int | None, typer.Option(help="Stop cleanly after this step; --resume goes on.")] = None,
 ) -> None:
     """Train a task under a policy: metrics, checkpoints, and a summary at the end."""
-    from duotone.train import RunFolder, Trainer, next_free_folder
+    from duotone.cli.one_voice import one_voice
+    from duotone.train import open_ranks
 
     flags = {
         "task": task,
@@ -65,6 +113,7 @@ def train_command(
         "seed": seed,
         "device": device,
         "backend": backend,
+        "parallel": parallel,
         "optimizer": optimizer,
         "learning_rate": learning_rate,
         "warmup_steps": warmup_steps,
@@ -77,58 +126,88 @@ def train_command(
         "log_every": log_every,
         "evaluate_every": evaluate_every,
         "checkpoint_every": checkpoint_every,
+        "keep": keep,
     }
     given = {name: None if value == "none" else value for name, value in flags.items() if value is not None}
-    if stop_after is not None and stop_after < 1:
-        raise TaskError(f"--stop-after is {stop_after}; it must be at least 1")
-    if resume and out is None:
-        raise TaskError("--resume needs --out, the folder of the run to go on with")
-    found, settings = _open_task(given, config, out if resume else None)
-    if print_config:
-        typer.echo(settings.to_yaml(), nl=False)
-        return
+    with open_ranks() as ranks, one_voice(ranks):
+        if stop_after is not None and stop_after < 1:
+            raise TaskError(f"--stop-after is {stop_after}; it must be at least 1")
+        if resume is not None and resume not in RESUMES:
+            raise TaskError(f'--resume is "{resume}"; {nearest_names(resume, RESUMES)}')
+        if resume and out is None:
+            raise TaskError("--resume needs --out, the folder of the run to go on with")
+        found, settings = _open_task(given, config, out if resume else None, ranks)
+        if print_config:
+            ranks.first(lambda: typer.echo(settings.to_yaml(), nl=False))
+            return
+        _run(_open_trainer(found, settings, out, resume, ranks), stop_after)
 
-    folder = RunFolder(out or next_free_folder(_RUNS, settings))
-    if resume:
-        folder.check_same_run(settings)
+
+def _open_trainer(
+    task: "Task", settings: "RunSettings", out: Path | None, resume: str | None, ranks: "Ranks"
+) -> "Trainer":
+    from duotone.train import RunFolder, Trainer, next_free_folder
+
+    folder = RunFolder(ranks.first(lambda: out or next_free_folder(_RUNS, settings)))
+    ranks.first(lambda: folder.check_same_run(settings) if resume else folder.check_free())
+    trainer = Trainer(task, settings, folder, ranks)
+    if not resume:
+        ranks.first(lambda: folder.start(settings))
+    elif ranks.first(folder.checkpoints):
+        trainer.resume("latest" if resume == "latest" else "latest-valid")
     else:
-        folder.check_free()
-    trainer = Trainer(found, settings, folder)
-    if resume:
-        trainer.resume()
-    else:
-        folder.start(settings)
-    _run(trainer, folder, stop_after)
+        ranks.first(lambda: folder.cut_metrics(0))
+        ranks.first(lambda: typer.echo(f"{folder.path} ended before its first checkpoint; starting again from step 0"))
+    return trainer
 
 
-def _open_task(given: dict[str, Any], config: Path | None, resumed: Path | None) -> "tuple[Task, RunSettings]":
+def _open_task(
+    given: dict[str, Any], config: Path | None, resumed: Path | None, ranks: "Ranks"
+) -> "tuple[Task, RunSettings]":
+    import random
+
+    import numpy as np
     import torch
 
     from duotone.train import RunFolder, find_task, read_config, resolve_settings
 
-    told = RunFolder(resumed).settings() if resumed is not None else {}
-    told |= read_config(config) if config is not None else {}
-    told |= given
+    def read() -> dict[str, Any]:
+        own = RunFolder(resumed).settings() if resumed is not None else {}
+        return own | (read_config(config) if config is not None else {}) | given
+
+    told = ranks.first(read)
     # whatever the task does not decide is checked before its data are read
     early = resolve_settings(told)
+    ranks.mode(early.parallel)
+    # a task may draw from any of them, and a run that starts again must draw the same
+    random.seed(early.seed)
+    np.random.seed(early.seed % 2**32)
     torch.manual_seed(early.seed)
-    task = find_task(early.task)
+    task = ranks.agree(lambda: find_task(early.task))
     return task, resolve_settings(dict(task.settings), told)
 
 
-def _run(trainer: "Trainer", folder: "RunFolder", stop_after: int | None) -> None:
-    from duotone.cli.train_view import open_view
-    from duotone.train import as_json
+def _run(trainer: "Trainer", stop_after: int | None) -> None:
+    from rich.console import Console
 
-    with open_view(trainer) as view:
+    from duotone.cli.train_view import open_view
+    from duotone.train import as_json, stop_on_signal
+
+    folder, ranks = trainer.folder, trainer.ranks
+    assert folder is not None
+    silent = Console(quiet=True, force_terminal=False) if ranks.rank else None
+    with open_view(trainer, silent) as view, stop_on_signal(trainer.stop) as interruption:
         for metrics in trainer.run(stop_after):
             view.show(metrics)
-    if trainer.step < trainer.settings.steps:
-        typer.echo(
-            f"stopped after step {trainer.step} of {trainer.settings.steps}; "
-            f"go on with: duotone train --resume --out {folder.path}"
+    if interruption.cause is not None or trainer.step < trainer.settings.steps:
+        by = "" if interruption.cause is None else f" by {interruption.cause.name}"
+        command = "duotone train" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} -m duotone train"
+        line = (
+            f"stopped{by} after step {trainer.step} of {trainer.settings.steps}, saved; "
+            f"go on with: {command} --resume --out {shlex.quote(str(folder.path))}"
         )
-        return
+        ranks.first(lambda: typer.echo(line))
+        raise typer.Exit(interruption.exit_code)
     summary = trainer.summary()
-    folder.write_summary(as_json(summary))
+    ranks.first(lambda: folder.write_summary(as_json(summary)))
     view.summarise(summary, folder.path)

@@ -32,7 +32,7 @@ def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View
     settings, task = trainer.settings, trainer.task
     count = sum(param.numel() for param in trainer.model.parameters())
     console.print(
-        f"[bold]{task.name}[/bold] under [bold]{Policy.parse(settings.policy).name}[/bold] on {trainer.device}"
+        f"[bold]{task.name}[/bold] under [bold]{Policy.parse(settings.policy).name}[/bold] on {_place(trainer)}"
     )
     console.print(f"  parameters: {count:,}")
     for name, fact in task.facts.items():
@@ -42,6 +42,12 @@ def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View
             yield _BarView(trainer, console, progress)
     else:
         yield _LineView(trainer, console)
+
+
+def _place(trainer: Trainer) -> str:
+    ranks = trainer.ranks
+    mode = ranks.mode(trainer.settings.parallel)
+    return f"{trainer.device.type}, {ranks.size} ranks, {mode}" if ranks.size > 1 else str(trainer.device)
 
 
 class _LineView:

@@ -9,11 +9,17 @@ scaler = dt.LossScaler("fp16")
 
 from duotone.policy import Policy, Rule
 from duotone.torch.casting.activation_checkpointing import checkpoint_activations
+from duotone.torch.casting.autocast import autocast
 from duotone.torch.casting.cast import cast, policy_of, uncast
 from duotone.torch.casting.keep_float32 import keep_float32
 from duotone.torch.casting.own_rules import op_rule, op_rules
 from duotone.torch.checkpoint import load_checkpoint, save_checkpoint
+from duotone.torch.checkpoint_folder import verify_checkpoint
+from duotone.torch.checkpoint_place import list_checkpoints, remove_checkpoint, remove_leftovers
+from duotone.torch.distributed.data_parallel import data_parallel
+from duotone.torch.distributed.fully_shard import fully_shard
 from duotone.torch.explain import Explanation, explain, saved_for_backward
+from duotone.torch.grad_scaler import GradScaler
 from duotone.torch.loss_scaler import LossScaler
 from duotone.torch.master import load_master_weights, master_weights
 from duotone.torch.memory import Memory, memory
@@ -25,6 +31,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Explanation",
+    "GradScaler",
     "Lion",
     "LossScaler",
     "MasterWeights",
@@ -33,10 +40,14 @@ __all__ = [
     "Prepared",
     "Rule",
     "StepReport",
+    "autocast",
     "cast",
     "checkpoint_activations",
+    "data_parallel",
     "explain",
+    "fully_shard",
     "keep_float32",
+    "list_checkpoints",
     "load_checkpoint",
     "load_master_weights",
     "master_weights",
@@ -45,8 +56,11 @@ __all__ = [
     "op_rules",
     "policy_of",
     "prepare",
+    "remove_checkpoint",
+    "remove_leftovers",
     "save_checkpoint",
     "saved_for_backward",
     "step",
     "uncast",
+    "verify_checkpoint",
 ]

@@ -1,13 +1,14 @@
 """A folder of tensors and JSON that is written whole or not at all, and read only if nothing in it has changed.
 
 `tensors.safetensors` holds the tensors, each once; `manifest.json` holds everything else, with `{"$tensor": name}`
-where a tensor stands, the SHA-256 of the tensor file, and its own. Reading it executes nothing.
+where a tensor stands, the SHA-256 of the tensor file, and its own. Reading it executes nothing. Format version 2 has
+besides files of the parts that ranks hold of tensors, which `distributed.shard_files` writes and reads.
 """
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duotone.errors import CheckpointError
+from duotone.torch.checkpoint_place import flush, move_into_place, partial_folder, standing
+from duotone.torch.shards import is_shard
 
 FORMAT_VERSION = 1
+# of a folder with parts of tensors, which readers of version 1 must not take for whole
+SHARDED_VERSION = 2
 _MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
+_SHARDS = "shards_sha256"
 _TENSOR_KEY, _PAIRS_KEY = "$tensor", "$pairs"
 
 
 def write_folder(path: Path, contents: Mapping[str, Any]) -> None:
     """Write nested contents beside their place, flush them to the disk, and rename them into place.
+
+    A process that dies on the way, at any moment, leaves what was at `path` for `read_folder` to find, or the new one.
 
     Args:
         path: the folder; one that is there is replaced in the end.
@@ -33,41 +41,70 @@ def write_folder(path: Path, contents: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: something in `contents` is neither, or writing failed; what was at `path` is untouched.
     """
-    tensors: dict[str, Tensor] = {}
-    packed = {name: _pack(name, value, tensors) for name, value in contents.items()}
-    # on the same file system, so that the last move is a rename
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    with write_errors(path), partial_folder(path) as partial:
+        complete_folder(partial, path, contents, {})
+
+
+def complete_folder(partial: Path, path: Path, contents: Mapping[str, Any], shards: Mapping[str, str]) -> None:
+    """Write what a partial folder lacks, and move it into place.
+
+    Args:
+        partial: of `checkpoint_place.partial_folder`.
+        path: its place.
+        contents: as in `write_folder`; DTensors are left to the files of their parts.
+        shards: the names of those files, which are in `partial` and flushed, and their SHA-256.
+    """
+    packed, tensors = pack(contents)
+    save_file(_apart({name: tensor for name, tensor in tensors.items() if not is_shard(tensor)}), partial / _TENSORS)
+    version = {"format_version": SHARDED_VERSION if shards else FORMAT_VERSION}
+    digests = {"tensors_sha256": file_sha256(partial / _TENSORS), **({_SHARDS: dict(shards)} if shards else {})}
+    manifest = {**version, **digests, **packed}
+    text = json.dumps({"manifest_sha256": _json_sha256(manifest), "manifest": manifest}, indent=1)
+    (partial / _MANIFEST).write_text(text, encoding="utf-8")
+    flush(partial / _TENSORS, partial / _MANIFEST, partial)
+    move_into_place(partial, path)
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise what goes wrong in writing the checkpoint at `path` as a CheckpointError."""
     try:
-        partial.mkdir(parents=True)
-        save_file(_apart(tensors), partial / _TENSORS)
-        manifest = {"format_version": FORMAT_VERSION, "tensors_sha256": _file_sha256(partial / _TENSORS), **packed}
-        text = json.dumps({"manifest_sha256": _json_sha256(manifest), "manifest": manifest}, indent=1)
-        (partial / _MANIFEST).write_text(text, encoding="utf-8")
-        _flush(partial / _TENSORS, partial / _MANIFEST, partial)
-        _move_into_place(partial, path)
-        _flush(path.parent)
+        yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {path}: {error}") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise CheckpointError(f"cannot write the checkpoint {path}: {reason}") from error
 
 
 def read_folder(path: Path) -> dict[str, Any]:
     """Return the contents that `write_folder` wrote, tensors on the CPU.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed.
+        CheckpointError: a file is missing, cut short or changed, or holds parts of tensors.
     """
+    path = standing(path)
     manifest = read_manifest(path)
+    if is_sharded(manifest):
+        raise CheckpointError(f"{path} holds parts of tensors that several ranks saved; read it with load_checkpoint")
+    check_files(path, file_digests(manifest))
     try:
-        if _file_sha256(path / _TENSORS) != manifest["tensors_sha256"]:
-            raise CheckpointError(
-                f"{path / _TENSORS} is damaged: its SHA-256 is not the manifest's; use another checkpoint"
-            )
         tensors = load_file(path / _TENSORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / _TENSORS} cannot be read: {error}; use another checkpoint") from error
-    return {name: _unpack(value, tensors) for name, value in manifest.items()}
+    return unpack(manifest, tensors)
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Raise unless a checkpoint is as it was written; every byte is read, nothing is loaded.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or changed.
+
+    >>> verify_checkpoint("no/such/folder")
+    Traceback (most recent call last):
+    duotone.errors.CheckpointError: no checkpoint at no/such/folder: No such file or directory
+    """
+    path = standing(Path(path))
+    check_files(path, file_digests(read_manifest(path)))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -76,6 +113,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, cut short or changed, or of another format version.
     """
+    path = standing(path)
     try:
         content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
         manifest = content["manifest"]
@@ -86,11 +124,66 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / _MANIFEST} is damaged ({error}); use another checkpoint") from error
     if not intact:
         raise CheckpointError(f"{path / _MANIFEST} is damaged: its SHA-256 is another; use another checkpoint")
-    if manifest["format_version"] != FORMAT_VERSION:
+    if manifest["format_version"] not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
-            f"{path} has format version {manifest['format_version']}, this Duotone reads {FORMAT_VERSION}"
+            f"{path} has format version {manifest['format_version']}, this Duotone reads {FORMAT_VERSION} and "
+            f"{SHARDED_VERSION}"
         )
     return manifest
+
+
+def is_sharded(manifest: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds parts of tensors."""
+    return _SHARDS in manifest
+
+
+def file_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of all files beside the manifest, and their SHA-256."""
+    return {_TENSORS: manifest["tensors_sha256"], **manifest.get(_SHARDS, {})}
+
+
+def check_files(path: Path, digests: Mapping[str, str]) -> None:
+    """Raise unless files of a folder have these SHA-256.
+
+    Raises:
+        CheckpointError: one has not, or cannot be read.
+    """
+    for name, digest in digests.items():
+        file = path / name
+        try:
+            intact = file_sha256(file) == digest
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}; use another checkpoint") from error
+        if not intact:
+            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's; use another checkpoint")
+
+
+def pack(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return nested contents as JSON, and their tensors by name.
+
+    Raises:
+        CheckpointError: something is neither a tensor nor JSON.
+    """
+    tensors: dict[str, Tensor] = {}
+    return {name: _pack(name, value, tensors) for name, value in contents.items()}, tensors
+
+
+def unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the contents of which `pack` returned these; lists where tuples were.
+
+    >>> unpack(*pack({"state": {0: (Tensor([2.0]), "x")}}))
+    {'state': {0: [tensor([2.]), 'x']}}
+    """
+    return {name: _unpack(value, tensors) for name, value in packed.items()}
+
+
+def tensor_names(packed: Any) -> set[str]:
+    """Return the names of the tensors that something packed refers to."""
+    if isinstance(packed, Mapping):
+        return {packed[_TENSOR_KEY]} if _TENSOR_KEY in packed else tensor_names(list(packed.values()))
+    if isinstance(packed, list):
+        return set().union(*map(tensor_names, packed))
+    return set()
 
 
 def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -135,30 +228,11 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return copies
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
 def _json_sha256(content: Any) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _flush(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _move_into_place(new: Path, place: Path) -> None:
-    if not place.exists():
-        new.rename(place)
-        return
-    # a folder cannot be renamed over a full one, so the old one steps aside first
-    aside = place.with_name(f".{place.name}.replaced-{os.getpid()}")
-    place.rename(aside)
-    new.rename(place)
-    shutil.rmtree(aside)

@@ -1,19 +1,27 @@
 """The loss scaler that lives on the device: `duotone.loss_scale` on 0-d tensors, moved by no host synchronisation.
 
-Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. Left out so far: naming the module whose
-gradients overflow.
+Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. What the host has to know, whether schedulers
+may advance and whether the run has collapsed, it learns by `watch`.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from duotone.errors import LossScaleError
-from duotone.loss_scale import LossScale, LossScaleState, init_state, update
+from duotone.loss_scale import LossScale, LossScaleState, init_state, select, update
 from duotone.policy import Policy
-from duotone.torch.step import StepReport, step
+from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.step import StepReport, find_gradients, read_gradients, step
+from duotone.torch.unscale import narrow, unscale_
+from duotone.torch.watch import Outcome, Watch
+
+# calibration from 2^16 to the floor takes 16 skipped steps, and a growth into overflow one; this many is no accident
+PATIENCE = 50
 
 
 class LossScaler:
@@ -24,6 +32,10 @@ class LossScaler:
 
     Args:
         policy: a policy or its text, whose `loss_scale` is taken; or `LossScale` settings.
+        patience: how many steps in a row may be skipped; the last of them raises. None to skip for ever. A dynamic
+            scale whose floor overflows too, right after another overflow, is given up at once.
+        process_group: the ranks that agree on every step, where parameters do not tell: those of `fully_shard` and
+            `data_parallel` do.
         overrides: settings of `LossScale` to change, such as `init_scale=2**10` or `hysteresis=2`.
 
     Raises:
@@ -39,7 +51,14 @@ class LossScaler:
     (False, 1024.0, 1.7321)
     """
 
-    def __init__(self, policy: Policy | str | LossScale, **overrides: Any) -> None:
+    def __init__(
+        self,
+        policy: Policy | str | LossScale,
+        *,
+        patience: int | None = PATIENCE,
+        process_group: Any = None,
+        **overrides: Any,
+    ) -> None:
         if isinstance(policy, LossScale):
             settings = policy
         else:
@@ -52,9 +71,17 @@ class LossScaler:
                     'use a policy with loss_scale=dynamic, such as "fp16"'
                 )
             settings = LossScale.dynamic(**(asdict(settings) | overrides))
+        if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
+            raise LossScaleError(f"patience is {patience!r}; it must be a whole number from 1 on, or None")
         self.settings = settings
+        self.process_group = process_group
+        self._patience = patience
         self._state = init_state(settings)
+        self._steps = 0
         self._losses_scaled = 0
+        self._bad_loss: int | Tensor = 0
+        self._unscaled: dict[int, _Unscaled] = {}
+        self._watch = Watch(patience)
 
     @property
     def loss_scale(self) -> Tensor:
@@ -74,6 +101,8 @@ class LossScaler:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss in FP32 times the scale: where nothing is scaled, an FP32 loss itself.
 
+        A loss that is Inf or NaN before it is scaled is remembered: the step then leaves the scale alone.
+
         Args:
             loss: any floating-point dtype and shape.
         """
@@ -82,6 +111,8 @@ class LossScaler:
             raise LossScaleError(f"a loss must be a floating-point tensor, not {got}")
         self._move_to(loss.device)
         self._losses_scaled += 1
+        if not torch.compiler.is_compiling():
+            self._note(loss.detach())
         # times 1 would be an operation there and one on the way back
         return loss.float() if self.settings.is_none else loss.float() * self._state.scale
 
@@ -93,44 +124,154 @@ class LossScaler:
             kwargs: of `Tensor.backward`, such as `retain_graph`.
 
         Raises:
-            LossScaleError: the loss has more than one element, or none.
+            LossScaleError: the loss has more than one element, or none; or gradients were unscaled since the last
+                step, so that scaled ones would be added to true ones.
         """
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise LossScaleError(f"the loss has shape {tuple(loss.shape)}, not one element; take its mean or its sum")
+        if self._unscaled:
+            raise LossScaleError(
+                "gradients were unscaled since the last step, and a backward pass would add scaled ones to them; call "
+                "unscale_ after the last backward pass"
+            )
         self.scale(loss).backward(**kwargs)
 
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make an optimizer's gradients true, in place, to look at them or change them before the step.
+
+        Call it once per step, after the last backward pass. FP16 gradients are FP32 from here until after the step.
+        The step needs none of this: `clip_norm=` clips the true gradient without it.
+
+        Raises:
+            LossScaleError: they are true already, or no loss was scaled since the last step.
+            OptimizerError: as in `step`.
+
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> scaler = LossScaler("fp16")
+        >>> scaler.backward((weight * torch.tensor([3.0, 4.0])).sum())
+        >>> scaler.unscale_(optimizer)
+        >>> torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        tensor(5.)
+        >>> scaler.step(optimizer).skipped, weight
+        (tensor(False), Parameter containing:
+        tensor([-0.6000, -0.8000], requires_grad=True))
+        """
+        if id(optimizer) in self._unscaled:
+            raise LossScaleError(
+                f"the gradients of this {type(optimizer).__name__} were unscaled since the last step; call unscale_ "
+                "once, after the last backward pass"
+            )
+        ((params, grads),), agreement, device = find_gradients([optimizer], self.process_group)
+        if device is None:
+            return
+        self._check_scaled()
+        self._move_to(device)
+        inverse_scale = self.loss_scale.reciprocal()
+        (stats,), _ = agreement.stats([grads], lambda _, part: read_gradients(optimizer, part, inverse_scale))
+        self._unscaled[id(optimizer)] = _Unscaled(stats.found_inf, unscale_(params, inverse_scale))
+
     def step(
-        self, *optimizers: torch.optim.Optimizer, clip_norm: float | None = None, scheduler: Any = None
+        self,
+        *optimizers: torch.optim.Optimizer,
+        clip_norm: float | None = None,
+        scheduler: Any = None,
+        closure: Callable[[], Any] | None = None,
     ) -> StepReport:
         """Step optimizers with the gradients of the losses scaled since the last step; see `duotone.torch.step`.
 
         Raises:
             LossScaleError: a scale is in use, and no loss was scaled since the last step.
+            LossScaleCollapse: one step too many was skipped; names the parameters whose gradients are not finite.
+            NonFiniteLoss: the same, and the loss itself was not finite.
         """
-        return step(*optimizers, scaler=self, clip_norm=clip_norm, scheduler=scheduler)
+        return step(*optimizers, scaler=self, clip_norm=clip_norm, scheduler=scheduler, closure=closure)
 
-    def begin_step(self, device: torch.device) -> Tensor:
+    def settle(self) -> None:
+        """Let schedulers advance now that would learn of the last step when the next one begins; waits for the device.
+
+        Saving a checkpoint, or this scaler's state, does it.
+        """
+        self._watch.settle()
+
+    def begin_step(
+        self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device, agreement: Agreement
+    ) -> Tensor:
         """Return the scale that the gradients carry, FP32, 0-d, on `device`; for `duotone.torch.step` to call."""
-        if not self.settings.is_none and self._losses_scaled == 0:
+        self._check_scaled()
+        if not self._unscaled.keys() <= set(map(id, optimizers)):
             raise LossScaleError(
-                "no loss was scaled since the last step, so the gradients carry no loss scale; "
-                "use scaler.backward(loss), or scaler.scale(loss).backward()"
+                "unscale_ was called for an optimizer that is not among these; give all optimizers of a step to one "
+                "call"
             )
+        self._watch.settle()
+        if not is_on_host(device):
+            self._watch.check(self.settings, optimizers, agreement)
         self._move_to(device)
         return self.loss_scale
 
-    def end_step(self, found_inf: Tensor) -> None:
-        """Let the scale react to a step: once, after every optimizer; for `duotone.torch.step` to call."""
-        # on the host the state is in Python numbers
-        if found_inf.device.type == "cpu":
-            self._state = update(self.settings, self._state, found_inf.item())
+    def found_inf_before(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Return what `unscale_` found, bool, 0-d, or None; for `duotone.torch.step` to call."""
+        unscaled = self._unscaled.get(id(optimizer))
+        return None if unscaled is None else unscaled.found_inf
+
+    def loss_is_not_finite(self, device: torch.device) -> Tensor:
+        """Return whether a loss since the last step was Inf or NaN, bool, 0-d; for `duotone.torch.step` to call."""
+        if isinstance(self._bad_loss, Tensor):
+            return self._bad_loss.to(device) != 0
+        # filled on the device: a copy from the host would wait for it
+        return torch.full((), self._bad_loss != 0, device=device)
+
+    def no_step(self) -> Tensor:
+        """Forget the losses that left no gradient behind, and return the scale; for `duotone.torch.step` to call."""
+        self._forget_losses()
+        return self.loss_scale
+
+    def end_step(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        agreement: Agreement,
+        found_inf: Sequence[Tensor],
+        loss_is_not_finite: Tensor,
+        scheduler: Any,
+    ) -> None:
+        """Let the scale react to a step: once, after every optimizer; for `duotone.torch.step` to call.
+
+        Args:
+            optimizers: all of them.
+            agreement: of the ranks.
+            found_inf: of each optimizer, bool, 0-d.
+            loss_is_not_finite: on any rank, bool, 0-d.
+            scheduler: one or several, or None.
+        """
+        carried = self._state.scale
+        on_host = is_on_host(loss_is_not_finite.device)
+        if on_host:
+            each: list[Any] = [flag.item() for flag in found_inf]
+            bad: Any = loss_is_not_finite.item()
+            any_found, finite, where = any(each), not bad, select
         else:
-            self._state = update(self.settings, self._state, found_inf, where=torch.where)
-        self._losses_scaled = 0
+            each, bad = list(found_inf), loss_is_not_finite
+            any_found, finite, where = torch.stack(each).any(), ~bad, torch.where
+        # ranks that do not know of each other see the same gradients, but not whose loss it was
+        if not agreement.is_known:
+            finite = True
+        self._state = update(self.settings, self._state, any_found, loss_is_finite=finite, where=where)
+        self._steps += 1
+        bad_loss: Any = self._bad_loss
+        if isinstance(bad_loss, Tensor):
+            # losses may lie on another device than gradients
+            bad_loss = bad_loss.item() if on_host else bad_loss.to(loss_is_not_finite.device)
+        outcome = Outcome(self._steps, carried, self._state.skipped_in_a_row, bad_loss, bad, each)
+        self._forget_losses()
+        self._watch.follow(outcome, scheduler, optimizers)
+        if on_host:
+            self._watch.check(self.settings, optimizers, agreement)
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings and state in Python numbers, ready for JSON; waits for the device."""
-        return {"settings": asdict(self.settings), "state": self._numbers()}
+        self.settle()
+        return {"settings": asdict(self.settings), "state": self._numbers(), "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -142,18 +283,56 @@ class LossScaler:
         try:
             settings = LossScale(**state_dict["settings"])
             state = LossScaleState(**state_dict["state"])
-        except (KeyError, TypeError) as error:
+            steps = int(state_dict.get("steps", 0))
+        except (KeyError, TypeError, ValueError) as error:
             raise LossScaleError(f"this is not the state of a LossScaler: {error}") from error
         # whatever holds for a scale to begin with holds for every later one
         replace(settings, init_scale=state.scale)
         if not settings.is_dynamic and state.scale != settings.init_scale:
             raise LossScaleError(f"the scale is {state.scale}, but by its settings it stays at {settings.init_scale}")
-        self.settings, self._state = settings, state
+        self.settings, self._state, self._steps = settings, state, steps
+        # gradients that are there carry another scale
+        self._forget_losses()
+        self._watch = Watch(self._patience)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._unscaled:
+            raise LossScaleError("gradients are unscaled and the step is still to come; copy or pickle after the step")
+        self.settle()
+        # who the other ranks are does not go into a file
+        return {**self.__dict__, "process_group": None, "_watch": Watch(self._patience)}
+
+    def _check_scaled(self) -> None:
+        if not self.settings.is_none and self._losses_scaled == 0:
+            raise LossScaleError(
+                "no loss was scaled since the last step, so the gradients carry no loss scale; "
+                "use scaler.backward(loss), or scaler.scale(loss).backward()"
+            )
+
+    def _forget_losses(self) -> None:
+        for unscaled in self._unscaled.values():
+            narrow(unscaled.widened)
+        self._losses_scaled, self._bad_loss, self._unscaled = 0, 0, {}
+
+    def _note(self, loss: Tensor) -> None:
+        """Remember the first loss since the last step that is not finite."""
+        # inside of vmap and its like, a loss has no one value
+        if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
+            return
+        if is_on_host(loss.device):
+            finite = math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())
+            if not finite and not self._bad_loss:
+                self._bad_loss = self._losses_scaled
+        elif not isinstance(self._bad_loss, int):
+            earlier = self._bad_loss.to(loss.device)
+            self._bad_loss = torch.where((earlier != 0) | loss.isfinite().all(), earlier, self._losses_scaled)
+        elif not self._bad_loss:
+            self._bad_loss = torch.where(loss.isfinite().all(), 0, self._losses_scaled)
 
     def _move_to(self, device: torch.device) -> None:
         """Have the state on a device: on the host in Python numbers, which torch takes many times as long to change."""
         scale = self._state.scale
-        if device.type == "cpu":
+        if is_on_host(device):
             if isinstance(scale, Tensor):
                 self._state = LossScaleState(**self._numbers())
         elif not isinstance(scale, Tensor) or scale.device != device:
@@ -166,6 +345,22 @@ class LossScaler:
     def _numbers(self) -> dict[str, Any]:
         """Return the state's leaves as Python numbers; waits for the device."""
         return {name: torch.as_tensor(value).item() for name, value in vars(self._state).items()}
+
+
+class _Unscaled(NamedTuple):
+    """What was found in an optimizer's gradients ahead of the step, and which of them are FP32 until after it."""
+
+    found_inf: Tensor
+    widened: list[Tensor]
+
+
+def is_on_host(device: torch.device) -> bool:
+    """Return whether what is on a device can be read without waiting.
+
+    >>> is_on_host(torch.device("cpu"))
+    True
+    """
+    return device.type == "cpu"
 
 
 def _as_tensor(value: float | Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.torch.master import tail_of
+from duotone.torch.shards import local, reshard
 
 # states that may have a parameter's shape, and are no moments all the same
 _COUNTERS = ("step", "beta_products")
@@ -13,10 +14,10 @@ _COUNTERS = ("step", "beta_products")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by role, activations apart.
+    """Bytes by role, activations apart; where parameters are sharded, those of this rank's parts.
 
     Attributes:
-        parameters: how many trainable parameters there are.
+        parameters: how many elements trainable parameters have.
         weights_bytes: resident trainable weights.
         tails_bytes: what the weights lack to be the FP32 masters.
         gradients_bytes: one gradient for every trainable parameter, in the dtype it accumulates in.
@@ -42,7 +43,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     """Count the bytes of weights, tails, gradients and optimizer state; exact, since it adds up tensors.
 
     Gradients are counted as they are after a backward pass, whether they are there now or not; moments exist from
-    the optimizer's first step on.
+    the optimizer's first step on. What `fully_shard` has gathered for a forward pass is freed, and not counted.
 
     Args:
         model: a model, cast or not; tied parameters count once.
@@ -56,13 +57,14 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     >>> memory(model, optimizer).bytes_per_parameter
     14.0
     """
+    reshard(model)
     counted = dict.fromkeys(("weights", "tails", "gradients", "moments", "other"), 0)
     parameters = 0
     for param in model.parameters():
         if not param.requires_grad:
             counted["other"] += _size(param)
             continue
-        parameters += param.numel()
+        parameters += local(param).numel()
         counted["weights"] += _size(param)
         counted["gradients"] += _size(param.grad) if param.grad is not None else _gradient_size(param)
         tail = tail_of(param)
@@ -77,8 +79,9 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
 
 
 def _size(tensor: Tensor) -> int:
+    tensor = local(tensor)
     return tensor.numel() * tensor.element_size()
 
 
 def _gradient_size(param: Tensor) -> int:
-    return param.numel() * (param.grad_dtype or param.dtype).itemsize
+    return local(param).numel() * (param.grad_dtype or param.dtype).itemsize

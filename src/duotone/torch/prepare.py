@@ -30,8 +30,8 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy |
 
     Args:
         model: a module; cast in place.
-        optimizer: its optimizer; a Duotone optimizer is kept. Use the returned one from here on, and build
-            schedulers on that.
+        optimizer: its optimizer; a Duotone optimizer is kept. Use the returned one from here on. Schedulers may be
+            built on either, for both share their groups.
         policy: a policy or its text.
 
     Returns:
@@ -87,4 +87,8 @@ def _taken_over(optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], setti
     groups = [{"params": group["params"]} for group in optimizer.param_groups]
     converted = kind(groups, **{name: optimizer.defaults[name] for name in settings})
     converted.load_portable_state_dict(optimizer.state_dict())
+    # whoever holds the old one, a scheduler for instance, changes the groups of the new one
+    optimizer.param_groups = converted.param_groups
+    # torch's schedulers warn if their optimizer has not been stepped
+    optimizer._opt_called = True  # type: ignore[attr-defined]
     return converted

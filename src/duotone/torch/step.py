@@ -1,12 +1,14 @@
 """One optimizer step in mixed precision: gradients -> one multiplier -> update -> report.
 
-Every gradient is read once for its norm and its finiteness; unscaling and clipping are one number,
-`grad_multiplier = min(1, clip_norm / grad_norm) / loss_scale`; the update takes it together with `found_inf`. With
-Duotone's optimizers nothing waits for the device.
+Every gradient is read once for its norm and its finiteness; ranks agree on both in one collective; unscaling and
+clipping are one number, `grad_multiplier = min(1, clip_norm / grad_norm) / loss_scale`; the update takes it together
+with `found_inf`. With Duotone's optimizers nothing waits for the device.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from operator import add, attrgetter, or_
 from typing import Any, Protocol
 
@@ -15,9 +17,12 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
-from duotone.torch.master import needs_tail, rounding_of
+from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.master import check_in_place, needs_tail, rounding_of
 from duotone.torch.optim import MasterOptimizer
+from duotone.torch.watch import places_of
 
+_grad_of = attrgetter("grad")
 _is_sparse = attrgetter("is_sparse")
 
 
@@ -27,25 +32,53 @@ class StepReport:
 
     Attributes:
         skipped: bool, 0-d: a gradient was Inf or NaN, so an optimizer did not step.
-        grad_norm: FP32, 0-d: the norm of the true gradient over all optimizers, before clipping; not finite if
-            the step was skipped.
-        loss_scale: FP32, 0-d: the scale that these gradients carried.
+        grad_norm: FP32, 0-d: the norm of the true gradient over all optimizers and ranks, before clipping; not finite
+            if the step was skipped.
+        loss_scale: FP32, 0-d: the scale that the losses were multiplied by.
+        skipped_each: bool, 0-d, for each optimizer: whether that one did not step.
     """
 
     skipped: Tensor
     grad_norm: Tensor
     loss_scale: Tensor
+    skipped_each: tuple[Tensor, ...] = ()
 
 
 class Scaler(Protocol):
     """What a step asks of a loss scaler."""
 
-    def begin_step(self, device: torch.device) -> Tensor:
+    @property
+    def process_group(self) -> Any:
+        """The ranks that are to agree, if the parameters do not tell."""
+        ...
+
+    def begin_step(
+        self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device, agreement: Agreement
+    ) -> Tensor:
         """Return the scale that the gradients carry, FP32, 0-d."""
         ...
 
-    def end_step(self, found_inf: Tensor) -> None:
-        """Take note of whether the step overflowed."""
+    def found_inf_before(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Return what was found when gradients were unscaled ahead of the step; None if they were not."""
+        ...
+
+    def loss_is_not_finite(self, device: torch.device) -> Tensor:
+        """Return whether one of the losses since the last step was Inf or NaN: bool, 0-d."""
+        ...
+
+    def no_step(self) -> Tensor:
+        """Take note that there was no gradient; return the scale that it would have carried, FP32, 0-d."""
+        ...
+
+    def end_step(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        agreement: Agreement,
+        found_inf: Sequence[Tensor],
+        loss_is_not_finite: Tensor,
+        scheduler: Any,
+    ) -> None:
+        """Take note of which optimizers found an Inf or a NaN, and of the schedulers to advance."""
         ...
 
 
@@ -54,6 +87,7 @@ def step(
     scaler: Scaler,
     clip_norm: float | None = None,
     scheduler: Any = None,
+    closure: Callable[[], Any] | None = None,
 ) -> StepReport:
     """Unscale, clip and update, or skip; then let the loss scale react.
 
@@ -62,54 +96,133 @@ def step(
             taken too: a fused one skips on the device, any other makes the host wait.
         scaler: a `LossScaler`.
         clip_norm: the largest norm of the true gradient that an optimizer sees; None for no clipping.
-        scheduler: a learning-rate scheduler to advance if the step was not skipped; on an accelerator this waits
-            for the device.
+        scheduler: a learning-rate scheduler, or several, to advance if their optimizer did not skip. On an accelerator
+            they learn of it when the next step begins, before it updates: every update has the right learning rate, and
+            the device is not waited for. `scaler.settle()` has them learn it now.
+        closure: computes the loss and gives it to `scaler.backward`; called once, before anything else, with gradients
+            enabled.
 
     Returns:
         The report. Without a single gradient nothing is done at all, and its norm is 0.
 
     Raises:
-        OptimizerError: no optimizer, a `clip_norm` that is not positive, or 16-bit weights in an optimizer that
-            keeps no masters of them.
+        OptimizerError: no optimizer, or one twice; a `clip_norm` that is not positive; a scheduler of another
+            optimizer, or one that advances by a figure; an optimizer that needs to call a closure several times; or
+            16-bit weights in an optimizer that keeps no masters of them.
         LossScaleError: a scale is in use, and no loss was scaled.
+        LossScaleCollapse: step after step is skipped.
+        NonFiniteLoss: step after step is skipped, and the loss itself is not finite.
     """
-    if not optimizers:
-        raise OptimizerError("step needs at least one optimizer")
-    if clip_norm is not None and not clip_norm > 0.0:
-        raise OptimizerError(f"clip_norm is {clip_norm}; it must be positive, or None for no clipping")
-    gradients = {optimizer: _gradients(optimizer) for optimizer in optimizers}
-    device = next((grads[0].device for grads in gradients.values() if grads), None)
+    _check(optimizers, clip_norm)
+    places_of(scheduler, optimizers)
+    if closure is not None:
+        with torch.enable_grad():
+            closure()
+    found, agreement, device = find_gradients(optimizers, scaler.process_group)
+    gradients = [grads for _, grads in found]
     if device is None:
+        for param in _all_parameters(optimizers):
+            check_in_place(param)
         zero = torch.zeros(())
-        return StepReport(skipped=zero.bool(), grad_norm=zero, loss_scale=torch.ones(()))
+        return StepReport(zero.bool(), zero, scaler.no_step(), tuple(zero.bool() for _ in optimizers))
 
-    loss_scale = scaler.begin_step(device)
+    loss_scale = scaler.begin_step(optimizers, device, agreement)
     inverse_scale = loss_scale.reciprocal()
-    sums, flags = [], []
-    for optimizer, grads in gradients.items():
-        sum_of_squares, found_inf = kernels.grad_stats(grads, inverse_scale, _backend(optimizer, grads))
-        multiplier = _grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
+    before = [scaler.found_inf_before(optimizer) for optimizer in optimizers]
+    # gradients that were unscaled ahead of the step carry no scale any more
+    inverse_scales = [inverse_scale if found is None else torch.ones_like(inverse_scale) for found in before]
+
+    def read(number: int, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return read_gradients(optimizers[number], grads, inverse_scales[number])
+
+    stats, (loss_is_not_finite,) = agreement.stats(gradients, read, scaler.loss_is_not_finite(device))
+    flags = []
+    for number, optimizer in enumerate(optimizers):
+        found_inf, earlier = stats[number].found_inf, before[number]
+        found_inf = found_inf if earlier is None else found_inf | earlier
+        multiplier = _grad_multiplier(stats[number].sum_of_squares, inverse_scales[number], clip_norm)
         if isinstance(optimizer, MasterOptimizer):
             optimizer.step(grad_multiplier=multiplier, found_inf=found_inf)
         else:
-            _step_torch_optimizer(optimizer, grads, multiplier, found_inf)
-        sums.append(sum_of_squares)
+            _step_torch_optimizer(optimizer, gradients[number], multiplier, found_inf)
         flags.append(found_inf)
-    skipped = reduce(or_, flags)
-    scaler.end_step(skipped)
-    if scheduler is not None and not skipped:
-        scheduler.step()
-    return StepReport(skipped=skipped, grad_norm=reduce(add, sums).sqrt().float(), loss_scale=loss_scale)
+    norm = reduce(add, [each.sum_of_squares for each in stats]).sqrt().float()
+    scaler.end_step(optimizers, agreement, flags, loss_is_not_finite, scheduler)
+    return StepReport(reduce(or_, flags), norm, loss_scale, tuple(flags))
 
 
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def find_gradients(
+    optimizers: Sequence[torch.optim.Optimizer], process_group: Any
+) -> tuple[list[tuple[list[Tensor], list[Tensor]]], Agreement, torch.device | None]:
+    """Return what `parameters_with_gradient` does for each optimizer, the ranks that agree on it, and where they do.
+
+    There is no device if no rank is known to have a gradient.
+
+    Raises:
+        OptimizerError: as there.
+    """
+    found = [parameters_with_gradient(optimizer) for optimizer in optimizers]
+    params = list(chain.from_iterable(params for params, _ in found)) or _all_parameters(optimizers)
+    agreement = Agreement(params, process_group)
+    return found, agreement, _device_of([grads for _, grads in found], params, agreement)
+
+
+def read_gradients(
+    optimizer: torch.optim.Optimizer, grads: list[Tensor], inverse_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of squares of an optimizer's true gradient, FP64, and whether an Inf or a NaN is in it, bool."""
+    return kernels.grad_stats(grads, inverse_scale, _backend(optimizer, grads))
+
+
+def parameters_with_gradient(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters of an optimizer that have a gradient, and the gradients.
+
+    Raises:
+        OptimizerError: a gradient is sparse, or 16-bit weights lie in an optimizer that keeps no masters of them.
+    """
+    every = [param for group in optimizer.param_groups for param in group["params"]]
+    of_every = list(map(_grad_of, every))
+    params = [param for param, grad in zip(every, of_every, strict=True) if grad is not None]
+    grads = [grad for grad in of_every if grad is not None]
     if not isinstance(optimizer, MasterOptimizer):
-        _check_foreign(optimizer)
-    params = (param for group in optimizer.param_groups for param in group["params"])
-    grads = [grad for param in params if (grad := param.grad) is not None]
+        _check_foreign(optimizer, params)
     if any(map(_is_sparse, grads)):
         raise OptimizerError("sparse gradients cannot be unscaled here; use Embedding(sparse=False)")
-    return grads
+    return params, grads
+
+
+def _check(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float | None) -> None:
+    if not optimizers:
+        raise OptimizerError("step needs at least one optimizer")
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise OptimizerError(
+                f"step takes optimizers, but one is a {type(optimizer).__name__}; give a closure as closure=..."
+            )
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise OptimizerError("an optimizer was given twice; give each once, and all of them to one call")
+    if clip_norm is not None and not clip_norm > 0.0:
+        raise OptimizerError(f"clip_norm is {clip_norm}; it must be positive, or None for no clipping")
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise OptimizerError(
+                "LBFGS evaluates the loss several times while it moves the weights, so a step of it can be neither "
+                "unscaled nor skipped as a whole; call its step(closure) without a scaler, in policy fp32 or bf16-mixed"
+            )
+
+
+def _all_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
+    return [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
+
+
+def _device_of(
+    gradients: Sequence[Sequence[Tensor]], params: Sequence[Tensor], agreement: Agreement
+) -> torch.device | None:
+    for grads in gradients:
+        if grads:
+            return grads[0].device
+    # a rank without gradients has to hear of the others' all the same
+    return params[0].device if params and agreement.is_needed else None
 
 
 def _backend(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> kernels.Backend:
@@ -120,10 +233,8 @@ def _backend(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> kernels.B
     return "auto" if is_read else "reference"
 
 
-def _check_foreign(optimizer: torch.optim.Optimizer) -> None:
-    for param in (param for group in optimizer.param_groups for param in group["params"]):
-        if param.grad is None:
-            continue
+def _check_foreign(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
+    for param in params:
         if needs_tail(param) or rounding_of(param) == kernels.Rounding.STOCHASTIC:
             raise OptimizerError(
                 f"torch's {type(optimizer).__name__} would lose small updates to weights in {param.dtype}: it keeps no "
@@ -146,9 +257,12 @@ def _grad_multiplier(sum_of_squares: Tensor, inverse_scale: Tensor, clip_norm: f
 
 
 def _step_torch_optimizer(
-    optimizer: torch.optim.Optimizer, grads: list[Tensor], multiplier: Tensor, found_inf: Tensor
+    optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], multiplier: Tensor, found_inf: Tensor
 ) -> None:
     if getattr(optimizer, "_step_supports_amp_scaling", False):
+        if lacks_momentum(optimizer) and found_inf:
+            # its kernel would skip, and leave momentum that nobody has written
+            return
         # torch's fused kernels divide by grad_scale and leave everything alone if found_inf is 1
         optimizer.grad_scale = multiplier.reciprocal()  # type: ignore[attr-defined]
         optimizer.found_inf = found_inf.float()  # type: ignore[attr-defined]
@@ -157,6 +271,26 @@ def _step_torch_optimizer(
         finally:
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif not found_inf:
+        _check_precise(optimizer, grads, multiplier)
         for grad in grads:
             grad.mul_(multiplier)
         optimizer.step()
+
+
+def _check_precise(optimizer: torch.optim.Optimizer, grads: Sequence[Tensor], multiplier: Tensor) -> None:
+    if any(grad.dtype == torch.float16 for grad in grads) and multiplier != 1.0:
+        raise OptimizerError(
+            f"true gradients underflow in FP16, and this {type(optimizer).__name__} takes no others for FP16 weights; "
+            "use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion from there"
+        )
+
+
+def lacks_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether torch's SGD has still to make a momentum, which its fused kernel leaves unwritten if it skips."""
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        optimizer.state.get(param, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        if group["momentum"] != 0
+        for param in group["params"]
+        if param.grad is not None
+    )

@@ -1,6 +1,8 @@
 """Training runs: a `Task` says what, `RunSettings` say how, a `Trainer` does it."""
 
+from duotone.train.interruption import Interruption, stop_on_signal
 from duotone.train.metrics import Metrics, Summary, as_json
+from duotone.train.ranks import Alone, Group, Ranks, open_ranks
 from duotone.train.run_folder import RunFolder, next_free_folder
 from duotone.train.settings import RunSettings, find_device, read_config, resolve_settings
 from duotone.train.task import Task
@@ -9,7 +11,11 @@ from duotone.train.trainer import Trainer
 
 __all__ = [
     "BUILT_IN",
+    "Alone",
+    "Group",
+    "Interruption",
     "Metrics",
+    "Ranks",
     "RunFolder",
     "RunSettings",
     "Summary",
@@ -20,6 +26,8 @@ __all__ = [
     "find_device",
     "find_task",
     "next_free_folder",
+    "open_ranks",
     "read_config",
     "resolve_settings",
+    "stop_on_signal",
 ]

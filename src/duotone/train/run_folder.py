@@ -4,21 +4,23 @@ A folder belongs to one run: another run never writes into it, and the same run 
 """
 
 import json
-import os
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import duotone.torch as dt
 from duotone.errors import CheckpointError, TaskError
 from duotone.policy import Policy
+from duotone.train.durable_text import append_line, flush, make_folder, partial_path, replace_text
 from duotone.train.settings import RunSettings, read_config, resolve_settings
 
-KEPT_CHECKPOINTS = 2
 _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
+_CHECKPOINT = re.compile(r"step-\d+")
 # settings that say how a run is watched or where it runs; the others decide its result
-_FREE = frozenset({"device", "backend", "log_every", "evaluate_every", "checkpoint_every"})
+_FREE = frozenset({"device", "backend", "parallel", "log_every", "evaluate_every", "checkpoint_every", "keep"})
 
 
 class RunFolder:
@@ -35,10 +37,18 @@ class RunFolder:
         """Raise unless a new run can start here.
 
         Raises:
-            TaskError: something is there already.
+            TaskError: something is there already, or it cannot be read.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            what = "another run" if (self.path / _SETTINGS).exists() else "other files"
+        settings = self.path / _SETTINGS
+        try:
+            # a start that died before its settings stood is no run
+            taken = self.path.exists() and (
+                not self.path.is_dir() or any(entry != partial_path(settings) for entry in self.path.iterdir())
+            )
+            what = "another run" if settings.exists() else "other files"
+        except OSError as error:
+            raise TaskError(f"cannot read {self.path}: {error.strerror}; choose another --out") from error
+        if taken:
             raise TaskError(f"{self.path} holds {what}; choose another --out, or go on with a run by --resume")
 
     def start(self, settings: RunSettings) -> None:
@@ -49,8 +59,8 @@ class RunFolder:
         """
         self.check_free()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / _SETTINGS).write_text(settings.to_yaml(), encoding="utf-8")
+            make_folder(self.path)
+            replace_text(self.path / _SETTINGS, settings.to_yaml())
         except OSError as error:
             raise TaskError(f"cannot write to {self.path}: {error.strerror}") from error
 
@@ -89,50 +99,114 @@ class RunFolder:
         """Return where the checkpoint of a step belongs."""
         return self.path / "checkpoints" / f"step-{step:08d}"
 
-    def latest_checkpoint(self) -> Path:
-        """Return the newest checkpoint.
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints, intact or not, the newest first."""
+        found = dt.list_checkpoints(self.path / "checkpoints")
+        return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of, reverse=True)
+
+    def find_checkpoint(self, which: Literal["latest", "latest-valid"]) -> tuple[Path, list[str]]:
+        """Return a checkpoint whose every byte is right, and what is wrong with the newer ones.
+
+        Args:
+            which: `"latest"` stands for the newest and nothing else.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or the newest is damaged and no other was asked for.
         """
-        found = self._checkpoints()
-        if not found:
-            raise CheckpointError(f"{self.path} holds no checkpoint; remove it and start the run anew")
-        return found[-1]
+        broken: list[str] = []
+        for path in self.checkpoints():
+            try:
+                dt.verify_checkpoint(path)
+            except CheckpointError as error:
+                broken.append(str(error))
+                continue
+            if broken and which == "latest":
+                raise CheckpointError(f"{broken[0]}: --resume latest-valid goes on from {path.name}, which is intact")
+            return path, broken
+        if broken:
+            raise CheckpointError(f"{self.path} holds no intact checkpoint: {'; '.join(broken)}; start the run anew")
+        raise CheckpointError(f"{self.path} holds no checkpoint; start the run anew in another folder")
 
-    def remove_old_checkpoints(self) -> None:
-        """Keep the newest checkpoints and remove the others."""
-        for old in self._checkpoints()[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+    def remove_old_checkpoints(self, step: int, keep: int) -> None:
+        """Keep the checkpoint of a step and those before it, `keep` in all.
+
+        Later ones go too: whoever is at this step now went back behind them, because they were damaged.
+        """
+        found = self.checkpoints()
+        kept = [path for path in found if step_of(path) <= step][:keep]
+        for path in found:
+            if path not in kept:
+                dt.remove_checkpoint(path)
+
+    def remove_leftovers(self) -> None:
+        """Remove what a process that died in writing or removing a checkpoint left of it."""
+        dt.remove_leftovers(self.path / "checkpoints")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line to the metrics."""
-        with (self.path / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add one line to the metrics.
+
+        Raises:
+            TaskError: it could not be written; no part of it stays.
+        """
+        with self._writing(_METRICS) as path:
+            append_line(path, json.dumps(line))
+
+    def flush_metrics(self) -> None:
+        """Wait until the metrics are on the disk, so that no checkpoint is ahead of them."""
+        with self._writing(_METRICS) as path:
+            if path.exists():
+                flush(path)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the lines after a step: what an interrupted run logged beyond its last checkpoint."""
-        path = self.path / _METRICS
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
-                # a line that was cut short by a crash can only be the last one
-                break
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, path)
+        """Drop the lines after a step: what an interrupted run logged beyond its last checkpoint.
+
+        Raises:
+            TaskError: it could not be written; the old lines stay.
+        """
+        with self._writing(_METRICS) as path:
+            if not path.exists():
+                return
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except ValueError:
+                    # a line that was cut short by a crash can only be the last one
+                    break
+            replace_text(path, "".join(kept))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write the run's result."""
-        (self.path / _SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        """Write the run's result.
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*"))
+        Raises:
+            TaskError: it could not be written.
+        """
+        with self._writing(_SUMMARY) as path:
+            replace_text(path, json.dumps(summary, indent=1) + "\n")
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        try:
+            yield path
+        except OSError as error:
+            raise TaskError(f"cannot write {path}: {error.strerror}; {self.what_remains()}") from error
+
+    def what_remains(self) -> str:
+        """Return what a run that cannot write has on the disk, and what to do, in a few words."""
+        found = self.checkpoints()
+        last = f"{found[0].name} is untouched" if found else "the run has no checkpoint yet"
+        return f"{last}; when that is mended, go on with --resume"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a run's checkpoint.
+
+    >>> step_of(Path("runs/digits-bf16-1/checkpoints/step-00000120"))
+    120
+    """
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def next_free_folder(root: Path, settings: RunSettings) -> Path:

@@ -26,9 +26,11 @@ class RunSettings:
         device: `"auto"` (a GPU if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         backend: of the optimizer's kernels: `"auto"` (the device's own), `"reference"`, `"cpu"` or `"cuda"`; the
             result is the same bits.
+        parallel: what several ranks do: `"ddp"` (a copy of the model on each), `"fsdp"` (a part on each), or `"auto"`,
+            which is ddp if there are several.
         seed: of the model, the batches and anything else random.
         steps: optimizer steps in all.
-        micro_batches: batches whose gradients are accumulated into one step.
+        micro_batches: batches whose gradients are accumulated into one step, on each rank.
         optimizer: `"adamw"`, `"sgd"` or `"lion"`.
         learning_rate: the highest of the schedule.
         warmup_steps: steps of linear warm-up.
@@ -40,6 +42,7 @@ class RunSettings:
         log_every: steps between two lines of metrics.
         evaluate_every: steps between two evaluations; there is always one at the end.
         checkpoint_every: steps between two checkpoints; there is always one at the end.
+        keep: how many checkpoints stay, the newest ones.
 
     Raises:
         TaskError: a value is out of range or of the wrong type.
@@ -54,6 +57,7 @@ class RunSettings:
     policy: str = "bf16"
     device: str = "auto"
     backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     seed: int = 0
     steps: int = 1000
     micro_batches: int = 1
@@ -68,11 +72,12 @@ class RunSettings:
     log_every: int = 10
     evaluate_every: int = 200
     checkpoint_every: int = 500
+    keep: int = 2
 
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
-        for name in ("steps", "micro_batches", "log_every", "evaluate_every", "checkpoint_every"):
+        for name in ("steps", "micro_batches", "log_every", "evaluate_every", "checkpoint_every", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "learning_rate", "warmup_steps", "weight_decay", "momentum"):
             self._require(name, getattr(self, name) >= 0, "at least 0")

@@ -1,29 +1,32 @@
 """Trains a task under a policy, through Duotone's public verbs alone, as a user would.
 
 `Trainer.run()` yields one `Metrics` per logged step; between them nothing waits for the device. Everything that the
-next step depends on goes into a checkpoint, so a run that was stopped and resumed ends in the same bits.
+next step depends on goes into a checkpoint, so a run that was stopped and resumed ends in the same bits. Several ranks
+each have a trainer, and do the same at the same time: N ranks with M micro-batches each take the batches that one
+process with N * M does, and rank 0 alone writes, but for the parts of checkpoints that are cut.
 """
 
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import duotone.torch as dt
-from duotone.errors import CheckpointError, LossScaleCollapse, NonFiniteLoss, TaskError
+from duotone.errors import CheckpointError, DuotoneWarning, NonFiniteLoss, TaskError
 from duotone.train.metrics import Metrics, Summary
-from duotone.train.run_folder import RunFolder
+from duotone.train.ranks import Alone, Ranks
+from duotone.train.run_folder import RunFolder, step_of
 from duotone.train.schedule import WarmupCosine
-from duotone.train.settings import RunSettings, find_device
+from duotone.train.settings import RunSettings
+from duotone.train.spread import spread
 from duotone.train.task import Batch, Task
-
-# calibration from 2^16 to the floor takes 16 skipped steps, and a growth into overflow one; this many is no accident
-PATIENCE = 50
 
 
 class Trainer:
@@ -32,11 +35,12 @@ class Trainer:
     Args:
         task: what to train; its model is cast in place.
         settings: how.
-        folder: where metrics and checkpoints go; None to keep nothing.
+        folder: where metrics and checkpoints go, the same on all ranks; None to keep nothing.
+        ranks: those who train, of which this process is one; None if it is alone.
 
     Raises:
-        TaskError: the device is not there.
-        PolicyError: the model cannot be cast.
+        TaskError: the device is not there, or the settings ask for ranks and there are none.
+        PolicyError: the model cannot be cast, or not be spread over ranks.
 
     >>> from duotone.train import RunSettings, built_in_task, resolve_settings
     >>> task = built_in_task("stdlib-text:tiny")
@@ -48,12 +52,17 @@ class Trainer:
     14.0
     """
 
-    def __init__(self, task: Task, settings: RunSettings, folder: RunFolder | None = None) -> None:
+    def __init__(
+        self, task: Task, settings: RunSettings, folder: RunFolder | None = None, ranks: Ranks | None = None
+    ) -> None:
         self.task = task
         self.settings = settings
         self.folder = folder
-        self.device = find_device(settings.device)
-        self.model = dt.cast(task.model.to(self.device), settings.policy)
+        self.ranks = ranks or Alone()
+        mode = self.ranks.mode(settings.parallel)
+        self.device = self.ranks.device(settings.device)
+        self.model = dt.cast(self.ranks.send(task.model.to(self.device)), settings.policy)
+        self._spread = spread(self.model, mode)
         self.optimizer = _optimizer(self.model, settings)
         self.scaler = dt.LossScaler(settings.policy)
         self.schedule = WarmupCosine(
@@ -71,39 +80,69 @@ class Trainer:
         self._losses_added = 0
         self._units = 0
         self._seconds = 0.0
+        self._stop_asked = False
+        self._batches_per_step = self.ranks.size * settings.micro_batches
+        self.ranks.part_ways(settings.seed)
 
-    def resume(self) -> None:
-        """Go on from the newest checkpoint in the folder.
+    def resume(self, which: Literal["latest", "latest-valid"] = "latest") -> None:
+        """Go on from a checkpoint in the folder.
+
+        Args:
+            which: the newest, or the newest that is intact: a warning then says what is passed over, and so removed,
+                and how much is done again.
 
         Raises:
-            CheckpointError: there is none, or it is damaged, of another policy, or does not fit.
+            CheckpointError: there is none, or it is damaged, of another policy, or does not fit. Nothing is changed
+                then; if an older one is intact, the message says so.
         """
         if self.folder is None:
             raise CheckpointError("a run without a folder has no checkpoint to resume from")
-        progress = dt.load_checkpoint(
-            self.folder.latest_checkpoint(), self.model, self.optimizer, self.scaler, scheduler=self.schedule
-        )
+        folder = self.folder
+        path, broken = self.ranks.first(lambda: folder.find_checkpoint(which))
+        progress = dt.load_checkpoint(path, self.model, self.optimizer, self.scaler, scheduler=self.schedule)
         self.step = progress["step"]
         self._epoch = progress["epoch"]
         self._batches_taken = progress["batches_taken"]
-        self._losses = progress["losses"].to(self.device)
-        self._losses_added = progress["losses_added"]
-        self.folder.cut_metrics(self.step)
+        self._restore_losses(progress["losses"], progress["losses_added"])
+        self.ranks.first(lambda: folder.cut_metrics(self.step))
+        if broken:
+            repeated = self.ranks.first(lambda: step_of(folder.checkpoints()[0])) - self.step
+            warnings.warn(
+                f"{'; '.join(broken)}: going on from {path.name}, done again: {repeated} steps",
+                DuotoneWarning,
+                stacklevel=2,
+            )
+        if progress["batches_per_step"] != self._batches_per_step:
+            each = f"{self.settings.micro_batches} on each of {self.ranks.size} ranks"
+            warnings.warn(
+                f"a step takes {self._batches_per_step} batches from here on, {each}, where it took "
+                f"{progress['batches_per_step']}; the run goes on in the data where it stood",
+                DuotoneWarning,
+                stacklevel=2,
+            )
+        self.ranks.first(folder.remove_leftovers)
+        self.ranks.first(lambda: folder.remove_old_checkpoints(self.step, self.settings.keep))
+
+    def stop(self) -> None:
+        """Ask `run` to end after the step that it is in, with that saved. A signal handler may call this."""
+        self._stop_asked = True
 
     def run(self, stop_after: int | None = None) -> Iterator[Metrics]:
         """Train to the last step, or to `stop_after`, and yield the metrics of every logged step.
 
-        The last step is always logged, evaluated and saved; a stop is saved.
+        The last step is always logged, evaluated and saved; a stop, by `stop_after` or `stop()`, is saved.
 
         Raises:
-            TaskError: the data set is empty, or a loss is not a scalar.
+            TaskError: the data set is empty, a loss is not a scalar, or metrics could not be written.
             NonFiniteLoss: the loss itself is Inf or NaN.
             LossScaleCollapse: step after step is skipped.
+            CheckpointError: a checkpoint could not be written; those before it are untouched.
         """
         last = self.settings.steps if stop_after is None else min(stop_after, self.settings.steps)
-        batches = self._batches()
+        batches = self.ranks.share(self._batches())
         timed_units, timed_seconds = self._units, self._seconds
         while self.step < last:
+            stop_asked = self.ranks.any(lambda: self._stop_asked)
             report, lr = self._train_step(batches)
             ends = self.step == self.settings.steps
             evaluates = ends or self.step % self.settings.evaluate_every == 0
@@ -111,43 +150,62 @@ class Trainer:
                 metrics = self._metrics(report, lr, evaluates, timed_units, timed_seconds)
                 timed_units, timed_seconds = self._units, self._seconds
                 if self.folder is not None:
-                    self.folder.append_metrics(asdict(metrics))
+                    self.ranks.first(partial(self.folder.append_metrics, asdict(metrics)))
                 yield metrics
             self.optimizer.zero_grad()
-            if self.step == last or self.step % self.settings.checkpoint_every == 0:
+            # read once: whoever asks from here on gets one more step, and that one is saved
+            stops = stop_asked()
+            if stops or self.step == last or self.step % self.settings.checkpoint_every == 0:
                 self.save()
+            if stops:
+                self._stop_asked = False
+                return
 
     def save(self) -> None:
-        """Write a checkpoint of this step into the folder, if there is one."""
+        """Write a checkpoint of this step into the folder, if there is one, and remove what is too old to keep.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are untouched.
+        """
         if self.folder is None:
             return
+        folder = self.folder
+        losses, added = zip(*self.ranks.gather((self._losses.item(), self._losses_added)), strict=True)
         progress = {
             "step": self.step,
             "epoch": self._epoch,
             "batches_taken": self._batches_taken,
-            "losses": self._losses,
-            "losses_added": self._losses_added,
+            "batches_per_step": self._batches_per_step,
+            "losses": torch.tensor(losses),
+            "losses_added": list(added),
         }
-        path = self.folder.checkpoint_path(self.step)
-        dt.save_checkpoint(path, self.model, self.optimizer, self.scaler, scheduler=self.schedule, progress=progress)
-        self.folder.remove_old_checkpoints()
+        path = folder.checkpoint_path(self.step)
+        self.ranks.first(folder.flush_metrics)
+        try:
+            dt.save_checkpoint(
+                path, self.model, self.optimizer, self.scaler, scheduler=self.schedule, progress=progress
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {self.ranks.first(folder.what_remains)}") from error
+        self.ranks.first(lambda: folder.remove_old_checkpoints(self.step, self.settings.keep))
 
     def summary(self) -> Summary:
         """Evaluate the model as it is, and sum the run up."""
+        units, seconds = zip(*self.ranks.gather((self._units, self._seconds)), strict=True)
         return Summary(
             step=self.step,
             skipped=int(self.scaler.skipped),
-            seconds=self._seconds,
-            units_per_second=self._units / self._seconds if self._seconds else 0.0,
+            seconds=max(seconds),
+            units_per_second=sum(units) / max(seconds) if max(seconds) else 0.0,
             evaluation=self._evaluate(),
             memory=dt.memory(self.model, self.optimizer),
         )
 
     def _train_step(self, batches: Iterator[Batch]) -> tuple[dt.StepReport, Tensor]:
         started = time.perf_counter()
-        for _ in range(self.settings.micro_batches):
+        for left in reversed(range(self.settings.micro_batches)):
             batch = next(batches)
-            loss = self.task.loss(self.model, _to_device(batch, self.device))
+            loss = self._spread.loss(self.task.loss, _to_device(batch, self.device), is_last=left == 0)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise TaskError(f"the loss of task {self.task.name!r} is {got}; it must be a tensor of one element")
@@ -166,12 +224,15 @@ class Trainer:
         self, report: dt.StepReport, lr: Tensor, evaluates: bool, timed_units: int, timed_seconds: float
     ) -> Metrics:
         started = time.perf_counter()
-        loss = (self._losses / self._losses_added).item()
+        own_loss = self._losses.item()
         # what the device had still to do is part of the steps before
         self._seconds += time.perf_counter() - started
+        told = (own_loss, self._losses_added, self._units - timed_units, self._seconds - timed_seconds)
+        losses, added, units, seconds = zip(*self.ranks.gather(told), strict=True)
+        loss = sum(losses) / sum(added)
         self._losses.zero_()
         self._losses_added = 0
-        self._check_health(loss)
+        self._check_loss(loss)
         quality = self._evaluate()[self.task.quality] if evaluates else None
         grad_norm = report.grad_norm.item()
         return Metrics(
@@ -182,12 +243,14 @@ class Trainer:
             loss_scale=report.loss_scale.item(),
             skipped=int(self.scaler.skipped),
             grad_norm=grad_norm if math.isfinite(grad_norm) else None,
-            units_per_second=(self._units - timed_units) / max(self._seconds - timed_seconds, 1e-9),
-            peak_memory_bytes=_peak_memory_bytes(self.device),
+            units_per_second=sum(units) / max(*seconds, 1e-9),
+            peak_memory_bytes=max(self.ranks.gather(_peak_memory_bytes(self.device)), key=lambda peak: peak or 0),
         )
 
     def _evaluate(self) -> dict[str, float]:
-        figures = {name: float(value) for name, value in self.task.evaluate(self.model).items()}
+        own = {name: float(value) for name, value in self._spread.evaluate(self.task.evaluate).items()}
+        # the same data on every rank, but what a rank rounds may depend on its machine
+        figures = self.ranks.gather(own)[0]
         if self.task.quality not in figures:
             raise TaskError(
                 f"task {self.task.name!r} evaluates {', '.join(figures) or 'nothing'}, but its quality is "
@@ -195,23 +258,19 @@ class Trainer:
             )
         return figures
 
-    def _check_health(self, loss: float) -> None:
+    def _restore_losses(self, losses: Tensor, added: list[int]) -> None:
+        """Take up the sums since the last line of metrics: each rank its own, or rank 0 all those of another number."""
+        if len(added) != self.ranks.size:
+            others = self.ranks.size - 1
+            losses, added = torch.tensor([losses.sum(), *[0.0] * others]), [sum(added), *[0] * others]
+        self._losses.copy_(losses[self.ranks.rank])
+        self._losses_added = added[self.ranks.rank]
+
+    def _check_loss(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise NonFiniteLoss(
                 f"the loss became {loss} by step {self.step}: that is the forward pass, not the loss scale; "
                 "look at the data, lower the learning rate, or keep the module that overflows in FP32 by a rule"
-            )
-        skipped = int(self.scaler.skipped_in_a_row)
-        if skipped >= PATIENCE:
-            names = [
-                name
-                for name, param in self.model.named_parameters()
-                if param.grad is not None and not param.grad.isfinite().all()
-            ]
-            raise LossScaleCollapse(
-                f"the last {skipped} steps were skipped although the loss is finite, at a loss scale of "
-                f"{self.scaler.loss_scale.item():g}; the gradients of {_listed(names)} are not finite: use policy "
-                "bf16, or keep those modules in FP32 by a rule"
             )
 
     def _batches(self) -> Iterator[Batch]:
@@ -267,8 +326,3 @@ def _peak_memory_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "no parameter"
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -19,6 +19,8 @@ from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, che
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.keep_float32 import is_kept_in_float32
 from duotone.torch.casting.residence import Residence, SettleWhenShaped, is_castable, is_lazy, plan, settle
+from duotone.torch.master import set_name
+from duotone.torch.shards import is_shard, is_sharded
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -42,7 +44,8 @@ def cast(model: Module, policy: Policy | str) -> Module:
 
     Raises:
         PolicyError: the policy cannot be read or is not available in torch yet, a weight is too large for FP16, a
-            rule holds for no module, or rules disagree on a tied parameter. The model is unchanged then.
+            rule holds for no module, rules disagree on a tied parameter, or the model is sharded or wrapped for several
+            ranks already. The model is unchanged then.
 
     >>> import torch
     >>> model = cast(nn.Linear(2, 1), "bf16")
@@ -50,6 +53,7 @@ def cast(model: Module, policy: Policy | str) -> Module:
     (torch.bfloat16, torch.float32)
     """
     check_module(model, "cast")
+    _check_not_parallel(model, "cast")
     classes = _class_names(model)
     policy = _with_marks(model, Policy.parse(policy))
     _check(model, policy, classes)
@@ -63,6 +67,8 @@ def cast(model: Module, policy: Policy | str) -> Module:
     _remove_forwards(model)
     for param, residence in residences.items():
         settle(param, residence)
+    for order, (name, param) in enumerate(model.named_parameters()):
+        set_name(param, name, order)
     for path, module in model.named_modules():
         forward = _forward_for(module, path, policy, classes)
         if forward is not None:
@@ -84,6 +90,7 @@ def uncast(model: Module) -> Module:
     (True, None)
     """
     check_module(model, "uncast")
+    _check_not_parallel(model, "uncast")
     if any(cast_forward_of(module) is not None for module in model.modules()):
         _remove_forwards(model)
         for param in model.parameters():
@@ -107,6 +114,19 @@ def policy_of(model: nn.Module) -> Policy | None:
     if forward is None and len(children) == 1:
         return policy_of(children[0])
     return None if forward is None else forward.policy
+
+
+def _check_not_parallel(model: nn.Module, verb: str) -> None:
+    for path, module in model.named_modules():
+        done = "wrapped in DistributedDataParallel" if isinstance(module, nn.parallel.DistributedDataParallel) else None
+        if any(map(is_shard, module.parameters(recurse=False))) or is_sharded(module):
+            done = "sharded"
+        if done is not None:
+            raise PolicyError(
+                f'cannot {verb} this {type(model).__name__}: module "{path}" is {done} already, and whatever reduces '
+                f"gradients holds its weights as they are; {verb} the model first, then use duotone.torch.fully_shard "
+                "or data_parallel"
+            )
 
 
 def _class_names(model: nn.Module) -> ClassNames:

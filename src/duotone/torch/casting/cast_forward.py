@@ -21,7 +21,18 @@ from duotone.errors import PolicyError
 from duotone.policy import Policy
 from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import Region
-from duotone.torch.master import rounding_of, set_state_dtype, set_storage, state_dtype_of, tail_of
+from duotone.torch.master import (
+    name_of,
+    order_of,
+    reduce_dtype_of,
+    rounding_of,
+    set_name,
+    set_reduce_dtype,
+    set_state_dtype,
+    set_storage,
+    state_dtype_of,
+    tail_of,
+)
 
 
 class CastForward:
@@ -102,6 +113,8 @@ class CastForward:
             if isinstance(twin, Tensor):
                 set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
                 set_state_dtype(twin, state_dtype_of(param))
+                set_reduce_dtype(twin, reduce_dtype_of(param) or torch.float32)
+                set_name(twin, name_of(param) or "", order_of(param))
                 if param.is_floating_point():
                     twin.grad_dtype = param.grad_dtype
         return copied

@@ -4,8 +4,9 @@ A region is torch.autocast without its weight cache, and a function mode that ca
 decides for every listed operation that user code calls; autocast casts what is multiplied inside of functions that
 torch composes itself, and tells code that asks that it runs in 16 bits. A weight cache would go stale when weights
 change inside, and is not needed where weights are 16-bit already. Whoever switches autocast off or to another dtype
-inside (`torch.autocast(enabled=False)`, `torch.amp.custom_fwd`) switches the rules off with it. Left out: functions
-that Python code of torch's calls inside of an unlisted function see autocast's rules alone.
+inside (`torch.autocast(enabled=False)`, `torch.amp.custom_fwd`) switches the rules off with it. `autocast` enters the
+same mode, marked as the user's own. Left out: functions that Python code of torch's calls inside of an unlisted
+function see autocast's rules alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from duotone.torch.casting.handlers import Rules, are_ready, rules_for
+from duotone.torch.casting.handlers import Rules, are_ready, operands, rules_for
 from duotone.torch.casting.op_rules import Function
+from duotone.torch.casting.recomputation import follow_checkpoint
 
 # modules that call one function, which is a product
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -50,10 +52,8 @@ class Region:
         """Return a context in which tensors on `"cpu"`, `"cuda"`, ... are in the region."""
         if self.compute == torch.float32:
             return torch.autocast(device_type, enabled=False)
-        if device_type == "cpu" and not torch.compiler.is_compiling():
-            return _OnCpu(RulesMode(self._on_cpu, "cpu", self.compute))
-        return _on(
-            device_type, RulesMode(self._on_cpu if device_type == "cpu" else self._elsewhere, device_type, self.compute)
+        return under_rules(
+            RulesMode(self._on_cpu if device_type == "cpu" else self._elsewhere, device_type, self.compute)
         )
 
     def still_holds(self, device_type: str = "cpu") -> bool:
@@ -68,14 +68,15 @@ class Region:
             return compute_dtype(device_type) is not None
         depth = torch._C._len_torch_function_stack()
         # the innermost mode first: it is the one nearly always
-        return any(isinstance(torch._C._get_function_stack_at(at), RulesMode) for at in range(depth - 1, -1, -1))
+        modes = (torch._C._get_function_stack_at(at) for at in range(depth - 1, -1, -1))
+        return any(isinstance(mode, RulesMode) and not mode.is_users for mode in modes)
 
     def is_all_there_is(self) -> bool:
         """Return whether a region with this `compute` is around this call, and no other mode."""
         if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
             return False
         mode = torch._C._get_function_stack_at(0)
-        return type(mode) is RulesMode and mode.compute is self.compute
+        return type(mode) is RulesMode and mode.compute is self.compute and not mode.is_users
 
     def spares(self, module: nn.Module) -> bool:
         """Return whether a module runs the same without the rules, under autocast alone, where `is_all_there_is`.
@@ -86,9 +87,14 @@ class Region:
         return type(module) in (_UNLISTED if on_cpu else _UNLISTED + _PRODUCTS)
 
 
+def under_rules(mode: "RulesMode") -> AbstractContextManager[Any]:
+    """Return a context in which autocast is on without its cache, and a mode carries out the rules."""
+    return _OnCpu(mode) if mode.device_type == "cpu" and not torch.compiler.is_compiling() else _on(mode)
+
+
 @contextmanager
-def _on(device_type: str, mode: "RulesMode") -> Iterator[None]:
-    with torch.autocast(device_type, mode.compute, cache_enabled=False), mode:
+def _on(mode: "RulesMode") -> Iterator[None]:
+    with torch.autocast(mode.device_type, mode.compute, cache_enabled=False), mode:
         yield
 
 
@@ -142,13 +148,22 @@ def compute_dtype(device_type: str) -> torch.dtype | None:
 
 
 class RulesMode(TorchFunctionMode):
-    """Carries out rules for the functions that have one, wherever autocast is as the region left it."""
+    """Carries out rules for the functions that have one, wherever autocast is as the region left it.
 
-    def __init__(self, rules: Rules, device_type: str, compute: torch.dtype) -> None:
+    Args:
+        rules: how functions are carried out.
+        device_type: whose autocast it is that has to be as it was left.
+        compute: the dtype of products.
+        is_users: whether it stands for torch.autocast and not for a part of a cast model: functions of tensors on other
+            devices are left alone, and what `torch.utils.checkpoint` runs again is run under the mode again.
+    """
+
+    def __init__(self, rules: Rules, device_type: str, compute: torch.dtype, *, is_users: bool = False) -> None:
         super().__init__()
         self._rules = rules
-        self._device_type = device_type
+        self.device_type = device_type
         self.compute = compute
+        self.is_users = is_users
 
     def __torch_function__(
         self,
@@ -157,15 +172,23 @@ class RulesMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if self.is_users:
+            args = follow_checkpoint(self, func, args)
         rule = self._rules.find(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
         if rule is self._rules.product and rule is not None and not kwargs and are_ready(args, self.compute):
             return func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
-        if rule is None or compute_dtype(self._device_type) is not self.compute:
+        if rule is None or compute_dtype(self.device_type) is not self.compute or not self._concerns(args, kwargs):
             return func(*args, **kwargs) if kwargs else func(*args)
-        with no_autocast(self._device_type):
+        with no_autocast(self.device_type):
             return rule(func, args, kwargs or {})
+
+    def _concerns(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
+        if not self.is_users:
+            return True
+        given = (args, tuple(kwargs.values())) if kwargs else args
+        return any(operand.device.type == self.device_type for operand in operands(given))
 
 
 def no_autocast(device_type: str) -> Any:

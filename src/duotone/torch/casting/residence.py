@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from duotone.errors import PolicyError
 from duotone.policy import ClassNames, Policy
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.master import beyond_range, read_master, set_state_dtype, set_storage, tail_of
+from duotone.torch.master import beyond_range, read_master, set_reduce_dtype, set_state_dtype, set_storage, tail_of
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
@@ -31,12 +31,14 @@ class Residence:
         grad: the dtype that its gradient accumulates in.
         rounding: how updates are stored if there is no master, else None.
         state: the dtype of the optimizer's moments.
+        reduce: the dtype that ranks reduce its gradient in.
     """
 
     param: torch.dtype = torch.float32
     grad: torch.dtype = torch.float32
     rounding: Rounding | None = None
     state: torch.dtype = torch.float32
+    reduce: torch.dtype = torch.float32
 
 
 def plan(model: nn.Module, policy: Policy, classes: ClassNames) -> dict[nn.Parameter, Residence]:
@@ -74,6 +76,7 @@ def settle(param: nn.Parameter, residence: Residence) -> None:
     param.grad = None if grad is None else grad.to(residence.grad)
     set_storage(param, tail if has_tail else None, residence.rounding)
     set_state_dtype(param, residence.state)
+    set_reduce_dtype(param, residence.reduce)
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,14 @@ def _residences(
 
 def _residence_in(module: nn.Module, path: str, policy: Policy, classes: ClassNames) -> Residence:
     effective = policy.for_module(path, classes)
-    state = getattr(torch, effective.state)
+    state, reduce = getattr(torch, effective.state), getattr(torch, effective.reduce)
     says_param = any(rule.matches(path, classes) and "param" in dict(rule.roles) for rule in policy.rules)
     if isinstance(module, NORMS) and not says_param:
-        return Residence(state=state)
+        return Residence(state=state, reduce=reduce)
     rounding = None
     if effective.param != "float32" and effective.master is None:
         rounding = Rounding(effective.rounding)
-    return Residence(getattr(torch, effective.param), getattr(torch, effective.grad), rounding, state)
+    return Residence(getattr(torch, effective.param), getattr(torch, effective.grad), rounding, state, reduce)
 
 
 def _check_range(name: str, param: nn.Parameter, residence: Residence) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Backend
-from duotone.torch.master import ensure_tail, needs_tail, tail_of
+from duotone.torch.master import check_in_place, ensure_tail, needs_tail, tail_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,7 +54,8 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         """Add a group as torch does, and take the tails that wait on its parameters.
 
         Raises:
-            OptimizerError: a parameter is neither FP32, BF16 nor FP16. The group is not added then.
+            OptimizerError: a parameter is neither FP32, BF16 nor FP16, was replaced by `fully_shard`, or has lost its
+                tail to torch's. The group is not added then.
         """
         self._append_group(param_group)
         try:
@@ -81,6 +82,7 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
     def _take_up(self, params: list[Tensor]) -> None:
         check_parameters(params)
         for param in params:
+            check_in_place(param)
             if param.requires_grad:
                 self._take_tail(param)
 

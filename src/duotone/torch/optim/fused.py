@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
-from duotone.torch import kernels
-from duotone.torch.master import needs_tail, rounding_of, set_state_dtype, set_storage, state_dtype_of
+from duotone.torch import kernels, shards
+from duotone.torch.master import check_in_place, needs_tail, rounding_of, set_state_dtype, set_storage, state_dtype_of
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
-from duotone.torch.optim.gathering import Gathering
+from duotone.torch.optim.gathering import Gathering, numbered
 from duotone.torch.optim.portable import (
     PortableForm,
     portable_group,
@@ -21,6 +21,9 @@ from duotone.torch.optim.portable import (
     settings_from_portable,
     state_from_portable,
 )
+
+# what is kept for a parameter besides tensors of its shape
+_COUNTERS = ("step", "beta_products")
 
 
 class FusedOptimizer(MasterOptimizer):
@@ -62,6 +65,9 @@ class FusedOptimizer(MasterOptimizer):
             multiplier = _scalar(1.0 if grad_multiplier is None else grad_multiplier, torch.float32, device)
             is_skipped = _scalar(False if found_inf is None else found_inf, torch.bool, device)
             self._update(operands, settings, multiplier, is_skipped)
+        if self._gathering.shards:
+            # kernels know the parts alone, and autograd the parameters
+            torch.autograd.graph.increment_version(self._gathering.shards)
         return loss
 
     @abstractmethod
@@ -84,7 +90,7 @@ class FusedOptimizer(MasterOptimizer):
 
     def _operands_by_device(self) -> dict[torch.device, list[kernels.Operand]]:
         by_device: dict[torch.device, list[kernels.Operand]] = {}
-        index = 0
+        index, count = 0, sum(len(group["params"]) for group in self.param_groups)
         for number, group in enumerate(self.param_groups):
             names = self._moment_names(group)
             for param in group["params"]:
@@ -99,12 +105,18 @@ class FusedOptimizer(MasterOptimizer):
                     rounding = kernels.Rounding.NEAREST if tail is not None else _rounding(param)
                     moments = tuple([state[name] for name in names])
                     products = state.get("beta_products")
+                    weight, draws = param, index
+                    if shards.is_shard(param):
+                        weight, tail, grad, moments = _parts(param, tail, moments)
+                        draws = numbered(index, count, param)
                     _check_shapes(
-                        param, index, {"gradient": grad, "tail": tail, **dict(zip(names, moments, strict=True))}
+                        weight, index, {"gradient": grad, "tail": tail, **dict(zip(names, moments, strict=True))}
                     )
                     _check_dtypes(index, moments, step, products)
-                    operand = kernels.Operand(param, tail, grad, moments, step, products, rounding, index, number)
+                    operand = kernels.Operand(weight, tail, grad, moments, step, products, rounding, draws, number)
                     by_device.setdefault(device, []).append(operand)
+                else:
+                    check_in_place(param)
                 index += 1
         return by_device
 
@@ -207,7 +219,7 @@ class FusedOptimizer(MasterOptimizer):
         state = self._new_state(param, self._moment_names(group))
         state["step"].fill_(steps)
         for name in self._moment_names(group):
-            state[name].copy_(moments[name])
+            state[name].copy_(shards.cut(moments[name], param))
         return state
 
     def _with_groups(self, groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -218,10 +230,16 @@ class FusedOptimizer(MasterOptimizer):
 
     def _replace(self, groups: list[dict[str, Any]], states: Mapping[int, Mapping[str, Tensor]]) -> None:
         # torch would cast moments and tails to the weight's dtype, so it is given the groups only
+        shared = self.param_groups
         super().load_state_dict({"param_groups": groups, "state": {}})
+        # the list stays the same one, for whoever holds it: the optimizer that prepare made this one from
+        shared[:] = self.param_groups
+        self.param_groups = shared
         for index, (param, _) in enumerate(self._parameters()):
             if states.get(index):
                 copies = {key: value.detach().clone().to(param.device) for key, value in states[index].items()}
+                for name in copies.keys() - _COUNTERS:
+                    copies[name] = shards.cut(copies[name], param)
                 self.state[param] = copies
 
     def _check_state(self, param: Tensor, group: dict[str, Any], loaded: Mapping[str, Any], index: int) -> None:
@@ -232,6 +250,11 @@ class FusedOptimizer(MasterOptimizer):
             allowed.append(_forms({"tail": needed["tail"]}))
         if not (needs_tail(param) and param.requires_grad):
             allowed.append({})
+        if not all(shards.is_cut_like(value, param) for name, value in loaded.items() if name not in _COUNTERS):
+            raise OptimizerError(
+                f"the state of parameter {index} is {', '.join({shards.cut_of(value) for value in loaded.values()})}, "
+                f"the parameter {shards.cut_of(param)}; load whole tensors, or a state of the same ranks"
+            )
         if _forms(loaded) not in allowed:
             raise OptimizerError(
                 f"the state of parameter {index} holds {listed(loaded)}, {type(self).__name__} needs {listed(needed)}; "
@@ -240,12 +263,24 @@ class FusedOptimizer(MasterOptimizer):
 
     def _needed_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return a parameter's whole state, without memory."""
-        meta = torch.empty_like(param, device="meta")
+        meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
         set_state_dtype(meta, state_dtype_of(param))
         needed = self._new_state(meta, self._moment_names(group))
         if needs_tail(param):
             needed["tail"] = torch.empty_like(meta, dtype=torch.int16)
         return needed
+
+
+def _parts(
+    param: Tensor, tail: Tensor | None, moments: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor | None, Tensor, tuple[Tensor, ...]]:
+    """Return this rank's parts of a DTensor and of what belongs to it."""
+    return (
+        shards.local(param),
+        None if tail is None else shards.local(tail),
+        shards.gradient_part(param),
+        tuple(map(shards.local, moments)),
+    )
 
 
 def _forms(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,8 @@
 
 Looking closely at thousands of parameters in Python takes longer than updating them, if they are small. So each step
 asks no more than it must: weights for address, dtype, length and layout, states for their addresses, gradients for
-dtype, shape and layout. Where gradients lie may change at every step: `zero_grad` gives their memory back.
+dtype, shape and layout. Where gradients lie may change at every step: `zero_grad` gives their memory back. Of DTensors
+all of this is asked of this rank's parts.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from duotone.torch import kernels
 from duotone.torch.master import storage_changes
+from duotone.torch.shards import gradient_part, is_shard, local, place_of
 
 Gathered = dict[torch.device, list[kernels.Operand]]
 
@@ -23,9 +25,14 @@ _shape_of = attrgetter("shape")
 
 
 class Gathering:
-    """The operands that were gathered last, without their gradients, and what they looked like then."""
+    """The operands that were gathered last, without their gradients, and what they looked like then.
+
+    Attributes:
+        shards: the DTensors among the parameters, as they were gathered last.
+    """
 
     def __init__(self) -> None:
+        self.shards: list[Tensor] = []
         self._looks: list[Any] = []
         self._held: dict[torch.device, tuple[list[int], list[kernels.Operand], dict[str, Any]]] = {}
         # as long as memory is not given back, an address means the same tensor
@@ -46,29 +53,31 @@ class Gathering:
             names_of: returns the names of those tensors in a group's states that are part of an operand, tails apart.
             gather: makes the operands anew.
         """
-        grads, _, looks = _looks(groups, states, names_of)
+        grads, _, looks = _looks(groups, states, names_of, bool(self.shards))
         if not looks or looks != self._looks:
             gathered = gather()
+            every = [param for group in groups for param in group["params"]]
+            self.shards = [param for param in every if is_shard(param) and param.grad is not None]
             if not all(kernels.is_contiguous(operand) for operands in gathered.values() for operand in operands):
                 # these are copied at every step, so that their addresses say nothing
                 self._looks, self._held, self._memory = [], {}, []
                 return dict(gathered)
             # gathering has made states and tails that were not there before
-            grads, held, self._looks = _looks(groups, states, names_of)
+            grads, held, self._looks = _looks(groups, states, names_of, bool(self.shards))
             self._memory = [tensor.untyped_storage() for tensor in held]
-            self._hold(gathered)
+            self._hold(gathered, len(every))
         return {
             device: kernels.Batch(operands, grads if len(operands) == len(grads) else [grads[i] for i in places], noted)
             for device, (places, operands, noted) in self._held.items()
         }
 
-    def _hold(self, gathered: Gathered) -> None:
+    def _hold(self, gathered: Gathered, count: int) -> None:
         # gradients are not held, for their memory is to be free between two steps
-        order = sorted(operand.number for operands in gathered.values() for operand in operands)
+        order = sorted(operand.number % count for operands in gathered.values() for operand in operands)
         places = {index: place for place, index in enumerate(order)}
         self._held = {
             device: (
-                [places[operand.number] for operand in operands],
+                [places[operand.number % count] for operand in operands],
                 [operand._replace(grad=None) for operand in operands],  # type: ignore[arg-type]
                 {},
             )
@@ -76,14 +85,28 @@ class Gathering:
         }
 
 
+def numbered(index: int, count: int, param: Tensor) -> int:
+    """Return the number by which a parameter's random bits are drawn: no two parts have the same, copies of one do.
+
+    Args:
+        index: the parameter's place in its optimizer.
+        count: how many parameters that has.
+        param: the parameter; a plain one's number is its place.
+    """
+    # numbers end at 2^30
+    return index + count * (place_of(param) % ((1 << 30) // count))
+
+
 def _looks(
     groups: Sequence[dict[str, Any]],
     states: dict[Tensor, dict[str, Any]],
     names_of: Callable[[dict[str, Any]], tuple[str, ...]],
+    has_shards: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """Return gradients, the states' tensors, and what operands depend on, as values to compare.
 
-    The last is empty if a state is not there yet, or a gradient is sparse.
+    Of DTensors, where it is said that there are any, all is that of this rank's parts. The last is empty if a state is
+    not there yet, or a gradient is sparse.
     """
     all_grads: list[Tensor] = []
     all_held: list[Tensor] = []
@@ -93,20 +116,24 @@ def _looks(
         of_every = list(map(_grad_of, every))
         params = [param for param, grad in zip(every, of_every, strict=True) if grad is not None]
         grads = [grad for grad in of_every if grad is not None]
+        own, parts = list(map(states.get, params)), params
+        if has_shards:
+            grads, parts = list(map(gradient_part, params)), list(map(local, params))
         all_grads += grads
-        own = list(map(states.get, params))
-        tensors = params + grads
+        tensors = parts + grads
         try:
             held = [state["tail"] for state in own if "tail" in state]  # type: ignore[operator, index]
             for name in names_of(group):
                 held += map(itemgetter(name), own)  # type: ignore[arg-type]
+            if has_shards:
+                held = list(map(local, held))
             looks += (
                 # random bits depend on a parameter's place
                 list(map(id, every)),
                 list(map(id, params)) if len(params) < len(every) else [],
-                list(map(Tensor.data_ptr, params + held)),
+                list(map(Tensor.data_ptr, parts + held)),
                 list(map(_dtype_of, tensors)),
-                list(map(Tensor.numel, params)),
+                list(map(Tensor.numel, parts)),
                 # torch lets a gradient's `data` have another shape than its parameter
                 list(map(_shape_of, grads)),
                 list(map(Tensor.is_contiguous, tensors)),

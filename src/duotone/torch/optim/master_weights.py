@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from duotone.errors import OptimizerError
+from duotone.torch import shards
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.uncompiled import uncompiled
-from duotone.torch.master import needs_tail, read_master, rounding_of, set_storage, tail_of
+from duotone.torch.master import check_in_place, needs_tail, read_master, rounding_of, set_storage, tail_of
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
+from duotone.torch.optim.gathering import numbered
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
 from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
@@ -122,6 +124,8 @@ class MasterWeights(MasterOptimizer):
             if param.grad is not None:
                 check_gradient(self, param.grad)
                 params[param] = index
+            else:
+                check_in_place(param)
         check_moments(self.optimizer, params)
         skips_on_device = self._skips_on_device() and self._begun.issuperset(params)
         if found_inf is not None and not skips_on_device:
@@ -241,10 +245,11 @@ class MasterWeights(MasterOptimizer):
         for name, note in vars(param).items():
             if not name.startswith("duotone_"):
                 setattr(stand_in, name, note)
-        assert param.grad is not None
         # fused kernels go through memory, so it lies as the master does
-        grad = torch.empty_like(master).copy_(param.grad.detach())
-        stand_in.grad = grad if grad_multiplier is None else grad.mul_(grad_multiplier.to(grad.device))
+        grad = torch.empty_like(shards.local(master)).copy_(shards.gradient_part(param).detach())
+        if grad_multiplier is not None:
+            grad.mul_(grad_multiplier.to(grad.device))
+        stand_in.grad = shards.like(grad, master)
         return stand_in
 
     @contextmanager
@@ -279,25 +284,28 @@ class MasterWeights(MasterOptimizer):
             del inner.grad_scale, inner.found_inf
 
     def _write(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
+        resident, master, tail = shards.local(param), shards.local(master), tail_of(param)
         if param.dtype == torch.float32:
             # it was not dense, or the optimizer put a new tensor in its place
-            if master.data_ptr() != param.data_ptr():
-                param.copy_(master)
+            if master.data_ptr() != resident.data_ptr():
+                resident.copy_(master)
             torch.autograd.graph.increment_version(param)
             return
-        tail = tail_of(param)
         if tail is not None:
             weight, new_tail = encode(master, param.dtype)
-            _write_unless(found_inf, tail, new_tail)
+            _write_unless(found_inf, shards.local(tail), new_tail)
         elif rounding_of(param) == Rounding.STOCHASTIC:
             weight = self._rounded(param, master, index, found_inf)
         else:
             weight = master.to(param.dtype)
-        _write_unless(found_inf, param, weight)
+        _write_unless(found_inf, resident, weight)
+        if resident is not param:
+            torch.autograd.graph.increment_version(param)
 
     def _rounded(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> Tensor:
         step = self._kept[param]["rounding_step"]
-        bits = random_16_bits(master.numel(), seed=self.seed, step=step, parameter=index)
+        number = numbered(index, sum(len(group["params"]) for group in self.param_groups), param)
+        bits = random_16_bits(master.numel(), seed=self.seed, step=step, parameter=number)
         # random bits go by the order of memory
         bits = bits.as_strided(master.size(), master.stride())
         self._kept[param]["rounding_step"] = step + 1 if found_inf is None else step + ~found_inf.to(step.device)
@@ -321,7 +329,7 @@ class MasterWeights(MasterOptimizer):
 
     def _check_kept(self, param: Tensor, loaded: Mapping[str, Any], index: int) -> None:
         held = {name: loaded[name] for name in _KEPT if name in loaded}
-        meta = torch.empty_like(param, device="meta")
+        meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
         needed: dict[str, Tensor] = {}
         if needs_tail(param) and (param.requires_grad or loaded):
             needed["tail"] = torch.empty_like(meta, dtype=torch.int16)

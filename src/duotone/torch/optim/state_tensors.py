@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.torch.shards import cut, is_shard
+
 
 def copy_state(value: Any, device: torch.device | None = None, param: Tensor | None = None) -> Any:
     """Return a deep copy of a state; no dtype changes.
@@ -14,7 +16,8 @@ def copy_state(value: Any, device: torch.device | None = None, param: Tensor | N
     Args:
         value: tensors, nested in dicts, lists and tuples, among anything else.
         device: where tensors go; None for where they are.
-        param: the parameter whose state it is: tensors of its shape are laid out as it is, as fused kernels need them.
+        param: the parameter whose state it is: tensors of its shape are laid out as it is, as fused kernels need them,
+            and cut as it is.
 
     >>> copy_state({"step": 3, "moments": [torch.ones(1, dtype=torch.int8)]})
     {'step': 3, 'moments': [tensor([1], dtype=torch.int8)]}
@@ -24,6 +27,8 @@ def copy_state(value: Any, device: torch.device | None = None, param: Tensor | N
         goal = device or tensor.device
         if param is None or tensor.shape != param.shape:
             return tensor.detach().clone().to(goal)
+        if is_shard(param):
+            return cut(tensor.detach().clone().to(goal), param)
         return torch.empty_like(param, dtype=tensor.dtype, device=goal, requires_grad=False).copy_(tensor.detach())
 
     return _mapped(copied, value)

@@ -1,0 +1,187 @@
+"""The place of a checkpoint among its siblings, and what a writer that died left beside it.
+
+A folder is written as `.NAME.partial-TOKEN` and renamed to `NAME`. One that is there already steps aside first, as
+`.NAME.replaced-TOKEN`; a process that dies between those two renames leaves no `NAME`, and `standing` finds the one
+that stepped aside. A lock on the partial folder, which ends with its process, tells a writer at work from a dead one.
+"""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from duotone.errors import CheckpointError
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{32}")
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints in a folder by name, intact or not; none if there is no such folder.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+
+    >>> list_checkpoints("no/such/folder")
+    []
+    """
+    folder = Path(folder)
+    try:
+        entries = list(folder.iterdir()) if folder.exists() else []
+        found = {entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+    except OSError as error:
+        raise CheckpointError(f"cannot read the checkpoints in {folder}: {error.strerror}") from error
+    for entry in entries:
+        leftover = _LEFTOVER.fullmatch(entry.name)
+        if leftover is not None and leftover["kind"] == "replaced":
+            found.add(folder / leftover["name"])
+    return sorted(found)
+
+
+def remove_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Remove a checkpoint, all at once for whoever looks for it.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be removed.
+
+    >>> remove_checkpoint("no/such/folder")
+    Traceback (most recent call last):
+    duotone.errors.CheckpointError: cannot remove the checkpoint no/such/folder: No such file or directory
+    """
+    path = Path(path)
+    last, doomed = standing(path), _beside(path, "partial")
+    try:
+        for aside in _replaced(path):
+            if aside != last:
+                shutil.rmtree(aside)
+        last.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(f"cannot remove the checkpoint {path}: {error.strerror}") from error
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove what writers that died left beside the checkpoints in a folder; every save does this first.
+
+    What a living process writes stays, and so does what stepped aside from where nothing stands. What cannot be
+    removed stays, too: this raises nothing.
+
+    >>> remove_leftovers("no/such/folder")
+    """
+    folder = Path(folder)
+    for entry in folder.glob(".*-*"):
+        leftover = _LEFTOVER.fullmatch(entry.name)
+        if leftover is None:
+            continue
+        is_replaced = leftover["kind"] == "replaced"
+        if (folder / leftover["name"]).exists() if is_replaced else not _is_held(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def standing(path: Path) -> Path:
+    """Return where a checkpoint's files are: at its place, or aside if its writer died before the new one stood."""
+    aside = [] if path.exists() else _replaced(path)
+    return aside[-1] if aside else path
+
+
+@contextmanager
+def partial_folder(path: Path) -> Iterator[Path]:
+    """Make the folder in which a checkpoint is written, and remove it if the body fails to move it to its place.
+
+    Leftovers of dead writers in the same parent are removed first: the disk may be full of them.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _make_durable(path.parent)
+    remove_leftovers(path.parent)
+    # on the same file system, so that the last move is a rename
+    partial = _beside(path, "partial")
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield partial
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def move_into_place(new: Path, place: Path) -> None:
+    """Rename a complete folder to its place and flush that; one that is there is removed afterwards.
+
+    Raises:
+        OSError: it could not be moved; what was at `place` is there still, or again.
+    """
+    aside = None
+    if place.exists():
+        # a folder cannot be renamed over a full one, so the old one steps aside first
+        aside = _beside(place, "replaced")
+        place.rename(aside)
+    try:
+        new.rename(place)
+    except OSError:
+        if aside is not None:
+            aside.rename(place)
+        raise
+    flush(place.parent)
+    for old in _replaced(place):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(*paths: Path) -> None:
+    """Wait until files or the entries of folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{uuid4().hex}")
+
+
+def _replaced(path: Path) -> list[Path]:
+    """Return what stepped aside from `path` and was not removed, the latest last."""
+    leftovers = [(entry, _LEFTOVER.fullmatch(entry.name)) for entry in path.parent.glob(".*.replaced-*")]
+    asides = [entry for entry, leftover in leftovers if leftover is not None and leftover["name"] == path.name]
+    return sorted(asides, key=lambda entry: entry.stat().st_mtime_ns)
+
+
+def _make_durable(folder: Path) -> None:
+    """Make a folder and its parents, and flush the entry of each new one."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    if missing:
+        flush(*(path.parent for path in missing))
+
+
+def _is_held(folder: Path) -> bool:
+    """Return whether a living process holds a folder's lock, or may: not every file system has locks."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        return not _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    if sys.platform == "win32":
+        return False
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,120 @@
+"""Which gradients are not finite, and what a run that only skips says in the end.
+
+The backward pass goes through the modules from the last to the first, and an Inf or a NaN spreads from where it arises
+to all that comes after. So the module to look at is that of the last parameter, in the order of the model, whose
+gradient is not finite.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duotone.errors import LossScaleCollapse, NonFiniteLoss
+from duotone.loss_scale import LossScale
+from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.master import name_of, order_of
+from duotone.torch.shards import local
+
+_SHOWN = 3
+
+
+def non_finite_gradients(
+    optimizers: Sequence[torch.optim.Optimizer], agreement: Agreement | None = None
+) -> tuple[list[str], int]:
+    """Return the names of parameters whose gradients hold an Inf or a NaN, in the model's order, of how many.
+
+    That order is what `cast` noted; without it, it is the optimizers', whose groups may mix layers.
+
+    Args:
+        optimizers: whose parameters are looked at. A name is the one that `cast` noted, else the one that the optimizer
+            was given, else a place: `"parameter 3 (64, 64)"`.
+        agreement: of the ranks, which then all return the same; None for this rank's own part.
+
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.named_parameters())
+    >>> model.weight.grad = torch.tensor([[1.0, torch.inf]])
+    >>> non_finite_gradients([optimizer])
+    (['weight'], 1)
+    """
+    named: list[tuple[str, Tensor]] = []
+    for optimizer in optimizers:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+        for index, param in enumerate(params):
+            place = given[index] if len(given) == len(params) else f"parameter {index} {tuple(param.shape)}"
+            named.append((name_of(param) or place, param))
+    if all(name_of(param) for _, param in named):
+        named.sort(key=lambda each: order_of(each[1]))
+    flags = torch.tensor([param.grad is not None and not _is_finite(param.grad) for _, param in named])
+    if agreement is not None and named:
+        flags = agreement.any(flags.to(local(named[0][1]).device))
+    names = [name for (name, _), flag in zip(named, flags.tolist(), strict=True) if flag]
+    return names, sum(param.grad is not None for _, param in named)
+
+
+def collapse(
+    names: Sequence[str], parameters: int, skipped: int, scale: float, settings: LossScale
+) -> LossScaleCollapse:
+    """Return the error of a run whose every step is skipped.
+
+    Args:
+        names: of the parameters whose gradients are not finite, in the model's order.
+        parameters: how many parameters have a gradient.
+        skipped: steps skipped in a row.
+        scale: the loss scale that the gradients carried.
+        settings: the loss scale's.
+
+    >>> print(collapse(["a.weight", "b.weight"], 6, 17, 1.0, LossScale()))
+    17 steps in a row were skipped, the last at loss scale 1, its floor: 2 of 6 gradients are not finite (a.weight,
+    b.weight). The backward pass met the first in b: keep it in FP32 by a rule, "b:
+    param=float32,compute=float32,output=float32", ...
+    """
+    where = "no loss scale" if settings.is_none else f"loss scale {scale:g}"
+    if settings.is_dynamic and scale <= settings.min_scale:
+        where += ", its floor"
+    shown = ", ".join(names[:1] if len(names) == 1 else [*names[: _SHOWN - 1], "..."] if len(names) > _SHOWN else names)
+    if len(names) > _SHOWN:
+        shown += f", {names[-1]}"
+    module = names[-1].rpartition(".")[0] if names else ""
+    at = (
+        f'The backward pass met the first in {module}: keep it in FP32 by a rule, "{module}: param=float32,'
+        'compute=float32,output=float32", '
+        if module
+        else "Keep the part that overflows in FP32 by a rule, "
+    )
+    return LossScaleCollapse(
+        f"{skipped} steps in a row were skipped, the last at {where}: {len(names)} of {parameters} gradients are not "
+        f'finite ({shown}). {at}use policy "bf16", lower the learning rate, or look for a division by 0 or a root of 0 '
+        "in the model and the loss"
+    )
+
+
+def non_finite_loss(step: int, batch: int | None, skipped: int) -> NonFiniteLoss:
+    """Return the error of a run whose loss is not a number in step after step.
+
+    Args:
+        step: the last of them, counted from 1.
+        batch: which of its losses, counted from 1; None if it was on another rank.
+        skipped: steps skipped in a row.
+    """
+    return NonFiniteLoss(
+        f"{skipped} steps in a row were skipped, and {loss_at(step, batch)} is not finite: that is the forward pass, "
+        "not the loss scale; look at the data and the learning rate, or keep the module that overflows in FP32 by a "
+        "rule (duotone.torch.explain shows where 16 bits are)"
+    )
+
+
+def loss_at(step: int, batch: int | None) -> str:
+    """Return which loss, in words.
+
+    >>> loss_at(3, 1), loss_at(3, None)
+    ('loss 1 of step 3', 'a loss of step 3 on another rank')
+    """
+    return f"a loss of step {step} on another rank" if batch is None else f"loss {batch} of step {step}"
+
+
+def _is_finite(grad: Tensor) -> bool:
+    part = local(grad)
+    values = part.coalesce().values() if part.is_sparse else part
+    return bool(values.isfinite().all())

@@ -1,0 +1,213 @@
+"""torch's `fully_shard` for modules of a cast model: weights stay 16-bit, and masters keep every bit.
+
+Torch replaces parameters by DTensors. What the cast has noted on them goes along; tails are cut by torch too, as frozen
+parameters of a module of their own, so that they are cut as the weights are, whatever the mesh and the placement. No
+dtype changes on the way: 16 bits are gathered, gradients are reduced in the policy's `reduce` and rounded once.
+
+A group of torch's has one dtype. So parts of a module that are kept otherwise than the rest, norms in FP32 for
+instance, become groups of their own, one for each dtype. Left out: gradients in another dtype than their weights, and
+models on the meta device, since what is noted on a DTensor does not survive its materialisation.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from duotone.errors import PolicyError
+from duotone.torch.casting.cast_forward import check_module
+from duotone.torch.master import is_replaced, name_of, notes_of, reduce_dtype_of, replace_by, tail_of
+from duotone.torch.shards import is_sharded
+
+Modules = TypeVar("Modules", bound=nn.Module | Sequence[nn.Module])
+
+_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Kept(NamedTuple):
+    """How the parameters of one group are kept: the dtype of weight and gradient, and that of the reduction."""
+
+    dtype: torch.dtype
+    reduce: torch.dtype | None
+
+
+class _Place(NamedTuple):
+    """Where a parameter stands in a model."""
+
+    owner: nn.Module
+    name: str
+    param: nn.Parameter
+
+
+def fully_shard(
+    module: Modules, *, mesh: Any = None, reshard_after_forward: bool | int | None = None, **options: Any
+) -> Modules:
+    """Shard a module of a cast model over ranks, as `torch.distributed.fsdp.fully_shard` does, masters included.
+
+    Call it as torch's, after `cast` and before the optimizer is built: first on parts, such as the blocks of a
+    transformer, then on the model. All ranks must hold the same weights, as for torch's; nothing is sent. Weights are
+    gathered in the dtype they are kept in. Gradients are averaged in the policy's `reduce`, never in fewer bits than
+    they have, and rounded once to the weight's dtype; without synchronisation (`set_requires_gradient_sync(False)`)
+    they accumulate in it. Several modules given as a list share one group.
+
+    Args:
+        module: a module of a cast model, or a list of some.
+        mesh: of the ranks, as torch takes it: 1-d, or 2-d for copies of shards (HSDP); None for all ranks.
+        reshard_after_forward: whether what was gathered is freed before the backward pass; as in torch.
+        options: torch's others: `shard_placement_fn`, `offload_policy`, `ignored_params`, `dp_mesh_dims`.
+
+    Returns:
+        What was given, its parameters replaced by DTensors.
+
+    Raises:
+        PolicyError: a parameter was never cast, or its gradient is to be in another dtype than itself; a module keeps
+            parameters of its own otherwise than those of its parts; an `mp_policy` is given. Nothing is changed then.
+
+    >>> import duotone.torch as dt
+    >>> fully_shard(nn.Linear(2, 1))
+    Traceback (most recent call last):
+    ...
+    duotone.errors.PolicyError: parameter "weight" was never cast; call duotone.torch.cast(model, policy) ...
+    """
+    if "mp_policy" in options:
+        raise PolicyError(
+            "mp_policy is what the model's own policy says already: weights are gathered as they are kept, gradients "
+            'reduced in its reduce; leave mp_policy out, and cast to a policy such as "bf16,reduce=bfloat16"'
+        )
+    roots = [module] if isinstance(module, nn.Module) else list(module)
+    for root in roots:
+        check_module(root, "shard")
+        if _has_no_forward(root):
+            raise PolicyError(f"a {type(root).__name__} has no forward that could gather weights; shard its parts")
+    ignored = options.get("ignored_params") or set()
+    places = [place for place in _places(roots, set()) if place.param not in ignored]
+    for place in places:
+        _check(place)
+    rest, apart = _groups(roots, ignored)
+    options = {**options, "mesh": mesh, "shard_placement_fn": _once(options.get("shard_placement_fn"))}
+    for kept, parts in apart.items():
+        _shard(parts, places, kept, {**options, "reshard_after_forward": reshard_after_forward})
+    _shard(module, places, rest, {**options, "reshard_after_forward": reshard_after_forward})
+    return module
+
+
+def _shard(module: Any, places: list[_Place], kept: _Kept | None, options: dict[str, Any]) -> None:
+    """Have torch shard one group, and bring what is noted on its parameters to their successors."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import fully_shard as torchs
+
+    reduce = None if kept is None or kept.reduce is None else torch.promote_types(kept.dtype, kept.reduce)
+    torchs(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False), **options)
+    replaced = {place.param: place.owner._parameters[place.name] for place in places}
+    replaced = {param: new for param, new in replaced.items() if new is not param and not is_replaced(param)}
+    tails = {param: tail for param in replaced if (tail := tail_of(param)) is not None}
+    cut_tails = dict(zip(tails, _cut(tails, options), strict=True))
+    for param, new in replaced.items():
+        assert new is not None
+        notes = notes_of(param)
+        replace_by(param, new, {**notes, "duotone_tail": cut_tails[param]} if param in cut_tails else notes)
+
+
+def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """Return tails as torch cuts the parameters that they belong to."""
+    from torch.distributed.fsdp import fully_shard as torchs
+
+    if not tails:
+        return []
+    holder = nn.Module()
+    owners = {nn.Parameter(tail, requires_grad=False): param for param, tail in tails.items()}
+    for number, tail in enumerate(owners):
+        holder.register_parameter(str(number), tail)
+    place = options["shard_placement_fn"]
+    theirs = None if place is None else lambda tail: place(owners[tail])
+    same = {name: value for name, value in options.items() if name not in ("ignored_params", "reshard_after_forward")}
+    torchs(holder, **{**same, "shard_placement_fn": theirs})
+    return [tail.detach() for tail in holder.parameters()]
+
+
+def _once(shard_placement_fn: Callable[[nn.Parameter], Any] | None) -> Callable[[nn.Parameter], Any] | None:
+    """Return a function that asks the user's once for each parameter: a tail must be placed as its weight is."""
+    return None if shard_placement_fn is None else cache(shard_placement_fn)
+
+
+def _groups(roots: list[nn.Module], ignored: set[nn.Parameter]) -> tuple[_Kept | None, dict[_Kept, list[nn.Module]]]:
+    """Return how the parameters of most elements are kept, and the largest parts that are kept otherwise, by how."""
+
+    def kept_in(modules: list[nn.Module]) -> dict[_Kept, int]:
+        sizes: dict[_Kept, int] = {}
+        for param in {place.param: None for place in _places(modules, set())}:
+            if param.is_floating_point() and param not in ignored:
+                kept = _Kept(param.dtype, reduce_dtype_of(param))
+                sizes[kept] = sizes.get(kept, 0) + param.numel()
+        return sizes
+
+    def own(module: nn.Module) -> set[_Kept]:
+        params = [param for param in module.parameters(recurse=False) if param not in ignored]
+        return {_Kept(param.dtype, reduce_dtype_of(param)) for param in params if param.is_floating_point()}
+
+    sizes = kept_in(roots)
+    of_roots = set().union(*map(own, roots))
+    rest = max(of_roots or sizes, key=lambda kept: sizes[kept], default=None)
+    apart: dict[_Kept, list[nn.Module]] = {}
+    seen: set[nn.Module] = set()
+
+    def divide(module: nn.Module, is_root: bool) -> None:
+        if module in seen or (not is_root and is_sharded(module)):
+            return
+        seen.add(module)
+        kept = set(kept_in([module])) - {rest}
+        others = own(module) - {rest}
+        if len(kept) == 1 and rest not in kept_in([module]) and not (is_root or _has_no_forward(module)):
+            apart.setdefault(kept.pop(), []).append(module)
+            return
+        if others:
+            found = ", ".join(sorted(str(each.dtype) for each in {*kept, rest} if each is not None))
+            raise PolicyError(
+                f"a {type(module).__name__} keeps parameters of its own in {others.pop().dtype}, and those around it "
+                f"or in its parts in {found}, or reduces them otherwise; torch gathers one dtype at a time: shard its "
+                "parts first, or write the policy's rule for all of it"
+            )
+        for child in module.children():
+            divide(child, False)
+
+    for root in roots:
+        divide(root, True)
+    return rest, apart
+
+
+def _places(modules: list[nn.Module], seen: set[nn.Module]) -> Iterator[_Place]:
+    """Yield every parameter of some modules and their parts, but for the parts that are sharded already."""
+    for module in modules:
+        if module in seen:
+            continue
+        seen.add(module)
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield _Place(module, name, param)
+        yield from _places([child for child in module.children() if not is_sharded(child)], seen)
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
+
+
+def _check(place: _Place) -> None:
+    owner, name, param = place
+    name = name_of(param) or name
+    if is_replaced(param):
+        raise PolicyError(
+            f'parameter "{name}" of a {type(owner).__name__} is tied to one that is sharded already; shard both '
+            "modules together: fully_shard([first, second])"
+        )
+    if param.dtype in _CAST_DTYPES and reduce_dtype_of(param) is None:
+        raise PolicyError(
+            f'parameter "{name}" was never cast; call duotone.torch.cast(model, policy) on the whole model before '
+            'fully_shard, policy "fp32" included'
+        )
+    if param.is_floating_point() and param.grad_dtype not in (None, param.dtype):
+        raise PolicyError(
+            f'parameter "{name}" is kept in {param.dtype} and its gradient in {param.grad_dtype}; fully_shard keeps '
+            "both in one dtype: leave grad= out of the policy, and accumulate without synchronisation "
+            "(set_requires_gradient_sync(False)), which adds up in the policy's reduce"
+        )

@@ -1,0 +1,376 @@
+"""`torch.amp.GradScaler`'s interface, for code that is written for it: swap the import, and nothing else changes.
+
+What is right in torch is inherited from there, and `isinstance` still holds; what is wrong there is right here:
+FP32 losses, one decision of all ranks, a floor under the scale, a clean iteration without gradients, no lost updates of
+FP16 weights, no closure in any place. Left out: `clip_grad_norm_` before `unscale_` clips scaled gradients here as it
+does there, for neither sees it. `LossScaler` clips by itself, and does more.
+"""
+
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
+
+from duotone.errors import LossScaleError, OptimizerError
+from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.optim import MasterOptimizer
+from duotone.torch.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
+from duotone.torch.shards import local
+from duotone.torch.step import lacks_momentum
+from duotone.torch.unscale import narrow, unscale_
+
+# those of torch whose fused kernels write FP16 weights, rounded, without a master
+_FUSED_IN_TORCH = (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
+
+
+class GradScaler(torch.amp.GradScaler):
+    """Scales losses, unscales gradients, and skips steps that overflow: `torch.amp.GradScaler`, made right.
+
+    Takes torch's optimizers, fused or not, other libraries' that torch's scaler takes, and Duotone's. The latter take
+    the scale out while they update and skip on the device, so their gradients stay scaled after `step`, unless
+    `unscale_` was called. Clip after `unscale_`, never before: what is clipped there is the scaled gradient.
+
+    Ranks agree on what they skip where parameters are DTensors (`fully_shard`, tensor parallelism), and where
+    gradients are the same on all of them (DDP). What FSDP1 flattens tells nothing: keep torch's `ShardedGradScaler`.
+
+    A scale below 1 is allowed, and told once (`DuotoneWarning`). It never falls below 2**-126: a step that overflows
+    there raises `LossScaleCollapse` in `update`, on an accelerator one `update` later, since nothing waits for it.
+
+    Args:
+        device: the type of device that losses are on, `"cuda"`, `"cpu"` or any other, or a `torch.device`.
+        init_scale: the first scale.
+        growth_factor: what the scale is multiplied by after `growth_interval` steps in a row without overflow.
+        backoff_factor: what it is multiplied by after an overflow.
+        growth_interval: see there.
+        enabled: whether anything is done at all; if not, `step` steps the optimizer and `scale` returns what it gets.
+
+    Raises:
+        LossScaleError: `init_scale` is no normal FP32 number above 0, or a number is in the place of the device.
+        AssertionError: `growth_factor` is not above 1, or `backoff_factor` not below, as in torch.
+
+    >>> import duotone.torch as dt
+    >>> model = dt.cast(torch.nn.Linear(2, 1), "fp16")
+    >>> optimizer = dt.AdamW(model.parameters())
+    >>> scaler = GradScaler("cpu", init_scale=2.0**10)
+    >>> scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    >>> scaler.unscale_(optimizer)
+    >>> torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=10.0)
+    tensor(1.7321)
+    >>> scaler.step(optimizer)
+    >>> scaler.update()
+    >>> scaler.get_scale()
+    1024.0
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ) -> None:
+        if isinstance(device, int | float):
+            raise LossScaleError(
+                f"the first argument is {device}, but it is the device, as in torch.amp; write "
+                f'GradScaler("cuda", {device}) or GradScaler(init_scale={device})'
+            )
+        if isinstance(device, torch.device):
+            device = device.type
+        if enabled and device == "cuda" and torch.cuda.amp.common.amp_definitely_not_available():
+            warnings.warn("torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling.", stacklevel=2)
+            enabled = False
+        if enabled:
+            check_scale("init_scale", init_scale)
+        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._alarm = ScaleAlarm()
+
+    @overload
+    def scale(self, outputs: Tensor) -> Tensor: ...
+
+    @overload
+    def scale(self, outputs: list[Tensor]) -> list[Tensor]: ...
+
+    @overload
+    def scale(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]: ...
+
+    @overload
+    def scale(self, outputs: Iterable[Tensor]) -> Iterable[Tensor]: ...
+
+    def scale(self, outputs: Tensor | Iterable[Tensor]) -> Tensor | Iterable[Tensor]:
+        """Return a loss, or losses, times the scale: in FP32 if given in 16 bits, else in their own dtype.
+
+        Args:
+            outputs: a tensor of any shape, or an iterable of such, nested in any way and on any devices. Lists and
+                tuples come back as what they are, other iterables as an iterator.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Tensor):
+            return _at_least_float32(outputs) * self._scale_on(outputs.device)
+        # some of the losses may go backward when the scale has moved on
+        copies: dict[torch.device, Tensor] = {}
+
+        def scaled(output: Any) -> Any:
+            if isinstance(output, Tensor):
+                if output.device not in copies:
+                    copies[output.device] = self._scale_on(output.device).clone()
+                return _at_least_float32(output) * copies[output.device]
+            if isinstance(output, Iterable) and not isinstance(output, str):
+                each = map(scaled, output)
+                return type(output)(each) if isinstance(output, list | tuple) else each
+            raise ValueError("outputs must be a Tensor or an iterable of Tensors")
+
+        return scaled(outputs)
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make an optimizer's gradients the true ones in place, so that they can be clipped or looked at.
+
+        FP16 gradients of Duotone's optimizers become FP32 until `update`, since the true ones would underflow.
+
+        Args:
+            optimizer: whose gradients are complete; once between two calls of `update`.
+
+        Raises:
+            RuntimeError: it has been called already, or after `step`.
+            OptimizerError: a gradient is in FP16, and the optimizer keeps no masters.
+            AssertionError: nothing was ever scaled.
+        """
+        super().unscale_(optimizer)
+        if self._enabled:
+            self._per_optimizer_states[id(optimizer)]["optimizer"] = optimizer
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Step an optimizer with true gradients, or skip the step if one of them is Inf or NaN, on any rank.
+
+        Without a single gradient the optimizer is stepped, as it would be without a scaler.
+
+        Args:
+            optimizer: one of torch's, Duotone's, or another library's.
+            args: for the optimizer's `step`.
+            kwargs: likewise.
+
+        Returns:
+            What the optimizer's `step` returned; None if it was skipped on the host.
+
+        Raises:
+            RuntimeError: there is a closure, or this optimizer has been stepped since the last `update`.
+            OptimizerError: a gradient is in FP16, and the optimizer keeps no masters.
+            AssertionError: nothing was ever scaled.
+        """
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        if "closure" in kwargs or any(map(callable, args)):
+            raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
+        scale, _ = self._check_scale_growth_tracker("step")
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is OptState.STEPPED:
+            raise RuntimeError("step() has already been called since the last update().")
+
+        returned: Any = None
+        if isinstance(optimizer, MasterOptimizer):
+            multiplier = None
+            if state["stage"] is OptState.READY:
+                self._check_inf_per_device(optimizer)
+                multiplier = scale.reciprocal()
+            found_inf = _sum(state["found_inf_per_device"].values(), scale.device) != 0
+            returned = optimizer.step(*args, grad_multiplier=multiplier, found_inf=found_inf, **kwargs)
+        elif not getattr(optimizer, "_step_supports_amp_scaling", False):
+            if state["stage"] is OptState.READY:
+                self.unscale_(optimizer)
+            returned = self._maybe_opt_step(optimizer, state, *args, **kwargs)
+        elif "grad_scaler" in inspect.signature(optimizer.step).parameters:
+            warnings.warn(
+                "GradScaler is going to stop passing itself as a keyword argument to the passed "
+                "optimizer. In the near future GradScaler registers `grad_scale: Tensor` and "
+                "`found_inf: Tensor` to the passed optimizer and let the optimizer use them directly.",
+                FutureWarning,
+                stacklevel=2,
+            )
+            returned = optimizer.step(*args, **kwargs, grad_scaler=self)  # type: ignore[call-arg]
+        else:
+            returned = self._step_fused(optimizer, state, scale, args, kwargs)
+        state["stage"] = OptState.STEPPED
+        return returned
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Let the scale react to the steps since the last call, or set it; after the steps of all optimizers.
+
+        After an iteration without a single gradient, scale and growth tracker stay as they are.
+
+        Args:
+            new_scale: the scale from now on: a number, or a tensor of one element on the scaler's kind of device. On
+                an accelerator it is not read, but brought into FP32's normal range.
+
+        Raises:
+            LossScaleError: `new_scale` is no normal FP32 number above 0.
+            LossScaleCollapse: gradients overflow although the scale is at its floor.
+            AssertionError: nothing was ever scaled, no optimizer was stepped, or `new_scale` is no such tensor.
+        """
+        if not self._enabled:
+            return
+        scale, growth_tracker = self._check_scale_growth_tracker("update")
+        for state in self._per_optimizer_states.values():
+            narrow(state.pop("widened", []))
+        if new_scale is not None:
+            super().update(_checked(new_scale))
+            scale.nan_to_num_(FLOOR).clamp_(FLOOR, CEILING)
+            return
+        states = list(self._per_optimizer_states.values())
+        found_infs = [found_inf for state in states for found_inf in state["found_inf_per_device"].values()]
+        optimizers = [state["optimizer"] for state in states if "optimizer" in state]
+        if not found_infs and not optimizers:
+            raise AssertionError("No inf checks were recorded prior to update.")
+        self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        # without a single gradient there is nothing to react to
+        if found_infs:
+            found_inf = _sum(found_infs, scale.device)
+            factors = self._growth_factor, self._backoff_factor, self._growth_interval
+            torch._amp_update_scale_(scale, growth_tracker, found_inf, *factors)  # type: ignore[attr-defined]
+            self._alarm.follow(scale.clamp_(FLOOR, CEILING), found_inf, optimizers)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, here or in torch.
+
+        Raises:
+            RuntimeError: it is empty.
+            LossScaleError: its scale is no normal FP32 number above 0. Nothing is loaded then.
+        """
+        if self._enabled and state_dict:
+            check_scale("the scale in the state", state_dict["scale"])
+        super().load_state_dict(state_dict)
+
+    def _scale_on(self, device: torch.device) -> Tensor:
+        if self._scale is None:
+            self._lazy_init_scale_growth_tracker(device)
+        assert self._scale is not None
+        return self._scale.to(device, non_blocking=True)
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        found_infs = super()._check_inf_per_device(optimizer)
+        self._per_optimizer_states[id(optimizer)]["optimizer"] = optimizer
+        return found_infs
+
+    @torch.no_grad()
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """Multiply gradients by `inv_scale`; return for each device whether one was Inf or NaN, on any rank.
+
+        FP32, 0-d, 0 or 1. Where there are no gradients at all, on no rank, nothing is returned.
+        """
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if not allow_fp16:
+            self._widen(optimizer, params)
+        found: dict[torch.device, Tensor] = {}
+        for (device, _), grads in _grouped(params).items():
+            if device not in found:
+                found[device] = found_inf.to(device, copy=True)
+            torch._amp_foreach_non_finite_check_and_unscale_(  # type: ignore[attr-defined]
+                grads, found[device], inv_scale.to(device)
+            )
+        agreement = Agreement(params)
+        if not agreement.is_needed:
+            return found
+        speaks = local(params[0]).device
+        own = torch.stack([_sum(found.values(), speaks), torch.full((), float(bool(found)), device=speaks)])
+        found_any, has_any = agreement.any(own != 0)
+        # a rank with gradients need not wait to know that there are some
+        if not found and not has_any:
+            return {}
+        return {found_inf.device: found_any.to(found_inf.device, found_inf.dtype)}
+
+    def _widen(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
+        halves = [param for param in params if _is_float16(param)]
+        if not halves:
+            return
+        if not isinstance(optimizer, MasterOptimizer):
+            raise _float16_error(optimizer)
+        # the scale is taken out of them together with the others
+        self._per_optimizer_states[id(optimizer)]["widened"] = unscale_(halves, torch.ones(()))
+
+    def _step_fused(
+        self, optimizer: Any, state: dict[str, Any], scale: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Step an optimizer whose own step takes the scale out and skips, told by two of its attributes."""
+        _refuse_float16(optimizer)
+        grad_scale = getattr(optimizer, "grad_scale", None)
+        if state["stage"] is OptState.READY:
+            self._check_inf_per_device(optimizer)
+            grad_scale = scale if grad_scale is None else scale * grad_scale
+        found_inf = _sum(state["found_inf_per_device"].values(), scale.device)
+        if lacks_momentum(optimizer) and found_inf:
+            # its kernel would skip, and leave momentum that nobody has written
+            return None
+        optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+        try:
+            return optimizer.step(*args, **kwargs)
+        finally:
+            del optimizer.grad_scale, optimizer.found_inf
+
+
+def _checked(new_scale: float | Tensor) -> float | Tensor:
+    if not isinstance(new_scale, Tensor):
+        return check_scale("new_scale", new_scale)
+    if new_scale.numel() != 1:
+        return new_scale
+    if new_scale.device.type == "cpu":
+        check_scale("new_scale", new_scale.item())
+    # torch refuses a shape of (1,)
+    return new_scale.reshape(())
+
+
+def _at_least_float32(loss: Tensor) -> Tensor:
+    return loss.float() if loss.is_floating_point() and loss.itemsize < 4 else loss
+
+
+def _is_float16(param: Tensor) -> bool:
+    return param.grad is not None and param.grad.dtype == torch.float16
+
+
+def _grouped(params: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """Return the memory of gradients, this rank's parts, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        if param.grad is None:
+            continue
+        if param.grad.is_sparse:
+            # finite values of one element may sum up to Inf
+            if param.grad.dtype == torch.float16:
+                param.grad = param.grad.coalesce()
+            part = param.grad._values()
+        else:
+            part = local(param.grad)
+        groups.setdefault((part.device, part.dtype), []).append(part)
+    return groups
+
+
+def _sum(flags: Iterable[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros((), device=device)
+    for flag in flags:
+        total = total + flag.to(device, non_blocking=True)
+    return total
+
+
+def _refuse_float16(optimizer: torch.optim.Optimizer) -> None:
+    # other libraries' fused optimizers may keep masters of their own
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if isinstance(optimizer, _FUSED_IN_TORCH) and any(map(_is_float16, params)):
+        raise _float16_error(optimizer)
+
+
+def _float16_error(optimizer: torch.optim.Optimizer) -> OptimizerError:
+    return OptimizerError(
+        f"Attempting to unscale FP16 gradients. {type(optimizer).__name__} keeps no FP32 masters of FP16 weights and "
+        "would lose small updates; use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion from there, or "
+        "keep the weights in FP32 and let autocast run the arithmetic in FP16"
+    )

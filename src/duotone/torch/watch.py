@@ -1,0 +1,160 @@
+"""What the host learns of steps: whether schedulers may advance, and when a run that only skips has to end.
+
+On a CPU it learns at once. On an accelerator it learns of a step when the next one begins, before that one updates: the
+device has more work by then, so it never stands still, and every update has its right learning rate all the same.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.errors import DuotoneWarning, OptimizerError
+from duotone.loss_scale import LossScale
+from duotone.torch.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
+from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.late import Late
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one step, as Python numbers, or as 0-d tensors that are still to arrive.
+
+    Attributes:
+        step: its number, from 1 on.
+        loss_scale: that its gradients carried.
+        skipped_in_a_row: steps skipped up to it; 0 if it was not.
+        bad_loss: which of its losses, from 1 on, was the first that is not finite; 0 for none on this rank.
+        bad_loss_anywhere: whether a loss was not finite on any rank.
+        skipped_each: for each optimizer, whether it skipped.
+    """
+
+    step: int
+    loss_scale: Any
+    skipped_in_a_row: Any
+    bad_loss: Any
+    bad_loss_anywhere: Any
+    skipped_each: Sequence[Any]
+
+
+class Watch:
+    """Follows the steps of a scaler.
+
+    Args:
+        patience: how many steps in a row may be skipped, or None.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self._patience = patience
+        self._late = Late()
+        self._step = 0
+        self._waiting: list[tuple[int | None, Any]] = []
+        self._last: Outcome | None = None
+        self._overflows_in_a_row = 0
+        self._is_checked = True
+
+    def follow(self, outcome: Outcome, schedulers: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take note of a step, and of the schedulers that are to advance if it was not skipped."""
+        self._waiting = places_of(schedulers, optimizers)
+        self._step = outcome.step
+        values = (
+            outcome.loss_scale,
+            outcome.skipped_in_a_row,
+            outcome.bad_loss,
+            outcome.bad_loss_anywhere,
+            *outcome.skipped_each,
+        )
+        devices = {value.device for value in values if isinstance(value, Tensor)}
+        if devices:
+            self._late.send(torch.stack([_as_float64(value, *devices) for value in values]))
+        else:
+            self._learn(outcome)
+
+    def settle(self) -> None:
+        """Learn of the last step now: advance its schedulers, and say if a loss was not finite."""
+        values = self._late.receive()
+        if values is not None:
+            scale, in_a_row, bad_loss, anywhere, *each = values
+            self._learn(Outcome(self._step, scale, int(in_a_row), int(bad_loss), bool(anywhere), list(map(bool, each))))
+
+    def check(
+        self, settings: LossScale, optimizers: Sequence[torch.optim.Optimizer], agreement: Agreement | None
+    ) -> None:
+        """Raise if the last step that is known of was one skipped step too many, and gradients are not finite now.
+
+        Raises:
+            LossScaleCollapse: it was.
+            NonFiniteLoss: it was, and its loss was not finite.
+        """
+        last = self._last
+        # whoever catches the error and goes on is not stopped by the same step again
+        if last is None or self._is_checked or self._patience is None or not last.skipped_in_a_row:
+            return
+        self._is_checked = True
+        is_at_floor = settings.is_dynamic and last.loss_scale <= settings.min_scale and self._overflows_in_a_row > 1
+        if last.bad_loss_anywhere:
+            if last.skipped_in_a_row >= self._patience:
+                raise non_finite_loss(last.step, last.bad_loss or None, last.skipped_in_a_row)
+        elif is_at_floor or last.skipped_in_a_row >= self._patience:
+            names, parameters = non_finite_gradients(optimizers, agreement)
+            # one step late, the run may have recovered
+            if names:
+                raise collapse(names, parameters, last.skipped_in_a_row, last.loss_scale, settings)
+
+    def _learn(self, outcome: Outcome) -> None:
+        is_news = outcome.bad_loss_anywhere and not (self._last is not None and self._last.bad_loss_anywhere)
+        self._last, self._is_checked = outcome, False
+        is_overflow = outcome.skipped_in_a_row and not outcome.bad_loss_anywhere
+        self._overflows_in_a_row = self._overflows_in_a_row + 1 if is_overflow else 0
+        waiting, self._waiting = self._waiting, []
+        for place, scheduler in waiting:
+            skipped = any(outcome.skipped_each) if place is None else outcome.skipped_each[place]
+            if not skipped:
+                scheduler.step()
+        if is_news:
+            became = "the step was skipped, and " if outcome.skipped_in_a_row else ""
+            warnings.warn(
+                f"{loss_at(outcome.step, outcome.bad_loss or None)} is not finite, before any scaling: that is the "
+                f"forward pass; {became}the loss scale stays as it is. This is said once in a row of such steps",
+                DuotoneWarning,
+                stacklevel=5,
+            )
+
+
+def places_of(schedulers: Any, optimizers: Sequence[torch.optim.Optimizer]) -> list[tuple[int | None, Any]]:
+    """Return each scheduler with the place of its optimizer among these; None if it says nothing of one.
+
+    Args:
+        schedulers: one, a list or tuple of several, or None.
+        optimizers: those of a step.
+
+    Raises:
+        OptimizerError: one belongs to another optimizer, or needs a figure to advance.
+    """
+    several = () if schedulers is None else schedulers if isinstance(schedulers, list | tuple) else (schedulers,)
+    return [(_place(scheduler, optimizers), scheduler) for scheduler in several]
+
+
+def _place(scheduler: Any, optimizers: Sequence[torch.optim.Optimizer]) -> int | None:
+    name = type(scheduler).__name__
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise OptimizerError(f"{name} advances by a figure of its own; call its step(figure) yourself")
+    own = getattr(scheduler, "optimizer", None)
+    if own is None:
+        return None
+    for place, optimizer in enumerate(optimizers):
+        # MasterWeights shares its groups with the optimizer in it, and one that prepare made with the one before
+        if own is optimizer or own.param_groups is optimizer.param_groups:
+            return place
+    raise OptimizerError(
+        f"this {name} changes the learning rate of an {type(own).__name__} that is not among the optimizers of this "
+        "step; build it on one that is"
+    )
+
+
+def _as_float64(value: Any, device: torch.device) -> Tensor:
+    # filled on the device: a copy from the host would wait for it
+    return value.double() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)

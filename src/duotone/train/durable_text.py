@@ -1,0 +1,72 @@
+"""Text files that a crash cannot leave half-written: replaced as a whole, or longer by whole lines.
+
+A file is written beside its place, flushed to the disk and renamed; whoever opens it finds the old text or the new.
+"""
+
+import os
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in a folder that is there.
+
+    Raises:
+        OSError: it could not be written; what was there is untouched, and nothing half-written stays.
+    """
+    partial = partial_path(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or to none yet; it is on the disk after the next `flush`.
+
+    Raises:
+        OSError: it could not be written; no part of it stays.
+    """
+    rest = f"{line}\n".encode()
+    # unbuffered: nothing may be left to be written when the file is closed
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, and have each new one's entry on the disk.
+
+    Raises:
+        OSError: one of them cannot be made.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
+
+
+def partial_path(path: Path) -> Path:
+    """Return where a file is written before it takes its place; the next write goes over what a crash left there."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk.
+
+    Raises:
+        OSError: it is not there, or the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

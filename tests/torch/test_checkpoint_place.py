@@ -1,0 +1,205 @@
+"""A writer that dies at any moment leaves a checkpoint to be found, and one that fails leaves nothing of itself."""
+
+import errno
+import io
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from duotone.errors import CheckpointError
+from duotone.torch import checkpoint_folder, list_checkpoints, remove_checkpoint, verify_checkpoint
+from duotone.torch.checkpoint_folder import read_folder, write_folder
+from duotone.torch.checkpoint_place import partial_folder
+
+CHANGES = [(os, "mkdir"), (os, "rename"), (os, "fsync"), (io, "open"), (checkpoint_folder, "save_file")]
+REMOVALS = [(os, "unlink"), (os, "rmdir")]
+NAMES = ["folder", "other"]
+
+
+class Death(BaseException):
+    """What no handler of errors catches, as none runs when a process is killed."""
+
+
+def fail_at(patch: pytest.MonkeyPatch, number: int, calls: list, error: Callable[[], BaseException]) -> list[str]:
+    """Let the `number`-th of all `calls` from now on raise instead; return where it did, once it has."""
+    numbers, failed = count(), []
+
+    def watched(function, name):
+        def call(*args, **kwargs):
+            if next(numbers) == number:
+                failed.append(name)
+                raise error()
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in calls:
+        patch.setattr(module, name, watched(getattr(module, name), name))
+    return failed
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def contents(step: int) -> dict:
+    return {"step": step, "weight": torch.full((3,), float(step))}
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_death_at_any_moment_leaves_a_checkpoint(tmp_path, monkeypatch, replaces):
+    seen, left = set(), set()
+    for number in count():
+        parent = tmp_path / str(number)
+        path = parent / "folder"
+        write_folder(path if replaces else parent / "other", contents(1))
+        with monkeypatch.context() as patch:
+            died = fail_at(patch, number, CHANGES + REMOVALS, Death)
+            with suppress(Death):
+                write_folder(path, contents(2))
+        if not died:
+            break
+        if replaces or path.exists():
+            verify_checkpoint(path)
+            seen.add(read_folder(path)["step"])
+            assert path in list_checkpoints(parent)
+        left |= {name.split(".")[-1].split("-")[0] for name in names_in(parent) if name.startswith(".")}
+        # what the dead left is cleared by whoever writes next, except the only thing that stands for "folder"
+        write_folder(parent / "other", contents(4))
+        if replaces:
+            assert read_folder(path)["step"] in (1, 2)
+        write_folder(path, contents(3))
+        assert read_folder(path)["step"] == 3
+        assert names_in(parent) == NAMES
+    assert seen == ({1, 2} if replaces else {2})
+    assert left == ({"partial", "replaced"} if replaces else {"partial"})
+
+
+def test_a_death_while_removing_leaves_all_or_nothing(tmp_path, monkeypatch):
+    outcomes = set()
+    for number in count():
+        parent = tmp_path / str(number)
+        for name in NAMES:
+            write_folder(parent / name, contents(1))
+        with monkeypatch.context() as patch:
+            died = fail_at(patch, number, CHANGES + REMOVALS, Death)
+            with suppress(Death):
+                remove_checkpoint(parent / "folder")
+        if not died:
+            break
+        for path in list_checkpoints(parent):
+            verify_checkpoint(path)
+        outcomes.add(len(list_checkpoints(parent)))
+        write_folder(parent / "other", contents(2))
+        assert set(names_in(parent)) <= set(NAMES)
+    assert outcomes == {1, 2}
+
+
+def test_what_stepped_aside_can_be_removed(tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+    write_folder(path, contents(1))
+    # the second rename, of the new one into place
+    with monkeypatch.context() as patch:
+        assert fail_at(patch, 1, [(os, "rename")], Death) == []
+        with pytest.raises(Death):
+            write_folder(path, contents(2))
+    assert not path.exists()
+    assert read_folder(path)["step"] == 1
+    remove_checkpoint(path)
+    assert list_checkpoints(tmp_path) == []
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        read_folder(path)
+
+
+def test_a_full_disk_at_any_moment_leaves_what_was_there(tmp_path, monkeypatch):
+    outcomes = {}
+    for number in count():
+        parent = tmp_path / str(number)
+        path = parent / "folder"
+        write_folder(path, contents(1))
+        message = ""
+        with monkeypatch.context() as patch:
+            failed = fail_at(patch, number, CHANGES, lambda: OSError(errno.ENOSPC, "No space left on device"))
+            try:
+                write_folder(path, contents(2))
+            except CheckpointError as error:
+                message = str(error)
+        if not failed:
+            break
+        assert message in ("", f"cannot write the checkpoint {path}: No space left on device")
+        verify_checkpoint(path)
+        outcomes.setdefault((read_folder(path)["step"], bool(message)), []).append(*failed)
+        assert [name for name in names_in(parent) if "replaced" not in name] == ["folder"]
+    assert outcomes == {
+        # making a folder that is there already, which nothing needs
+        (2, False): ["mkdir"],
+        (1, True): ["mkdir", "save_file", "open", "open", "fsync", "fsync", "fsync", "rename", "rename"],
+        # flushing the renames, after the new one stands
+        (2, True): ["fsync"],
+    }
+
+
+def test_a_living_writer_is_left_alone(tmp_path):
+    with partial_folder(tmp_path / "folder") as partial:
+        for name in NAMES:
+            write_folder(tmp_path / name, contents(1))
+            assert partial.is_dir()
+    # it is done, and did not move its folder into place
+    write_folder(tmp_path / "other", contents(2))
+    assert names_in(tmp_path) == NAMES
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    others = [".cache", ".x.partial-12", ".x.replaced-", "notes.partial-" + "0" * 32]
+    for name in others:
+        (tmp_path / name).mkdir()
+    write_folder(tmp_path / "folder", contents(1))
+    assert names_in(tmp_path) == sorted([*others, "folder"])
+
+
+def test_new_parents_are_made_and_flushed(tmp_path, monkeypatch):
+    flushed = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no way to see which file a descriptor is of")
+    monkeypatch.setattr(os, "fsync", note)
+    write_folder(tmp_path / "a" / "b" / "folder", contents(1))
+    parents = [str(path) for path in (tmp_path, tmp_path / "a", tmp_path / "a" / "b")]
+    assert set(parents) <= set(flushed)
+    # the entry of the renamed folder is the last thing to be made safe
+    assert flushed[-1] == parents[-1]
+
+
+@pytest.mark.parametrize(
+    "failure", [OSError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system")]
+)
+def test_where_nothing_may_be_written(tmp_path, monkeypatch, failure):
+    def refuse(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(CheckpointError, match=f"cannot write the checkpoint .*folder: {failure.strerror}"):
+        write_folder(tmp_path / "folder", contents(1))
+    assert names_in(tmp_path) == []
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        write_folder(tmp_path / "file" / "folder", contents(1))
+
+
+def test_an_interrupted_body_is_no_error_of_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="mine"), partial_folder(tmp_path / "folder"):
+        raise ValueError("mine")
+    assert names_in(tmp_path) == []

@@ -1,0 +1,174 @@
+"""The accelerator's way on a CPU: the same states and learning rates, learned one step late, and nobody waits."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import duotone.torch as dt
+from duotone.torch import loss_scaler
+
+# each letter is a step: o overflows, n has a loss that is not finite, e has no gradient at all
+RUNS = ["....", "o..o", "oo.o.o..", "n.", ".nn..o", "e.e", "oe.", ".oeo..", "ono.n.."]
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Return a function that has scalers treat every device as one that is to be waited for, or as it is."""
+    true = loss_scaler.is_on_host
+
+    def choose(late):
+        monkeypatch.setattr(loss_scaler, "is_on_host", (lambda device: False) if late else true)
+
+    return choose
+
+
+def recording(kind):
+    """Return a kind of optimizer that writes down with which learning rate each of its updates was called."""
+
+    class Recording(kind):
+        def step(self, *arguments, **settings):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(*arguments, **settings)
+
+    rates = []
+    return Recording, rates
+
+
+def run(steps, kind, policy="fp16-mixed", **settings):
+    """Return weights, states after each step, learning rates at each update, and the reports, of a run."""
+    kind, rates = recording(kind)
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = kind(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scaler = dt.LossScaler(policy, **settings)
+    states, reports = [], []
+    for step in steps:
+        factor = {"o": 3e38, "n": math.nan}.get(step, 1.0)
+        if step == "e":
+            scaler.scale(torch.ones(()))
+        else:
+            for _ in range(2):
+                scaler.backward(model(torch.randn(4, 3)).square().mean() * factor)
+        report = scaler.step(optimizer, scheduler=scheduler, clip_norm=1.0)
+        optimizer.zero_grad()
+        # not state_dict, which would have the scheduler learn of the step now
+        leaves = vars(scaler._state).values()
+        states.append([torch.as_tensor(leaf).item() for leaf in leaves])
+        reports.append([float(value) for value in (report.skipped, report.grad_norm, report.loss_scale)])
+    scaler.settle()
+    rates.append(optimizer.param_groups[0]["lr"])
+    weights = [param.tolist() for param in model.parameters()]
+    return weights, states, rates, repr(reports), scaler.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
+@pytest.mark.parametrize("steps", RUNS)
+@pytest.mark.parametrize("kind", [dt.AdamW, torch.optim.SGD])
+def test_both_ways_lead_to_the_same(steps, kind, on_device):
+    runs = []
+    for late in (False, True):
+        on_device(late)
+        runs.append(run(steps, kind, hysteresis=2, growth_interval=2))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
+@pytest.mark.parametrize("policy", ["bf16-mixed", "fp16-mixed,loss_scale=8"])
+def test_both_ways_lead_to_the_same_where_the_scale_stands_still(policy, on_device):
+    runs = []
+    for late in (False, True):
+        on_device(late)
+        runs.append(run(".on.", dt.SGD, policy))
+    assert runs[0] == runs[1]
+
+
+def test_saving_learns_of_the_last_step(on_device):
+    on_device(True)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scaler = dt.SGD([parameter], lr=1.0), dt.LossScaler("fp16")
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    rates = []
+    for learn in (lambda: None, scaler.settle, scaler.state_dict, lambda: copy.deepcopy(scaler), lambda: None):
+        scaler.backward(parameter.sum())
+        scaler.step(optimizer, scheduler=scheduler)
+        learn()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [1.0, 0.25, 0.125, 0.0625, 0.0625]
+
+
+def test_a_state_moves_between_host_and_device(on_device):
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16")
+    for late in (False, True, False, True):
+        on_device(late)
+        scaler.backward(parameter.sum() * 3e38)
+        scaler.step(optimizer)
+        assert isinstance(scaler._state.scale, torch.Tensor) == late
+    assert (scaler.loss_scale.item(), scaler.loss_scale.dtype) == (2.0**12, torch.float32)
+    assert (scaler.skipped.item(), scaler.skipped.dtype) == (4, torch.int32)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would read a value of the device."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in self.READS, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class NoReading(TorchFunctionMode):
+    """Raises where Python asks a tensor for its value: on a CPU some of that does not reach the dispatcher."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        assert name not in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy"), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", ["fp16", "bf16", "fp16,loss_scale=8"])
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
+def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflows, on_device, monkeypatch):
+    on_device(True)
+    # what comes in between is the kernels' own affair
+    monkeypatch.setattr(dt.SGD, "step", lambda self, **scalars: None)
+    model = dt.cast(nn.Linear(3, 2), policy)
+    optimizers = [dt.SGD([param], lr=0.5) for param in model.parameters()]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
+    scaler, flag = dt.LossScaler(policy), torch.tensor(overflows)
+    stats = torch.ones((), dtype=torch.float64), flag
+    monkeypatch.setattr("duotone.torch.kernels.grad_stats", lambda *arguments: stats)
+    receive = scaler._watch._late.receive
+    received = []
+
+    def waiting_is_fine_here():
+        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+            received.append(receive())
+        return received[-1]
+
+    monkeypatch.setattr(scaler._watch._late, "receive", waiting_is_fine_here)
+    data = torch.randn(4, 3)
+    scaler.scale(torch.ones(()))
+    with NoReading(), NoWaiting():
+        for ahead in (False, True, False):
+            for _ in range(2):
+                scaler.backward(model(data).mean())
+            if ahead:
+                scaler.unscale_(optimizers[0])
+            report = scaler.step(*optimizers, scheduler=schedulers)
+    assert report.skipped.item() == overflows
+    assert [values is None for values in received] == [True, False, False]
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == ([0.5] * 2 if overflows else [0.125] * 2)
+    with pytest.raises(AssertionError, match="item"), NoReading():
+        flag.item()
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        bool(flag)
