@@ -86,57 +86,45 @@ ALLOWED = {
         "duotone.torch.kernels",
         "duotone.torch.master",
         "duotone.torch.optim",
-        "duotone.torch.watch",
+        "duotone.torch.scaling.watch",
     ),
-    "duotone.torch.loss_scaler": (
+    "duotone.torch.scaling": (
         "duotone.errors",
         "duotone.loss_scale",
         "duotone.policy",
         "duotone.torch.distributed.agreement",
-        "duotone.torch.kernels",
-        "duotone.torch.step",
-        "duotone.torch.unscale",
-        "duotone.torch.watch",
-    ),
-    "duotone.torch.late": (),
-    "duotone.torch.unscale": ("duotone.torch.shards",),
-    "duotone.torch.diagnosis": (
-        "duotone.errors",
-        "duotone.loss_scale",
-        "duotone.torch.distributed.agreement",
         "duotone.torch.master",
+        "duotone.torch.optim",
+        "duotone.torch.scaling",
         "duotone.torch.shards",
+        "duotone.torch.step",
     ),
-    "duotone.torch.watch": (
+    "duotone.torch.scaling.late": (),
+    "duotone.torch.scaling.unscale": ("duotone.torch.shards",),
+    "duotone.torch.scaling.watch": (
         "duotone.errors",
         "duotone.loss_scale",
-        "duotone.torch.diagnosis",
         "duotone.torch.distributed.agreement",
-        "duotone.torch.late",
+        "duotone.torch.scaling",
     ),
-    "duotone.torch.grad_scaler": (
+    "duotone.torch.checkpoint": (
         "duotone.errors",
-        "duotone.torch.distributed.agreement",
-        "duotone.torch.optim",
-        "duotone.torch.scale_alarm",
-        "duotone.torch.shards",
-        "duotone.torch.unscale",
-    ),
-    "duotone.torch.scale_alarm": ("duotone.errors", "duotone.torch.diagnosis", "duotone.torch.late"),
-    "duotone.torch.random_states": (),
-    "duotone.torch.checkpoint_folder": (
-        "duotone.errors",
-        "duotone.torch.checkpoint_place",
+        "duotone.policy",
+        "duotone.torch.casting.cast",
+        "duotone.torch.checkpoint",
+        "duotone.torch.kernels",
+        "duotone.torch.master",
+        "duotone.torch.scaling.loss_scaler",
         "duotone.torch.shards",
     ),
-    "duotone.torch.distributed.ranks": ("duotone.errors",),
-    "duotone.torch.distributed.shard_files": (
+    "duotone.torch.checkpoint.folder": (
         "duotone.errors",
-        "duotone.torch.checkpoint_folder",
-        "duotone.torch.checkpoint_place",
-        "duotone.torch.distributed.ranks",
+        "duotone.torch.checkpoint.place",
         "duotone.torch.shards",
     ),
+    "duotone.torch.checkpoint.place": ("duotone.errors",),
+    "duotone.torch.checkpoint.random_states": (),
+    "duotone.torch.checkpoint.ranks": ("duotone.errors",),
     "duotone.torch": ("duotone.errors", "duotone.policy", "duotone.torch"),
     "duotone.train": ("duotone.errors", "duotone.policy", "duotone.torch", "duotone.train"),
     "duotone.cli": ("duotone",),
@@ -187,10 +175,10 @@ def test_backends_do_not_see_each_other_or_whoever_chooses() -> None:
 
 
 def test_only_the_step_joins_the_scaler_and_the_optimizers() -> None:
-    assert "duotone.torch.optim" not in imports_of(MODULES["duotone.torch.loss_scaler"])
+    assert "duotone.torch.optim" not in imports_of(MODULES["duotone.torch.scaling.loss_scaler"])
     for module, path in MODULES.items():
         if covers("duotone.torch.optim", module):
-            assert "duotone.torch.loss_scaler" not in imports_of(path)
+            assert not any(covers("duotone.torch.scaling", name) for name in imports_of(path))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from torch import nn
 from duotone.errors import OptimizerError
 from duotone.policy import Policy
 from duotone.torch.casting.cast import cast
-from duotone.torch.loss_scaler import LossScaler
 from duotone.torch.optim import SGD, AdamW, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
+from duotone.torch.scaling.loss_scaler import LossScaler
 
 
 class Prepared(NamedTuple):

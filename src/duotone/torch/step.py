@@ -20,7 +20,7 @@ from duotone.torch import kernels
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.master import check_in_place, needs_tail, rounding_of
 from duotone.torch.optim import MasterOptimizer
-from duotone.torch.watch import places_of
+from duotone.torch.scaling.watch import places_of
 
 _grad_of = attrgetter("grad")
 _is_sparse = attrgetter("is_sparse")

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning
-from duotone.torch import activation_checkpointing
+from duotone.torch.casting import activation_checkpointing
 from duotone.torch.casting.activation_checkpointing import (
     CheckpointedForward,
     checkpoint_activations,

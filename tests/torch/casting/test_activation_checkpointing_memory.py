@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duotone.torch as dt
-from duotone.torch import activation_checkpointing
+from duotone.torch.casting import activation_checkpointing
 from duotone.torch.casting.activation_checkpointing import checkpoint_activations
 
 WIDTH = 16

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from duotone.torch import cross_entropy
+from duotone.torch.casting.float32_inside import cross_entropy
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from duotone.errors import DuotoneWarning, OptimizerError
 from duotone.loss_scale import LossScale
-from duotone.torch.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
 from duotone.torch.distributed.agreement import Agreement
-from duotone.torch.late import Late
+from duotone.torch.scaling.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
+from duotone.torch.scaling.late import Late
 
 
 @dataclass(frozen=True)

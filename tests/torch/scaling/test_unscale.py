@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
-from duotone.torch.unscale import narrow, unscale_
+from duotone.torch.scaling.unscale import narrow, unscale_
 
 INVERSES = [1.0, 2.0**-16, 2.0**-32]
 

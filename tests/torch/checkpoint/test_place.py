@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from duotone.errors import CheckpointError
-from duotone.torch import checkpoint_folder, list_checkpoints, remove_checkpoint, verify_checkpoint
-from duotone.torch.checkpoint_folder import read_folder, write_folder
-from duotone.torch.checkpoint_place import partial_folder
+from duotone.torch import list_checkpoints, remove_checkpoint, verify_checkpoint
+from duotone.torch.checkpoint import folder as checkpoint_folder
+from duotone.torch.checkpoint.folder import read_folder, write_folder
+from duotone.torch.checkpoint.place import partial_folder
 
 CHANGES = [(os, "mkdir"), (os, "rename"), (os, "fsync"), (io, "open"), (checkpoint_folder, "save_file")]
 REMOVALS = [(os, "unlink"), (os, "rmdir")]

@@ -16,9 +16,9 @@ from duotone.errors import LossScaleError
 from duotone.loss_scale import LossScale, LossScaleState, init_state, select, update
 from duotone.policy import Policy
 from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.scaling.unscale import narrow, unscale_
+from duotone.torch.scaling.watch import Outcome, Watch
 from duotone.torch.step import StepReport, find_gradients, read_gradients, step
-from duotone.torch.unscale import narrow, unscale_
-from duotone.torch.watch import Outcome, Watch
 
 # calibration from 2^16 to the floor takes 16 skipped steps, and a growth into overflow one; this many is no accident
 PATIENCE = 50

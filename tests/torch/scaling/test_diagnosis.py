@@ -10,7 +10,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import LossScaleCollapse, NonFiniteLoss
 from duotone.loss_scale import LossScale
-from duotone.torch.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
+from duotone.torch.scaling.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
 
 WITHOUT_NAME = 'Keep the part that overflows in FP32 by a rule, use policy "bf16", '
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoint_folder import (
+from duotone.torch.checkpoint.folder import (
     check_files,
     complete_folder,
     file_digests,
@@ -27,15 +27,15 @@ from duotone.torch.checkpoint_folder import (
     unpack,
     write_errors,
 )
-from duotone.torch.checkpoint_place import flush, partial_folder, standing
-from duotone.torch.distributed.ranks import Ranks
+from duotone.torch.checkpoint.place import flush, partial_folder, standing
+from duotone.torch.checkpoint.ranks import Ranks
 from duotone.torch.shards import is_shard
 
 _SUFFIX = ".safetensors"
 
 
 def write_folder(path: Path, contents: Mapping[str, Any], ranks: Ranks) -> None:
-    """Write nested contents from all ranks, as `checkpoint_folder.write_folder` does from one.
+    """Write nested contents from all ranks, as `folder.write_folder` does from one.
 
     Args:
         path: the folder, the same one for every rank.

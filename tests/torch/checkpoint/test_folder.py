@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from duotone.errors import CheckpointError
-from duotone.torch import checkpoint_folder
-from duotone.torch.checkpoint_folder import read_folder, verify_checkpoint, write_folder
+from duotone.torch.checkpoint import folder as checkpoint_folder
+from duotone.torch.checkpoint.folder import read_folder, verify_checkpoint, write_folder
 
 SHARED = torch.arange(6, dtype=torch.int16)
 CONTENTS = {

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from duotone.errors import DuotoneWarning, LossScaleCollapse
-from duotone.torch import scale_alarm
-from duotone.torch.scale_alarm import FLOOR, ScaleAlarm
+from duotone.torch.scaling import scale_alarm
+from duotone.torch.scaling.scale_alarm import FLOOR, ScaleAlarm
 
 
 class Elsewhere(torch.Tensor):

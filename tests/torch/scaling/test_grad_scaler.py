@@ -13,8 +13,8 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import LossScaleError
-from duotone.torch import grad_scaler
-from duotone.torch.scale_alarm import CEILING, FLOOR
+from duotone.torch.scaling import grad_scaler
+from duotone.torch.scaling.scale_alarm import CEILING, FLOOR
 
 SCALERS = pytest.mark.parametrize("kind", [torch.amp.GradScaler, dt.GradScaler], ids=["torch", "duotone"])
 PUBLIC = sorted(name for name in vars(torch.amp.GradScaler) if not name.startswith("_"))

@@ -10,7 +10,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, LossScaleCollapse, NonFiniteLoss, OptimizerError
 from duotone.loss_scale import LossScale
-from duotone.torch.watch import Outcome, Watch, schedulers_in
+from duotone.torch.scaling.watch import Outcome, Watch, places_of
 
 FLOOR = LossScale(init_scale=4.0, min_scale=4.0)
 
@@ -87,11 +87,14 @@ def test_a_scheduler_of_nobody_known_waits_for_all_optimizers(skipped):
 def test_one_several_or_no_schedulers():
     optimizer = optimizer_with()
     first, second = halving(optimizer), halving(optimizer)
-    assert list(schedulers_in(None)) == []
-    assert list(schedulers_in(first)) == [first]
-    assert list(schedulers_in([first, second])) == list(schedulers_in((first, second))) == [first, second]
+    assert places_of(None, [optimizer]) == []
+    assert places_of(first, [optimizer]) == [(0, first)]
+    for several in ([first, second], (first, second)):
+        assert places_of(several, [optimizer_with(), optimizer]) == [(1, first), (1, second)]
+    counter = object()
+    assert places_of(counter, [optimizer]) == [(None, counter)]
     with pytest.raises(OptimizerError, match=r"ReduceLROnPlateau advances by a figure of its own; call its step"):
-        schedulers_in([first, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)])
+        places_of([first, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)], [optimizer])
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -159,6 +162,8 @@ def test_it_is_said_where_the_loss_was_and_what_became_of_the_step(details, text
 def test_when_a_run_ends(late, patience, settings, details, error):
     watch, optimizers = Watch(patience), [optimizer_with(math.inf)]
     watch.check(settings, optimizers, None)
+    if details["in_a_row"] > 1:
+        watch.follow(outcome(8, late=False, in_a_row=details["in_a_row"] - 1, each=[True]), None, optimizers)
     watch.follow(outcome(9, late=late, each=[details["in_a_row"] > 0], **details), None, optimizers)
     if late:
         # nothing has arrived
@@ -171,6 +176,17 @@ def test_when_a_run_ends(late, patience, settings, details, error):
             watch.check(settings, optimizers, None)
         # whoever goes on in spite of it is stopped by the next step, not by this one again
         watch.check(settings, optimizers, None)
+
+
+@pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
+def test_a_skip_for_a_bad_loss_is_no_overflow_before_one_at_the_floor():
+    watch, optimizers = Watch(50), [optimizer_with(math.inf)]
+    watch.follow(outcome(1, late=False, in_a_row=1, each=[True], bad_loss=1), None, optimizers)
+    watch.follow(outcome(2, late=False, in_a_row=2, each=[True], scale=4.0), None, optimizers)
+    watch.check(FLOOR, optimizers, None)
+    watch.follow(outcome(3, late=False, in_a_row=3, each=[True], scale=4.0), None, optimizers)
+    with pytest.raises(LossScaleCollapse):
+        watch.check(FLOOR, optimizers, None)
 
 
 def test_a_run_that_has_recovered_one_step_late_goes_on():

@@ -11,7 +11,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError, NonFiniteLoss
 from duotone.loss_scale import LossScale, LossScaleState
-from duotone.torch import loss_scaler
+from duotone.torch.scaling import loss_scaler
 
 
 @pytest.fixture(params=["host", "device"])

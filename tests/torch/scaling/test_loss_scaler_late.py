@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duotone.torch as dt
-from duotone.torch import loss_scaler
+from duotone.torch.scaling import loss_scaler
 
 # each letter is a step: o overflows, n has a loss that is not finite, e has no gradient at all
 RUNS = ["....", "o..o", "oo.o.o..", "n.", ".nn..o", "e.e", "oe.", ".oeo..", "ono.n.."]

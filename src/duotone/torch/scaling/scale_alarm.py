@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError
-from duotone.torch.diagnosis import non_finite_gradients
-from duotone.torch.late import Late
+from duotone.torch.scaling.diagnosis import non_finite_gradients
+from duotone.torch.scaling.late import Late
 
 # the smallest and the largest normal number of FP32, which holds the scale
 FLOOR, CEILING = 2.0**-126, torch.finfo(torch.float32).max

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from duotone.torch.late import Late
+from duotone.torch.scaling.late import Late
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool])

@@ -14,7 +14,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.loss_scale import LossScale, LossScaleState, update
 
-from .optim.bits import bits_of, everything_of
+from ..optim.bits import bits_of, everything_of
 
 STEPS, MICRO_BATCHES, PARAMETERS = 5, 2, 4
 # the scale moves both ways within five steps

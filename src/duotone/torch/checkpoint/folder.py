@@ -2,7 +2,7 @@
 
 `tensors.safetensors` holds the tensors, each once; `manifest.json` holds everything else, with `{"$tensor": name}`
 where a tensor stands, the SHA-256 of the tensor file, and its own. Reading it executes nothing. Format version 2 has
-besides files of the parts that ranks hold of tensors, which `distributed.shard_files` writes and reads.
+besides files of the parts that ranks hold of tensors, which `shard_files` writes and reads.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoint_place import flush, move_into_place, partial_folder, standing
+from duotone.torch.checkpoint.place import flush, move_into_place, partial_folder, standing
 from duotone.torch.shards import is_shard
 
 FORMAT_VERSION = 1
@@ -49,7 +49,7 @@ def complete_folder(partial: Path, path: Path, contents: Mapping[str, Any], shar
     """Write what a partial folder lacks, and move it into place.
 
     Args:
-        partial: of `checkpoint_place.partial_folder`.
+        partial: of `place.partial_folder`.
         path: its place.
         contents: as in `write_folder`; DTensors are left to the files of their parts.
         shards: the names of those files, which are in `partial` and flushed, and their SHA-256.

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError
-from duotone.torch import checkpoint_folder
-from duotone.torch.checkpoint_folder import read_folder, verify_checkpoint
-from duotone.torch.distributed import shard_files
+from duotone.torch.checkpoint import folder as checkpoint_folder
+from duotone.torch.checkpoint import shard_files
+from duotone.torch.checkpoint.folder import read_folder, verify_checkpoint
 from duotone.torch.distributed.fully_shard import fully_shard
 from duotone.torch.shards import is_shard, local
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import duotone.torch as dt
-from duotone.torch import scale_alarm
 from duotone.torch.optim import MasterOptimizer
+from duotone.torch.scaling import scale_alarm
 
 SCALERS = pytest.mark.parametrize("kind", [torch.amp.GradScaler, dt.GradScaler], ids=["torch", "duotone"])
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoint import read_policy
+from duotone.torch.checkpoint.contents import read_policy
 from duotone.torch.master import tail_of
 
 

@@ -1,9 +1,9 @@
 """Bit-exact save and resume of everything that the next step depends on.
 
-A checkpoint is a folder (`checkpoint_folder`) of weights, tails, buffers, optimizer, scaler, schedule, random states
+A checkpoint is a folder (`folder`) of weights, tails, buffers, optimizer, scaler, schedule, random states
 and the policy. Loading checks all of it against the model before a single weight changes, and refuses another policy's
 checkpoint unless asked to convert, which goes through the FP32 masters. Several ranks save and load together
-(`distributed.shard_files`): of DTensors each its parts, on any number of ranks, everything else is rank 0's.
+(`shard_files`): of DTensors each its parts, on any number of ranks, everything else is rank 0's.
 """
 
 import copy
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from duotone.errors import CheckpointError, DuotoneError
 from duotone.policy import Policy
 from duotone.torch.casting.cast import policy_of
-from duotone.torch.checkpoint_folder import is_sharded, read_folder, read_manifest, write_folder
-from duotone.torch.distributed import shard_files
-from duotone.torch.distributed.ranks import Ranks
+from duotone.torch.checkpoint import shard_files
+from duotone.torch.checkpoint.folder import is_sharded, read_folder, read_manifest, write_folder
+from duotone.torch.checkpoint.random_states import random_states, restore_of_rank
+from duotone.torch.checkpoint.ranks import Ranks
 from duotone.torch.kernels import decode
-from duotone.torch.loss_scaler import LossScaler
 from duotone.torch.master import beyond_range, needs_tail, state_dtype_of, tail_of, write_master
-from duotone.torch.random_states import random_states, restore_of_rank
+from duotone.torch.scaling.loss_scaler import LossScaler
 from duotone.torch.shards import is_shard, like, local, reshard
 
 # what an optimizer keeps for a parameter because of its policy
