@@ -173,6 +173,9 @@ def _open_task(
 
     def read() -> dict[str, Any]:
         own = RunFolder(resumed).settings() if resumed is not None else {}
+        if ranks.size == 1:
+            # how several shared the run's model does not bind one
+            own.pop("parallel", None)
         return own | (read_config(config) if config is not None else {}) | given
 
     told = ranks.first(read)

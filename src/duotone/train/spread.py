@@ -97,6 +97,7 @@ class Sharded:
         for unit in units_of(model):
             dt.fully_shard(unit)
         self._wrapped: Any = dt.fully_shard(_Run(model))
+        self._gather_once()
 
     def loss(self, function: Loss, batch: Any, *, is_last: bool) -> Tensor:
         """As in `Whole`."""
@@ -115,6 +116,16 @@ class Sharded:
         # no backward pass follows that would free what was gathered
         self._wrapped.reshard()
         return figures
+
+    def _gather_once(self) -> None:
+        """Have torch make the tensors that it gathers into: made within inference mode, they could not be trained."""
+        from torch.distributed.fsdp import FSDPModule
+
+        self._wrapped(lambda model: None)
+        for module in self._wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                module.reshard()
 
 
 Spread: TypeAlias = Whole | Replicated | Sharded

@@ -1,6 +1,7 @@
 """What the host learns of steps: at once from numbers, one step late from tensors; schedulers, warnings and the end."""
 
 import math
+from contextlib import suppress
 import warnings
 
 import pytest
@@ -164,6 +165,8 @@ def test_when_a_run_ends(late, patience, settings, details, error):
     watch.check(settings, optimizers, None)
     if details["in_a_row"] > 1:
         watch.follow(outcome(8, late=False, in_a_row=details["in_a_row"] - 1, each=[True]), None, optimizers)
+        with suppress(LossScaleCollapse):
+            watch.check(settings, optimizers, None)
     watch.follow(outcome(9, late=late, each=[details["in_a_row"] > 0], **details), None, optimizers)
     if late:
         # nothing has arrived
