@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-slow soak check format bench clean
+.PHONY: train test test-slow soak soak-ranks check format bench clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -17,6 +17,9 @@ test-slow: $(VENV)/.installed-test  ## the tests that take minutes
 
 soak: $(VENV)/.installed-test  ## kill training runs 50 times, resume them, compare every bit; about ten minutes
 	$(BIN)/python benchmarks/soak.py
+
+soak-ranks: $(VENV)/.installed-test  ## the same with one of two ranks killed, 12 times
+	$(BIN)/python benchmarks/soak.py --ranks 2
 
 check: $(VENV)/.installed-dev  ## style, types, and the rules of the layout
 	$(BIN)/ruff check .

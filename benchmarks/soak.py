@@ -1,6 +1,7 @@
 """Kills training runs with SIGKILL at random moments, resumes them, and compares every bit with runs left alone.
 
     python benchmarks/soak.py                 # 50 kills, half under fp16 and half under bf16
+    python benchmarks/soak.py --ranks 2       # 12 kills of one of two ranks, half under DDP and half under FSDP
     python benchmarks/soak.py --kills 6 --seed 1
 
 A run is killed while it starts or loads, before its first checkpoint, between steps, and while it writes a checkpoint;
@@ -27,7 +28,9 @@ import duotone.torch as dt
 from duotone.errors import CheckpointError
 
 TASK = Path(__file__).with_name("soak_task.py")
-POLICIES = ("fp16", "bf16")
+# arguments of the runs for one process and for several, by name
+ALONE = {"fp16": ["--policy", "fp16"], "bf16": ["--policy", "bf16"]}
+RANKS = {f"bf16 {way}": ["--policy", "bf16", "--parallel", way] for way in ("ddp", "fsdp")}
 TENSORS = "tensors.safetensors"
 STEPS_PER_KILL = 16
 PATIENCE_SECONDS = 120
@@ -42,8 +45,8 @@ class Tally:
     """What a soaked run went through.
 
     Attributes:
-        policy: of the run.
-        kills: with SIGKILL.
+        policy: of the run, and how its model is spread over ranks.
+        kills: with SIGKILL; of several ranks one is hit, and torchrun ends the others.
         starting: of them, before the process's first step.
         writing: of them, in the middle of writing a checkpoint.
         without_checkpoint: of them, before the run's first checkpoint.
@@ -63,17 +66,24 @@ class Tally:
 
 
 class Run:
-    """A run of `duotone train` in a folder of its own, by one process after another.
+    """A run of `duotone train` in a folder of its own, by one process, or group of ranks, after another.
+
+    Args:
+        folder: the run's.
+        arguments: that it is begun with.
+        steps: how many.
+        ranks: how many processes train together.
 
     Attributes:
         folder: the run's.
         damaged: inodes and times of the files in which a byte was flipped.
     """
 
-    def __init__(self, folder: Path, policy: str, steps: int) -> None:
+    def __init__(self, folder: Path, arguments: list[str], steps: int, ranks: int = 1) -> None:
         self.folder = folder
         self.damaged: set[tuple[int, int]] = set()
-        self._settings = ["--policy", policy, "--steps", str(steps), "--lr", "1e-3"]
+        self._ranks = ranks
+        self._settings = [*arguments, "--steps", str(steps), "--lr", "1e-3"]
         self._settings += ["--log-every", "1", "--evaluate-every", "20", "--checkpoint-every", "3", "--keep", "3"]
         self._log = folder.with_suffix(".log")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,11 +92,27 @@ class Run:
         """Start a process that begins the run, or goes on with it."""
         begun = (self.folder / "settings.yaml").exists()
         told = ["--resume", "latest-valid"] if begun else [str(TASK), *self._settings]
-        command = [sys.executable, "-m", "duotone.cli.main", "train", "--out", str(self.folder), *told]
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(self._ranks)] if self._ranks > 1 else []
+        command = [sys.executable, *torchrun, "-m", "duotone", "train", "--out", str(self.folder), *told]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 command, stdout=log, stderr=log, start_new_session=True, env=os.environ | ONE_THREAD
             )
+
+    def kill(self, process: subprocess.Popen[bytes], chance: random.Random) -> None:
+        """Kill what `start` started, or one of its ranks, whose others then end; return when nothing of it is left.
+
+        Raises:
+            RuntimeError: it ended by itself.
+        """
+        victims = [process.pid]
+        if self._ranks > 1:
+            _wait(process, lambda: len(_children(process)) == self._ranks)
+            victims = _children(process)
+        if victims and process.poll() is None:
+            os.kill(chance.choice(victims), signal.SIGKILL)
+        if process.wait() == 0:
+            raise RuntimeError("the run ended before it was killed; give it more steps")
 
     def finish(self) -> None:
         """Run to the end.
@@ -131,10 +157,11 @@ def differences(got: dict[str, Any], want: dict[str, Any]) -> list[str]:
     return sorted(uneven | {name for name in got.keys() & want.keys() if got[name] != want[name]})
 
 
-def soak(policy: str, kills: int, chance: random.Random, folder: Path) -> Tally:
+def soak(name: str, arguments: list[str], ranks: int, kills: int, chance: random.Random, folder: Path) -> Tally:
     """Train one run undisturbed and one under kills, and compare them."""
     steps = STEPS_PER_KILL * (kills + 1)
-    alone, run, tally = Run(folder / "alone", policy, steps), Run(folder / "killed", policy, steps), Tally(policy)
+    alone, run = (Run(folder / kind, arguments, steps, ranks) for kind in ("alone", "killed"))
+    tally = Tally(name)
     alone.finish()
     while tally.kills < kills:
         before = run.last_step()
@@ -142,15 +169,13 @@ def soak(policy: str, kills: int, chance: random.Random, folder: Path) -> Tally:
         try:
             wait_for_the_moment(run, process, chance, STEPS_PER_KILL * (tally.kills + 1), first=tally.kills == 0)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
-        if process.wait() == 0:
-            raise RuntimeError(f"the run ended after {tally.kills} kills; give it more steps")
+            run.kill(process, chance)
         examine(run, tally, chance, before)
-        print(f"{policy}: kill {tally.kills} of {kills} at step {run.last_step()} of {steps}", flush=True)
+        print(f"{name}: kill {tally.kills} of {kills} at step {run.last_step()} of {steps}", flush=True)
     run.finish()
     lost = differences(run.result(), alone.result()) + [path.name for path in run.leftovers()]
     if lost:
-        print(f"{policy}: {len(lost)} differ, the first: {', '.join(lost[:5])}", file=sys.stderr)
+        print(f"{name}: {len(lost)} differ, the first: {', '.join(lost[:5])}", file=sys.stderr)
     tally.lost += len(lost)
     return tally
 
@@ -215,6 +240,14 @@ def _wait(process: subprocess.Popen[bytes], holds: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
+def _children(process: subprocess.Popen[bytes]) -> list[int]:
+    """Return the ranks that torchrun has started."""
+    told = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "duotone"], capture_output=True, text=True, check=False
+    )
+    return [int(line) for line in told.stdout.split()]
+
+
 def _is_intact(path: Path) -> bool:
     try:
         dt.verify_checkpoint(path)
@@ -237,17 +270,20 @@ def _flip_a_byte(path: Path, chance: random.Random) -> None:
 def main() -> None:
     """Soak every policy, print what happened, and exit with 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="in all (default: 50)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that train together (default: 1)")
+    parser.add_argument("--kills", type=int, help="in all (default: 50, with several ranks 12)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     told = parser.parse_args()
-    if told.kills < len(POLICIES):
-        parser.error(f"--kills is {told.kills}; it must be at least {len(POLICIES)}, one for each policy")
+    cases = RANKS if told.ranks > 1 else ALONE
+    kills = told.kills or (12 if told.ranks > 1 else 50)
+    if kills < len(cases):
+        parser.error(f"--kills is {kills}; it must be at least {len(cases)}, one for each of {', '.join(cases)}")
     chance = random.Random(told.seed)
     tallies = []
     with tempfile.TemporaryDirectory() as folder:
-        for index, policy in enumerate(POLICIES):
-            share = (told.kills + index) // len(POLICIES)
-            tallies.append(soak(policy, share, chance, Path(folder, policy)))
+        for index, (name, arguments) in enumerate(cases.items()):
+            share = (kills + index) // len(cases)
+            tallies.append(soak(name, arguments, told.ranks, share, chance, Path(folder, name)))
     print(report(tallies))
     sys.exit(any(tally.lost for tally in tallies))
 

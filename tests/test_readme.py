@@ -42,6 +42,13 @@ def test_a_command_runs(command, tmp_path):
     assert result.stdout
 
 
+def test_the_collapse_is_what_the_example_prints():
+    example = next(block for block in PYTHON_BLOCKS if "LossScaleCollapse" in block)
+    shown = next(block for block in re.findall(r"```text\n(.*?)```", README, re.DOTALL) if "steps in a row" in block)
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", example], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == shown.split()
+
+
 def test_the_two_commands_are_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = [command[1] for command in COMMANDS if command[0] == "make"]

@@ -54,7 +54,8 @@ class Task:
         name: what people call it.
         model: freshly initialised in FP32, from torch's global seed.
         loss: maps the model and a batch on the model's device to a scalar.
-        batches: maps a CPU generator to one epoch's batches; the same state must give the same batches.
+        batches: maps a CPU generator to one epoch's batches; the same state must give the same batches. Several ranks
+            all draw all of them, and each trains on its share.
         evaluate: maps the model to its figures on held-out data; deterministic. See `evaluating`.
         quality: the figure that stands for the run's quality.
         lower_is_better: which way `quality` improves.

@@ -58,7 +58,7 @@ def test_a_collapse_names_the_module_and_its_rule_mends_it(policy, lateness):
     text = str(caught.value)
     assert text.startswith(
         "17 steps in a row were skipped, the last at loss scale 1, its floor: 6 of 8 gradients are not finite "
-        "(0.weight, 0.bias, ..., 1.1.bias). The backward pass met the first in 1.1: "
+        "(0.weight, 0.bias, ..., 1.1.bias); the backward pass met the first in 1.1: "
     )
     rule = text.split('by a rule, "')[1].split('"', maxsplit=1)[0]
     mended = dt.cast(steep_model(), f"{policy}; {rule}")

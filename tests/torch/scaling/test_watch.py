@@ -1,8 +1,8 @@
 """What the host learns of steps: at once from numbers, one step late from tensors; schedulers, warnings and the end."""
 
 import math
-from contextlib import suppress
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch

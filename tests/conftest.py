@@ -1,0 +1,60 @@
+"""What all tests share: several ranks at once."""
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+class Ranks:
+    """Runs a test's functions on several ranks at once, in processes that are started once and used again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listener = Listener(str(folder / "socket"), "AF_UNIX")
+        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._calls = 0
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Return what `function(*arguments)`, of a test file, returns on each of the ranks of a gloo group.
+
+        The ranks are `torch.distributed`'s default group. What goes in and comes out is pickled; torch's seed is 0.
+
+        Raises:
+            AssertionError: it raised on one of them; with the traceback.
+        """
+        while len(self._workers) < world_size:
+            process = subprocess.Popen([sys.executable, str(_WORKER), str(self._folder / "socket")])
+            self._workers.append((process, self._listener.accept()))
+        self._calls += 1
+        store = self._folder / f"store-{self._calls}"
+        path = function.__code__.co_filename
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            call = (path, function.__name__, rank, world_size, str(store), arguments)
+            connection.send_bytes(pickle.dumps(call))
+        answers = [pickle.loads(connection.recv_bytes()) for _, connection in self._workers[:world_size]]
+        for rank, (succeeded, answer) in enumerate(answers):
+            assert succeeded, f"rank {rank}:\n{answer}"
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, connection in self._workers:
+            connection.send_bytes(pickle.dumps(None))
+            process.wait(timeout=30)
+        self._listener.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Return `Ranks`; a function that it is to run is one of the test file's own, by name."""
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()

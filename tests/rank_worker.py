@@ -1,0 +1,63 @@
+"""A process that stands for one rank after another: it runs test functions of files in groups of any size.
+
+Started by `conftest.Ranks` as `python rank_worker.py ADDRESS`; it connects there and answers calls until it is told
+None.
+"""
+
+import importlib.util
+import pickle
+import sys
+import traceback
+from multiprocessing.connection import Client
+from types import ModuleType
+from typing import Any
+
+
+def _module(path: str) -> ModuleType:
+    name = f"rank_worker_{abs(hash(path))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def _answer(call: tuple[str, str, int, int, str, tuple[Any, ...]]) -> tuple[bool, Any]:
+    import torch
+    import torch.distributed as dist
+
+    path, name, rank, world_size, store, arguments = call
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=_timeout()
+        )
+        torch.manual_seed(0)
+        try:
+            return True, getattr(_module(path), name)(*arguments)
+        finally:
+            dist.destroy_process_group()
+    except BaseException:
+        return False, traceback.format_exc()
+
+
+def _timeout() -> Any:
+    from datetime import timedelta
+
+    return timedelta(seconds=60)
+
+
+def main() -> None:
+    """Answer calls."""
+    import torch
+
+    torch.set_num_threads(1)
+    with Client(sys.argv[1]) as connection:
+        # as plain pickles: torch would have connections share the memory of tensors
+        while (call := pickle.loads(connection.recv_bytes())) is not None:
+            connection.send_bytes(pickle.dumps(_answer(call)))
+
+
+if __name__ == "__main__":
+    main()
