@@ -32,10 +32,24 @@ def test_the_report_is_a_table(soak):
     assert lines[2] == "| fp16 | 3 | 0 | 0 | 0 | 0 | 0 | 1 |"
 
 
+def test_the_order_of_a_header_is_no_difference(soak, tmp_path):
+    def file(name: str, header: str, data: bytes) -> Path:
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + data)
+        return path
+
+    first = soak._content(file("first", '{"a":1,"b":2}', b"12"))
+    assert soak._content(file("other order", '{"b":2,"a":1}', b"12")) == first
+    assert soak._content(file("other value", '{"a":1,"b":3}', b"12")) != first
+    assert soak._content(file("other data", '{"a":1,"b":2}', b"13")) != first
+
+
 @pytest.mark.slow
-def test_three_kills_lose_nothing():
-    result = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "soak.py", "--kills", "3"], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("arguments", "row"), [(("--kills", "3"), "| bf16 | 2 |"), (("--kills", "3", "--ranks", "2"), "| bf16 fsdp | 2 |")]
+)
+def test_three_kills_lose_nothing(arguments, row):
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "| bf16 | 2 |" in result.stdout
+    assert row in result.stdout

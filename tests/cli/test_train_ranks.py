@@ -12,7 +12,7 @@ import pytest
 
 # a task that does something on a rank at its nth loss, once
 TASK = """
-import os, pathlib, signal, time
+import os, pathlib, signal, time, warnings
 import torch
 from duotone.train import Task
 
@@ -64,7 +64,8 @@ def steps_logged(run: str) -> list[int]:
 
 
 def test_all_ranks_stop_together_and_others_go_on(duotone):
-    process = start(*MODULE, write_task("time.sleep(0.02)"), *POLICY, "--steps", "1000", "--out", "my run")
+    write_task("time.sleep(0.02); losses == 1 and warnings.warn('odd')")
+    process = start(*MODULE, "task.py", *POLICY, "--parallel", "ddp", "--steps", "1000", "--out", "my run")
     while not steps_logged("my run"):
         assert process.poll() is None, finish(process)
         time.sleep(0.02)
@@ -72,7 +73,7 @@ def test_all_ranks_stop_together_and_others_go_on(duotone):
     output, own, errors = finish(process)
     steps = steps_logged("my run")
     lines = output.splitlines()
-    assert own == [], errors
+    assert own == ["note: odd"], errors
     assert lines[0] == "mine under bf16 on cpu, 2 ranks, ddp"
     assert [line.split()[1] for line in lines[2:-1]] == [f"{step}/1000" for step in steps]
     assert lines[-1] == (

@@ -244,3 +244,41 @@ def test_bad_arguments_are_named(scaler):
     for clip_norm in (0.0, -1.0, math.nan):
         with pytest.raises(OptimizerError, match=r"clip_norm is .*; it must be positive"):
             scaler.step(optimizer, clip_norm=clip_norm)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("kinds", [(torch.optim.SGD, torch.optim.SGD), (dt.SGD, torch.optim.SGD), (dt.SGD, dt.SGD)])
+def test_the_scale_is_taken_out_of_a_gradient_once(kinds, ahead):
+    shared, own = (nn.Parameter(torch.zeros(1)) for _ in range(2))
+    optimizers = [kinds[0]([shared], lr=1.0), kinds[1]([own, shared], lr=1.0)]
+    scaler = dt.LossScaler("fp16")
+    scaler.backward(shared.sum() + own.sum())
+    for optimizer in optimizers[:ahead]:
+        scaler.unscale_(optimizer)
+    if kinds == (dt.SGD, dt.SGD) and not ahead:
+        scaler.step(*optimizers)
+        assert (shared.item(), own.item()) == (-2.0, -1.0)
+    else:
+        with pytest.raises(OptimizerError, match=r"a weight of shape \(1,\) is in two of these optimizers"):
+            scaler.step(*optimizers)
+        assert (shared.item(), own.item()) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("bad", [complex(1.0, math.inf), complex(math.nan, 1.0), None])
+def test_complex_gradients_are_read_with_both_parts(scaler, bad):
+    parameter = parameter_with(torch.tensor([3.0 + 4.0j]) * BIG if bad is None else torch.tensor([bad]))
+    report = scaler.step(torch.optim.SGD([parameter], lr=1.0), clip_norm=1.0)
+    assert report.skipped.item() == (bad is not None)
+    if bad is None:
+        assert report.grad_norm.item() == 5.0
+        torch.testing.assert_close(parameter.detach(), torch.tensor([-0.6 - 0.8j]))
+    else:
+        assert parameter.item() == 0.0
+
+
+def test_gradients_on_several_devices_are_refused(scaler):
+    here, there = parameter_with(torch.ones(1)), parameter_with(torch.ones(1, device="meta"))
+    for optimizers in ([dt.SGD([here, there], lr=1.0)], [dt.SGD([each], lr=1.0) for each in (here, there)]):
+        with pytest.raises(OptimizerError, match="gradients lie on cpu and on meta, but one step reads those of one"):
+            scaler.step(*optimizers)
+    assert here.item() == 0.0

@@ -1,6 +1,5 @@
 """Training on two ranks: what one process with as many micro-batches does, whatever way the model is spread."""
 
-import os
 import random
 import time
 import warnings
@@ -262,15 +261,16 @@ def test_ranks_stop_fail_and_learn_of_each_other_together(ranks, tmp_path):
     assert first["device"] == 'device "cuda:0" is one for 2 ranks; say "cuda", and each takes its own'
 
 
-def speak(cases: list[tuple[float, str] | None]) -> list[bool | None]:
+def speak(folder: str, cases: list[Any]) -> list[bool | None]:
     """Return whether this rank speaks of an error that comes after a while; one after another case."""
     from torch.distributed import FileStore
 
+    from duotone.train import ranks
+
+    ranks._PATIENCE_SECONDS = 1.0
     answer = []
     for number, case in enumerate(cases):
-        place: list[Any] = [os.path.realpath(f"/tmp/store-{os.getpid()}-{number}")]
-        dist.broadcast_object_list(place)
-        group = Group(store=FileStore(place[0], 2))
+        group = Group(store=FileStore(f"{folder}/{number}", 2))
         dist.barrier()
         mine = case[dist.get_rank()]
         if mine is None:
@@ -282,7 +282,7 @@ def speak(cases: list[tuple[float, str] | None]) -> list[bool | None]:
     return answer
 
 
-def test_one_rank_speaks_of_what_ends_all(ranks):
+def test_one_rank_speaks_of_what_ends_all(ranks, tmp_path):
     cases = [
         # the same on both, whoever is first
         ((0.0, "same"), (0.3, "same")),
@@ -292,7 +292,7 @@ def test_one_rank_speaks_of_what_ends_all(ranks):
         # on rank 1 alone
         (None, (0.0, "cause")),
     ]
-    assert ranks.run(2, speak, cases) == [[True, True, True, None], [False, False, False, True]]
+    assert ranks.run(2, speak, str(tmp_path), cases) == [[True, True, True, None], [False, False, False, True]]
 
 
 def test_alone_nobody_is_asked_for(monkeypatch):

@@ -143,8 +143,13 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     return tail
 
 
+def has_lost_tail(param: Tensor) -> bool:
+    """Return whether a 16-bit DTensor was made from a parameter without taking along what was noted on it."""
+    return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and not hasattr(param, _TAIL)
+
+
 def _check_not_lost(param: Tensor) -> None:
-    if param.dtype in SPLIT_DTYPES and shards.is_shard(param) and not hasattr(param, _TAIL):
+    if has_lost_tail(param):
         raise OptimizerError(
             f"a sharded parameter in {param.dtype}, of shape {tuple(param.shape)}, has lost its tail, and with it the "
             "lower bits of its FP32 master; shard a cast model with duotone.torch.fully_shard instead of torch's, and "

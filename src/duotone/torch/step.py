@@ -23,6 +23,7 @@ from duotone.torch.optim import MasterOptimizer
 from duotone.torch.scaling.watch import places_of
 
 _grad_of = attrgetter("grad")
+_device_of_grad = attrgetter("device")
 _is_sparse = attrgetter("is_sparse")
 
 
@@ -66,7 +67,7 @@ class Scaler(Protocol):
         """Return whether one of the losses since the last step was Inf or NaN: bool, 0-d."""
         ...
 
-    def no_step(self) -> Tensor:
+    def no_step(self, agreement: Agreement) -> Tensor:
         """Take note that there was no gradient; return the scale that it would have carried, FP32, 0-d."""
         ...
 
@@ -103,12 +104,14 @@ def step(
             enabled.
 
     Returns:
-        The report. Without a single gradient nothing is done at all, and its norm is 0.
+        The report. Without a single gradient nothing is done at all, and its norm is 0; only an overflow that
+        `unscale_` found before the gradients were let go counts as skipped, and moves the scale.
 
     Raises:
         OptimizerError: no optimizer, or one twice; a `clip_norm` that is not positive; a scheduler of another
-            optimizer, or one that advances by a figure; an optimizer that needs to call a closure several times; or
-            16-bit weights in an optimizer that keeps no masters of them.
+            optimizer, or one that advances by a figure; an optimizer that needs to call a closure several times;
+            16-bit weights in an optimizer that keeps no masters of them; a weight in two optimizers, one of which would
+            unscale its gradient for both; or gradients on several devices.
         LossScaleError: a scale is in use, and no loss was scaled.
         LossScaleCollapse: step after step is skipped.
         NonFiniteLoss: step after step is skipped, and the loss itself is not finite.
@@ -120,15 +123,17 @@ def step(
             closure()
     found, agreement, device = find_gradients(optimizers, scaler.process_group)
     gradients = [grads for _, grads in found]
+    before = [scaler.found_inf_before(optimizer) for optimizer in optimizers]
     if device is None:
         for param in _all_parameters(optimizers):
             check_in_place(param)
         zero = torch.zeros(())
-        return StepReport(zero.bool(), zero, scaler.no_step(), tuple(zero.bool() for _ in optimizers))
+        each = tuple(zero.bool() if found is None else found for found in before)
+        return StepReport(reduce(or_, each), zero, scaler.no_step(agreement), each)
 
+    _check_shared(optimizers, gradients, before)
     loss_scale = scaler.begin_step(optimizers, device, agreement)
     inverse_scale = loss_scale.reciprocal()
-    before = [scaler.found_inf_before(optimizer) for optimizer in optimizers]
     # gradients that were unscaled ahead of the step carry no scale any more
     inverse_scales = [inverse_scale if found is None else torch.ones_like(inverse_scale) for found in before]
 
@@ -170,7 +175,20 @@ def find_gradients(
 def read_gradients(
     optimizer: torch.optim.Optimizer, grads: list[Tensor], inverse_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the sum of squares of an optimizer's true gradient, FP64, and whether an Inf or a NaN is in it, bool."""
+    """Return the sum of squares of an optimizer's true gradient, FP64, and whether an Inf or a NaN is in it, bool.
+
+    Raises:
+        OptimizerError: a gradient is on another device than `inverse_scale`.
+    """
+    elsewhere = {str(device) for device in map(_device_of_grad, grads) if device != inverse_scale.device}
+    if elsewhere:
+        # kernels would take addresses there for addresses here
+        raise OptimizerError(
+            f"gradients lie on {inverse_scale.device} and on {', '.join(sorted(elsewhere))}, but one step reads those "
+            "of one device; duotone.torch.GradScaler takes several"
+        )
+    if not isinstance(optimizer, MasterOptimizer):
+        grads = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
     return kernels.grad_stats(grads, inverse_scale, _backend(optimizer, grads))
 
 
@@ -208,6 +226,29 @@ def _check(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float | None)
             raise OptimizerError(
                 "LBFGS evaluates the loss several times while it moves the weights, so a step of it can be neither "
                 "unscaled nor skipped as a whole; call its step(closure) without a scaler, in policy fp32 or bf16-mixed"
+            )
+
+
+def _check_shared(
+    optimizers: Sequence[torch.optim.Optimizer], gradients: Sequence[Sequence[Tensor]], before: Sequence[Tensor | None]
+) -> None:
+    if len(optimizers) == 1:
+        return
+    seen: set[int] = set()
+    twice: set[int] = set()
+    changed: set[int] = set()
+    for optimizer, grads, found_inf in zip(optimizers, gradients, before, strict=True):
+        own = set(map(id, grads))
+        twice |= own & seen
+        seen |= own
+        if found_inf is not None or not isinstance(optimizer, MasterOptimizer):
+            changed |= own
+    for grad in chain.from_iterable(gradients):
+        if id(grad) in twice & changed:
+            raise OptimizerError(
+                f"a weight of shape {tuple(grad.shape)} is in two of these optimizers, and the scale would be taken "
+                "out of its gradient twice; put it into one, or use AdamW, SGD or Lion of duotone.torch, without "
+                "unscale_"
             )
 
 

@@ -13,15 +13,15 @@ class Metrics:
 
     Attributes:
         step: optimizer steps so far, skipped ones included.
-        loss: mean training loss since the last line.
+        loss: mean training loss since the last line, over all ranks.
         quality: the task's quality on held-out data if it was evaluated at this step, else None.
         lr: learning rate of this step.
         loss_scale: that this step's gradients carried.
         skipped: steps skipped so far.
         grad_norm: of this step's true gradient before clipping; None if the step was skipped.
-        units_per_second: what the task counts, evaluation and checkpoints apart.
+        units_per_second: what the task counts, on all ranks together, evaluation and checkpoints apart.
         peak_memory_bytes: the device's peak allocation; on a CPU the peak resident set of the process, None on
-            systems that do not tell.
+            systems that do not tell. The largest of all ranks.
     """
 
     step: int
@@ -43,9 +43,9 @@ class Summary:
         step: optimizer steps, skipped ones included.
         skipped: steps skipped.
         seconds: spent in training steps by this process, evaluation and checkpoints apart.
-        units_per_second: over those seconds.
+        units_per_second: over those seconds, on all ranks together.
         evaluation: every figure of the task's evaluation at the end.
-        memory: bytes by role.
+        memory: bytes by role, on this rank.
     """
 
     step: int

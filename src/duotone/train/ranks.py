@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parameter import is_lazy
 
 from duotone import errors
@@ -277,6 +276,9 @@ def open_ranks() -> Iterator[Ranks]:
     if len(told) < len(_TOLD):
         missing = ", ".join(name for name in _TOLD if name not in told)
         raise TaskError(f"{', '.join(told)} are set in the environment, but {missing} is not; start ranks by torchrun")
+    # not every build of torch has it, and whoever is alone needs none
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, size = next(rendezvous("env://"))
     # NCCL is started by the first tensor on a GPU, not before
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import duotone.torch as dt
 from duotone.errors import TaskError
@@ -94,9 +95,12 @@ class Sharded:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._starts_step = True
+        # where the model is, which need not be where torch would look first
+        device = next(model.parameters()).device.type
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
         for unit in units_of(model):
-            dt.fully_shard(unit)
-        self._wrapped: Any = dt.fully_shard(_Run(model))
+            dt.fully_shard(unit, mesh=mesh)
+        self._wrapped: Any = dt.fully_shard(_Run(model), mesh=mesh)
         self._gather_once()
 
     def loss(self, function: Loss, batch: Any, *, is_last: bool) -> Tensor:

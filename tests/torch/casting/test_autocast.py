@@ -91,6 +91,9 @@ def test_messages_say_what_is_allowed():
     for device_type, message in ((torch.device("cpu"), "write tensor.device.type"), ("meta", '"meta"; take "cpu"')):
         with pytest.raises(AutocastError, match=message):
             dt.autocast(device_type)
+    for dtype in ("bfloat16", 16):
+        with pytest.raises(AutocastError, match=r"the dtype of an autocast is torch\.bfloat16 or torch\.float16, not "):
+            dt.autocast("cpu", dtype)
     with pytest.raises(TypeError, match=r'not 3; for a block of code write "with autocast\('):
         dt.autocast("cpu")(3)
     with pytest.raises(TypeError):

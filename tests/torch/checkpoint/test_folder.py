@@ -98,6 +98,30 @@ def test_what_is_missing_is_named(tmp_path):
         read_folder(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("meanwhile", ["replaced", "removed"])
+def test_tensors_are_never_those_of_another_checkpoint_than_the_rest(tmp_path, monkeypatch, meanwhile):
+    path = tmp_path / "folder"
+    # a value that is not equal to itself, and another key order, are no change
+    write_folder(path, {"a": torch.ones(1), "best": float("nan")})
+    assert read_folder(path)["a"] == 1
+    load_file = checkpoint_folder.load_file
+
+    def load_after(file):
+        if meanwhile == "replaced":
+            write_folder(path, {"a": torch.zeros(1), "best": 0.0})
+        else:
+            file.unlink()
+        return load_file(file)
+
+    monkeypatch.setattr(checkpoint_folder, "load_file", load_after)
+    message = {
+        "replaced": "was replaced by another checkpoint while it was read; load it again",
+        "removed": "cannot be",
+    }
+    with pytest.raises(CheckpointError, match=message[meanwhile]):
+        read_folder(path)
+
+
 def test_another_format_version_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_folder, "FORMAT_VERSION", 3)
     write_folder(tmp_path / "folder", {"a": 1})

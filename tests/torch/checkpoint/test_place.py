@@ -198,6 +198,72 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         write_folder(tmp_path / "file" / "folder", contents(1))
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*file: Not a directory"):
+        write_folder(tmp_path / "file", contents(1))
+    with pytest.raises(CheckpointError, match=r"cannot remove the checkpoint .*file: Not a directory"):
+        remove_checkpoint(tmp_path / "file")
+    assert names_in(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("own", ["thesis.tex", "manifest.json", "step-1"])
+def test_a_folder_of_something_else_is_neither_replaced_nor_removed(tmp_path, own):
+    path = tmp_path / "runs"
+    # one of them is named as a file of a checkpoint is, and one is a checkpoint in the folder
+    write_folder(path / own, contents(1))
+    (path / "more").write_text("x")
+    for change in (lambda: write_folder(path, contents(2)), lambda: remove_checkpoint(path)):
+        with pytest.raises(CheckpointError, match='runs is no checkpoint, for it holds "'):
+            change()
+    assert names_in(tmp_path) == ["runs"]
+    assert names_in(path) == sorted([own, "more"])
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "tensors.safetensors", "both", "more"])
+def test_an_empty_folder_and_a_damaged_checkpoint_are_replaced(tmp_path, damage):
+    path = tmp_path / "folder"
+    write_folder(path, contents(1))
+    if damage == "more":
+        (path / "notes.txt").write_text("x")
+    for name in ("manifest.json", "tensors.safetensors"):
+        if damage in (name, "both"):
+            (path / name).unlink()
+    write_folder(path, contents(2))
+    assert read_folder(path)["step"] == 2
+    assert names_in(path) == ["manifest.json", "tensors.safetensors"]
+
+
+def test_a_link_is_followed(tmp_path):
+    disk, link = tmp_path / "disk", tmp_path / "last"
+    disk.mkdir()
+    link.symlink_to(disk / "real")
+    for step in (1, 2):
+        write_folder(link, contents(step))
+        assert link.is_symlink()
+        assert read_folder(link)["step"] == read_folder(disk / "real")["step"] == step
+    # its writer died between two renames
+    (disk / "real").rename(disk / (".real.replaced-" + "0" * 32))
+    assert read_folder(link)["step"] == 2
+    with pytest.raises(CheckpointError, match="last: it is a link; remove what it points to"):
+        remove_checkpoint(link)
+    assert names_in(tmp_path) == ["disk", "last"]
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_checkpoint_has_a_name(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has none; give a path such as|is no checkpoint, for it holds"):
+        write_folder(Path(path), contents(1))
+
+
+def test_a_name_that_is_too_long_or_has_a_line_break(tmp_path):
+    for action in (read_folder, verify_checkpoint):
+        with pytest.raises(CheckpointError, match=r"no checkpoint at .*: File name too long"):
+            action(tmp_path / ("n" * 300))
+    leftover = tmp_path / (".a\nb.partial-" + "0" * 32)
+    leftover.mkdir()
+    write_folder(tmp_path / "folder", contents(1))
+    assert names_in(tmp_path) == ["folder"]
 
 
 def test_an_interrupted_body_is_no_error_of_the_folder(tmp_path):

@@ -302,6 +302,9 @@ def failing_writes(path: Path) -> tuple[dict[str, str], bool]:
             patch.setattr(shard_files, "Path", lambda _: path.parent.parent / "elsewhere")
         messages["elsewhere"] = message_of(lambda: save(path, parts, step=2))
     messages["path"] = message_of(lambda: save(path.parent / str(dist.get_rank()), parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path.parent if dist.get_rank() == 0 else path)
+        messages["folder"] = message_of(lambda: save(Path("last"), parts))
     messages["progress"] = message_of(lambda: save(path, parts, odd=object() if dist.get_rank() == 1 else 1))
     replicated = make("bf16", 0, "replicated")
     with pytest.MonkeyPatch.context() as patch:
@@ -324,10 +327,13 @@ def test_a_failing_write_on_one_rank_is_raised_on_all_and_leaves_the_old_checkpo
     assert {name: first[name] for name in failing} == {name: wanted % rank for name, rank in failing.items()}
     assert "rank 0 does not see tensors-00002-of-00002.safetensors, which other ranks wrote" in first["elsewhere"]
     assert f"rank 1 has another path than rank 0: {tmp_path}/folder/1 and {tmp_path}/folder/0" in first["path"]
+    assert f"another path than rank 0: {tmp_path}/folder/last/last and {tmp_path}/folder/last;" in first["folder"]
     assert '"progress.odd" is a object; leave it out (on rank 1)' in first["progress"]
 
 
 def failing_loads(path: Path) -> tuple[dict[str, str], bool]:
+    from torch.distributed.fsdp import fully_shard as torchs_fully_shard
+
     parts = make("bf16", 0, "sharded")
     train(parts, 1)
     save(path, parts, step=1)
@@ -339,6 +345,17 @@ def failing_loads(path: Path) -> tuple[dict[str, str], bool]:
     scheduler_here = bad_scheduler if dist.get_rank() == 1 else scheduler
     messages["scheduler"] = message_of(load, path, (model, optimizer, scaler, scheduler_here))
     messages["model"] = message_of(dt.load_checkpoint, path, model if dist.get_rank() == 0 else nn.Linear(1, 1))
+    messages["choice"] = message_of(dt.load_checkpoint, path, model, optimizer if dist.get_rank() == 0 else None)
+    theirs: Any = make("bf16", 0)[0]
+    for module in (theirs.norm, theirs):
+        torchs_fully_shard(module)
+    messages["theirs"] = message_of(dt.load_checkpoint, path, theirs)
+    messages["theirs saved"] = message_of(dt.save_checkpoint, path, theirs)
+    # the same tensors, another manifest
+    other = path.parent / "other"
+    for place in (path, other):
+        save(place, parts, step=place.name)
+    messages["other"] = message_of(load, path if dist.get_rank() == 0 else other, parts).partition(" at ")[0]
     damaged = path / "tensors-00002-of-00002.safetensors"
     intact = damaged.read_bytes()
     dist.barrier()
@@ -364,5 +381,9 @@ def test_a_failing_load_on_one_rank_is_raised_on_all_and_changes_nothing(ranks, 
     assert first["scheduler"].startswith(f"{path} does not fit: ")
     assert first["scheduler"].endswith("(on rank 1)")
     assert first["model"].startswith(f'{path} was saved under policy "bf16", the model is under no policy')
+    assert first["choice"].startswith("rank 1 has another choice of what to load than rank 0: [] and ['optimizer']")
+    for name in ("theirs", "theirs saved"):
+        assert '"gain" has lost its tail, and with it the lower bits of its FP32 master' in first[name]
+    assert first["other"] == "rank 1 has another checkpoint"
     assert "tensors-00002-of-00002.safetensors is damaged: its SHA-256" in first["damaged"]
     assert first["foreign"].startswith(f"{path} holds more.safetensors, which its manifest does not name")

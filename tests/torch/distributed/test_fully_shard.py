@@ -218,6 +218,7 @@ def refusals() -> list[str]:
         message(lambda: dt.fully_shard(wide)),
         message(lambda: dt.fully_shard(odd)),
         message(lambda: dt.fully_shard(nn.ModuleList([cast]))),
+        message(lambda: dt.fully_shard(dt.cast(nn.Linear(4, 4, device="meta"), "bf16"))),
     ]
     assert not any(hasattr(param, "placements") for module in (cast, wide, odd) for param in module.parameters())
     stale = dt.AdamW(cast.parameters())
@@ -249,6 +250,7 @@ def test_what_cannot_work_is_refused(ranks) -> None:
         'parameter "weight" is kept in torch.bfloat16 and its gradient in torch.float32',
         "a Odd keeps parameters of its own in torch.float32, and those around it or in its parts in torch.bfloat16",
         "a ModuleList has no forward",
+        'parameter "weight" is on the meta device',
         "built from parameters that fully_shard has replaced",
         "built from parameters that fully_shard has replaced",
         "built from parameters that fully_shard has replaced",

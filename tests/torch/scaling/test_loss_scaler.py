@@ -139,6 +139,11 @@ def test_its_state_goes_through_json(parameter, optimizer):
     assert other.settings == scaler.settings
 
 
+def test_a_state_of_a_grad_scaler_is_named():
+    with pytest.raises(LossScaleError, match="it has no 'settings'; a GradScaler's goes into a GradScaler"):
+        dt.LossScaler("fp16").load_state_dict(dt.GradScaler("cpu").state_dict())
+
+
 @pytest.mark.parametrize("change", [lambda s: s.pop("state"), lambda s: s["state"].update(more=1), lambda s: s.clear()])
 def test_a_wrong_state_is_refused_whole(change):
     scaler = dt.LossScaler("fp16", init_scale=8)

@@ -172,3 +172,13 @@ def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflo
         flag.item()
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         bool(flag)
+
+
+@pytest.mark.parametrize("make", [lambda: dt.LossScaler("fp16", init_scale=8), lambda: dt.GradScaler("cpu", 8.0)])
+def test_a_loss_of_an_evaluation_leaves_a_scale_to_train_with(on_device, make):
+    on_device(True)
+    scaler, parameter = make(), nn.Parameter(torch.ones(1))
+    with torch.inference_mode():
+        assert scaler.scale(parameter.sum()).item() == 8.0
+    scaler.scale(parameter.sum()).backward()
+    assert parameter.grad.item() == 8.0

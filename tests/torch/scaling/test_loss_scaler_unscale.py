@@ -10,6 +10,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import LossScaleError, OptimizerError
+from duotone.torch.scaling import loss_scaler
 
 pytestmark = pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
 
@@ -184,3 +185,47 @@ def test_no_copies_between_it_and_the_step(copied):
         copied(scaler)
     scaler.step(optimizer)
     copied(scaler)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("bad", "power"), [(None, 10), (math.inf, 9), (math.nan, 9)])
+def test_an_overflow_that_is_let_go_by_hand_moves_the_scale(monkeypatch, bad, power, late):
+    if late:
+        monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+    scaler, optimizer, parameter = scaled([1.0])
+    if bad is not None:
+        parameter.grad.fill_(bad)
+    scaler.unscale_(optimizer)
+    optimizer.zero_grad()
+    report = scaler.step(optimizer)
+    assert report.skipped.item() == report.skipped_each[0].item() == (bad is not None)
+    assert (report.loss_scale.item(), scaler.loss_scale.item()) == (2.0**10, 2.0**power)
+    assert scaler.skipped_in_a_row.item() == (bad is not None)
+    # it counts once, and not as a step that went well
+    scaler.step(optimizer)
+    assert scaler.state_dict()["state"]["growth_tracker"] == 0
+    assert scaler.loss_scale.item() == 2.0**power
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_bad_loss_that_is_let_go_by_hand_leaves_the_scale_alone(monkeypatch, late):
+    if late:
+        monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+    parameter = nn.Parameter(torch.zeros(1))
+    scaler, optimizer = dt.LossScaler("fp16", init_scale=8), dt.SGD([parameter], lr=1.0)
+    scaler.backward(parameter.sum() * math.nan)
+    scaler.unscale_(optimizer)
+    optimizer.zero_grad()
+    assert scaler.step(optimizer).skipped.item()
+    assert (scaler.loss_scale.item(), scaler.skipped.item()) == (8.0, 1)
+
+
+def test_whoever_leaves_the_step_out_is_told_to_take_it():
+    scaler, optimizer, parameter = scaled([math.inf])
+    scaler.unscale_(optimizer)
+    optimizer.zero_grad()
+    with pytest.raises(LossScaleError, match="and step after it every time, for it skips by itself"):
+        scaler.backward(parameter.sum())
+    scaler.step(optimizer)
+    scaler.backward(parameter.sum())
+    assert not scaler.step(optimizer).skipped.item()

@@ -212,3 +212,35 @@ def test_a_bad_loss_before_an_overflow_at_the_floor_is_no_second_overflow(latene
         assert one_step(scaler, optimizer, model, 1e30).skipped.item()
     with pytest.raises(LossScaleCollapse):
         one_step(scaler, optimizer, model, 1e30)
+
+
+@pytest.mark.parametrize("patience", [50, 3])
+def test_of_two_that_take_turns_the_one_that_only_skips_ends_the_run(lateness, patience):
+    models = steep_model(), nn.Linear(4, 2)
+    steep, other = (dt.SGD(dt.cast(model, "fp16").parameters(), lr=0.0) for model in models)
+    scaler = dt.LossScaler("fp16", patience=patience)
+    steps = min(patience, 17)
+    for _ in range(steps - 1 + lateness):
+        assert one_step(scaler, steep, models[0]).skipped.item()
+        assert not one_step(scaler, other, models[1]).skipped.item()
+    with pytest.raises(LossScaleCollapse, match=rf"^{steps} steps in a row were skipped, .* the first in 1\.1: "):
+        one_step(scaler, steep, models[0])
+
+
+@pytest.mark.parametrize("ends", ["step", "settle"])
+def test_a_loss_that_is_not_finite_is_said_once_where_two_take_turns(lateness, ends):
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizers, scaler = [dt.SGD([each], lr=0.0) for each in parameters], dt.LossScaler("fp16")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            for parameter, optimizer, factor in zip(parameters, optimizers, (math.nan, 1.0), strict=True):
+                scaler.backward(parameter.sum() * factor)
+                scaler.step(optimizer)
+                if ends == "settle":
+                    scaler.settle()
+                optimizer.zero_grad()
+    (warning,) = caught
+    assert str(warning.message).startswith("loss 1 of step 1 is not finite")
+    if ends == "step":
+        assert warning.filename == __file__

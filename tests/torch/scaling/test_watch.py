@@ -31,6 +31,13 @@ def optimizer_with(grad=1.0, kind=dt.SGD):
     return kind([parameter], lr=1.0)
 
 
+class Counter:
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+
+
 def halving(optimizer):
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
 
@@ -73,12 +80,6 @@ def test_each_scheduler_goes_by_its_own_optimizer(late):
 
 @pytest.mark.parametrize("skipped", [False, True])
 def test_a_scheduler_of_nobody_known_waits_for_all_optimizers(skipped):
-    class Counter:
-        steps = 0
-
-        def step(self):
-            self.steps += 1
-
     counter, watch = Counter(), Watch(None)
     optimizers = [optimizer_with(), optimizer_with()]
     watch.follow(outcome(1, late=False, in_a_row=int(skipped), each=[False, skipped]), counter, optimizers)
@@ -92,8 +93,11 @@ def test_one_several_or_no_schedulers():
     assert places_of(first, [optimizer]) == [(0, first)]
     for several in ([first, second], (first, second)):
         assert places_of(several, [optimizer_with(), optimizer]) == [(1, first), (1, second)]
-    counter = object()
+    counter = Counter()
     assert places_of(counter, [optimizer]) == [(None, counter)]
+    for wrong in (object(), "cosine", iter([first]), {first}):
+        with pytest.raises(OptimizerError, match=r"a scheduler has a method step\(\), but "):
+            places_of(wrong, [optimizer])
     with pytest.raises(OptimizerError, match=r"ReduceLROnPlateau advances by a figure of its own; call its step"):
         places_of([first, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)], [optimizer])
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -263,6 +263,11 @@ def _function_modes() -> list[TorchFunctionMode]:
 
 def _enter_missing(modes: list[TorchFunctionMode], stack: ExitStack) -> None:
     present = _function_modes()
+    # those that checkpoint was followed by may lie inside of what is missing
+    while not torch.compiler.is_compiling() and len(modes) > len(present) > 0 and present[-1] in modes:
+        mode = present.pop()
+        _pop_mode()
+        stack.callback(_push_mode, mode)
     for mode in modes:
         if not any(mode is other for other in present):
             stack.enter_context(mode)

@@ -19,6 +19,7 @@ from duotone.errors import AutocastError, DuotoneWarning
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.handlers import Rules, rules_for
 from duotone.torch.casting.region import RulesMode, under_rules
+from duotone.torch.casting.tracing import not_by_itself
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,7 +42,8 @@ class autocast:
         cache_enabled: without effect, there is no cache.
 
     Raises:
-        AutocastError: there is no such device, or it has no autocast or no BF16, or what is decorated is no function.
+        AutocastError: there is no such device, or it has no autocast or no BF16, the dtype is none, or what is
+            decorated is no function.
 
     Warns:
         DuotoneWarning: the region is off, because the device has no autocast in `dtype` or there is no CUDA.
@@ -64,7 +66,7 @@ class autocast:
         cache_enabled: bool | None = None,
     ) -> None:
         self._device_type = _checked(device_type)
-        self._dtype = torch.get_autocast_dtype(device_type) if dtype is None else dtype
+        self._dtype = torch.get_autocast_dtype(device_type) if dtype is None else _checked_dtype(dtype)
         self._enabled = bool(enabled) and _works(self._device_type, self._dtype)
         if self._enabled:
             _make_rules(self._dtype, self._device_type)
@@ -80,12 +82,14 @@ class autocast:
             )
         return _off(self._device_type, self._dtype)
 
+    @not_by_itself
     def __enter__(self) -> "autocast":
         context = self._context()
         context.__enter__()
         self._entered.setdefault(_thread(), []).append(context)
         return self
 
+    @not_by_itself
     def __exit__(self, *error: Any) -> None:
         thread = _thread()
         contexts = self._entered[thread]
@@ -147,6 +151,12 @@ def _checked(device_type: object) -> str:
     if not known:
         raise AutocastError(f'there is no autocast for device type "{device_type}"; take "cpu", "cuda" or "xpu"')
     return device_type.partition(":")[0]
+
+
+def _checked_dtype(dtype: object) -> torch.dtype:
+    if not isinstance(dtype, torch.dtype):
+        raise AutocastError(f"the dtype of an autocast is torch.bfloat16 or torch.float16, not {dtype!r:.60}")
+    return dtype
 
 
 def _works(device_type: str, dtype: torch.dtype) -> bool:

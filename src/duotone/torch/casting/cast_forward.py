@@ -3,9 +3,8 @@
 The root of a cast model, and each part that a rule treats differently, is a border where inputs and outputs are cast.
 Every module inside stands ready to enter the region of its border again, because activation checkpointing calls parts
 of a model a second time, during the backward pass and outside of the border. Called by itself, such a module is its own
-border. Left out: functions that are no modules and that `torch.utils.checkpoint` calls again, which then run under
-autocast's rules alone (`checkpoint_activations` has no such gap); recurrent layers under torch.compile, unless
-`torch._dynamo.config.allow_rnn` is set; replicas and shallow copies of a cast module.
+border. Left out: recurrent layers under torch.compile, unless `torch._dynamo.config.allow_rnn` is set; replicas and
+shallow copies of a cast module.
 """
 
 import copy

@@ -12,6 +12,7 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import cast_forward_of
 from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import float32_everywhere
+from duotone.torch.casting.tracing import not_by_itself
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 
@@ -71,10 +72,12 @@ def keep_float32(part: Any = None) -> Any:
 class _Block:
     """A block of code in FP32; as a decorator, the same as `keep_float32` without parentheses."""
 
+    @not_by_itself
     def __enter__(self) -> None:
         self._entered = float32_everywhere()
         self._entered.__enter__()
 
+    @not_by_itself
     def __exit__(self, *error: Any) -> None:
         self._entered.__exit__(*error)
 

@@ -19,6 +19,7 @@ from duotone.errors import OperationError
 from duotone.torch.casting.handlers import handler, operands
 from duotone.torch.casting.op_rules import Function, Kind, check_kind, functions_like
 from duotone.torch.casting.region import compute_dtype, no_autocast
+from duotone.torch.casting.tracing import not_by_itself
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 
@@ -89,6 +90,7 @@ class _OwnRules(TorchFunctionMode):
         # not a dict: torch.compile does not find tensors' methods in one
         self._rules = tuple(rules.items())
 
+    @not_by_itself
     def __torch_function__(
         self,
         func: Function,

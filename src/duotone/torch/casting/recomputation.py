@@ -8,6 +8,7 @@ of the checkpointed function around everything it calls.
 """
 
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -17,17 +18,29 @@ from torch._C import _autograd
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction, _CheckpointFrame, checkpoint
 
-# how far it is from a mode through no_grad to checkpoint: three calls, and one for each further mode
-_DEPTH = 16
+_GRAD_MODE = torch.no_grad.__module__
 
 
-def follow_checkpoint(mode: TorchFunctionMode, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+def hooks_around() -> Callable[[], Any] | None:
+    """Return a weak reference to the innermost hook on saved tensors, or None; what a mode notes as it is entered."""
+    hooks = _autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else weakref.ref(hooks[0])
+
+
+def follow_checkpoint(
+    mode: TorchFunctionMode,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    around: Callable[[], Any] | None = None,
+) -> tuple[Any, ...]:
     """Have a mode entered again wherever the function is run again that checkpoint runs now, if it does.
 
     Args:
         mode: a mode that has been called, and is off for the length of that call.
         func: what it was called for.
         args: its positional arguments.
+        around: `hooks_around` when the mode was entered; a mode that a checkpointed function itself enters is not
+            entered around all of it.
 
     Returns:
         The arguments to go on with.
@@ -49,20 +62,25 @@ def follow_checkpoint(mode: TorchFunctionMode, func: Callable[..., Any], args: t
         return (_in_mode(mode, args[0]), *args[1:]) if func is checkpoint and args else args
     hooks = _autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and getattr(hooks[0], "__module__", None) == CheckpointFunction.__module__:
-        for cell in hooks[0].__closure__ or ():
-            frame = cell.cell_contents
-            if isinstance(frame, _CheckpointFrame):
-                frame.recompute_fn = _again(frame.recompute_fn, mode)
+        _follow_hook(mode, hooks[0], None if around is None else around())
     if func is torch._C._set_grad_enabled:
         caller = sys._getframe(1)
-        for _ in range(_DEPTH):
-            if caller.f_code is CheckpointFunction.forward.__code__:
-                node = caller.f_locals["ctx"]
-                node.run_function = _again(node.run_function, mode)
-            if caller.f_back is None:
-                break
+        # no further than modes and no_grad: whoever else switches gradients off does so inside of the function
+        while caller is not None and (
+            caller.f_code.co_name == "__torch_function__" or caller.f_globals.get("__name__") == _GRAD_MODE
+        ):
             caller = caller.f_back
+        if caller is not None and caller.f_code is CheckpointFunction.forward.__code__:
+            node = caller.f_locals["ctx"]
+            node.run_function = _again(node.run_function, mode)
     return args
+
+
+def _follow_hook(mode: TorchFunctionMode, hook: Callable[..., Any], around: Any) -> None:
+    for cell in () if hook is around else hook.__closure__ or ():
+        frame = cell.cell_contents
+        if isinstance(frame, _CheckpointFrame):
+            frame.recompute_fn = _again(frame.recompute_fn, mode)
 
 
 def _in_mode(mode: TorchFunctionMode, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -9,17 +9,19 @@ same mode, marked as the user's own. Left out: functions that Python code of tor
 function see autocast's rules alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch.overrides import TorchFunctionMode
 
 from duotone.torch.casting.handlers import Rules, are_ready, operands, rules_for
 from duotone.torch.casting.op_rules import Function
-from duotone.torch.casting.recomputation import follow_checkpoint
+from duotone.torch.casting.recomputation import follow_checkpoint, hooks_around
+from duotone.torch.casting.tracing import not_by_itself
 
 # modules that call one function, which is a product
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -57,10 +59,7 @@ class Region:
         )
 
     def still_holds(self, device_type: str = "cpu") -> bool:
-        """Return whether a region, entered around this call, holds here too.
-
-        Autocast follows a recomputation by `torch.utils.checkpoint`; the rules do not.
-        """
+        """Return whether a region, entered around this call, holds here too."""
         if self.compute == torch.float32:
             return True
         if torch.compiler.is_compiling():
@@ -94,6 +93,8 @@ def under_rules(mode: "RulesMode") -> AbstractContextManager[Any]:
 
 @contextmanager
 def _on(mode: "RulesMode") -> Iterator[None]:
+    if not torch.compiler.is_compiling():
+        mode.around = hooks_around()
     with torch.autocast(mode.device_type, mode.compute, cache_enabled=False), mode:
         yield
 
@@ -104,7 +105,9 @@ class _OnCpu:
     def __init__(self, mode: "RulesMode") -> None:
         self._mode = mode
 
+    @not_by_itself
     def __enter__(self) -> None:
+        self._mode.around = hooks_around()
         self._before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         self._cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_enabled("cpu", True)
@@ -113,6 +116,7 @@ class _OnCpu:
         torch.autocast_increment_nesting()
         self._mode.__enter__()
 
+    @not_by_itself
     def __exit__(self, *error: Any) -> None:
         self._mode.__exit__(*error)
         if torch.autocast_decrement_nesting() == 0:
@@ -127,10 +131,13 @@ class _OnCpu:
 def float32_everywhere() -> Iterator[None]:
     """Enter a region, on every device, where listed operations cast 16-bit operands to FP32 and give FP32."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    mode = RulesMode(rules_for(torch.float32, "cpu"), device_type, torch.float32)
+    if not torch.compiler.is_compiling():
+        mode.around = hooks_around()
     with (
         torch.autocast("cpu", torch.float32, enabled=False),
         torch.autocast(device_type, torch.float32, enabled=False),
-        RulesMode(rules_for(torch.float32, "cpu"), device_type, torch.float32),
+        mode,
     ):
         yield
 
@@ -150,12 +157,17 @@ def compute_dtype(device_type: str) -> torch.dtype | None:
 class RulesMode(TorchFunctionMode):
     """Carries out rules for the functions that have one, wherever autocast is as the region left it.
 
+    What `torch.utils.checkpoint` runs again is run under the mode again.
+
     Args:
         rules: how functions are carried out.
         device_type: whose autocast it is that has to be as it was left.
         compute: the dtype of products.
         is_users: whether it stands for torch.autocast and not for a part of a cast model: functions of tensors on other
-            devices are left alone, and what `torch.utils.checkpoint` runs again is run under the mode again.
+            devices are left alone.
+
+    Attributes:
+        around: the hooks on saved tensors that were there as it was entered, as `follow_checkpoint` takes them.
     """
 
     def __init__(self, rules: Rules, device_type: str, compute: torch.dtype, *, is_users: bool = False) -> None:
@@ -164,7 +176,9 @@ class RulesMode(TorchFunctionMode):
         self.device_type = device_type
         self.compute = compute
         self.is_users = is_users
+        self.around: Callable[[], Any] | None = None
 
+    @not_by_itself
     def __torch_function__(
         self,
         func: Function,
@@ -172,9 +186,11 @@ class RulesMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if self.is_users:
-            args = follow_checkpoint(self, func, args)
-        rule = self._rules.find(func)
+        tracing = torch.compiler.is_compiling()
+        # looked at here too, because this is called for every function
+        if tracing or top_hooks(False) is not None or func is torch._C._set_grad_enabled:
+            args = follow_checkpoint(self, func, args, self.around)
+        rule = self._rules.find(func) if tracing else self._rules.handlers.get(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
         if rule is self._rules.product and rule is not None and not kwargs and are_ready(args, self.compute):
             return func(*args)

@@ -23,7 +23,7 @@ from duotone.torch.checkpoint.folder import is_sharded, read_folder, read_manife
 from duotone.torch.checkpoint.random_states import random_states, restore_of_rank
 from duotone.torch.checkpoint.ranks import Ranks
 from duotone.torch.kernels import decode
-from duotone.torch.master import beyond_range, needs_tail, state_dtype_of, tail_of, write_master
+from duotone.torch.master import beyond_range, has_lost_tail, needs_tail, state_dtype_of, tail_of, write_master
 from duotone.torch.scaling.loss_scaler import LossScaler
 from duotone.torch.shards import is_shard, like, local, reshard
 
@@ -49,8 +49,8 @@ def save_checkpoint(
     Where torch.distributed runs several ranks, all of them call this, and return once the folder is in place.
 
     Args:
-        path: the folder; one that is there already is replaced, and only once the new one is complete. Ranks give the
-            same one, which all of them can write to.
+        path: the folder; a checkpoint that is there already is replaced, and only once the new one is complete.
+            Ranks give the same one, which all of them can write to.
         model: weights, tails and persistent buffers are saved; tied ones once. `DistributedDataParallel` around it is
             looked through; of DTensors, as `fully_shard` makes them, every rank saves its parts.
         optimizer: its state, Duotone's or torch's.
@@ -63,7 +63,8 @@ def save_checkpoint(
         The folder's path.
 
     Raises:
-        CheckpointError: a state holds what is neither a tensor nor JSON, or writing failed, on this rank or another.
+        CheckpointError: a state holds what is neither a tensor nor JSON, a parameter has lost its tail to torch's
+            `fully_shard`, something else than a checkpoint is at `path`, or writing failed, on this rank or another.
             What was at `path` before is untouched.
 
     >>> import tempfile, duotone.torch as dt
@@ -119,6 +120,7 @@ def load_checkpoint(
     path, model, ranks = Path(path), _unwrapped(model), Ranks(process_group)
     reshard(model)
     given = {"optimizer": optimizer, "scaler": scaler, "scheduler": scheduler}
+    ranks.check_same([name for name, part in given.items() if part is not None], "choice of what to load")
     contents = _read(path, model, given, ranks)
     converting = ranks.agree(lambda: _check(path, contents, model, given, convert))
     _load_all(path, ranks.agree(lambda: _states(contents, given, converting)), ranks)
@@ -145,6 +147,7 @@ def _contents(
 ) -> dict[str, Any]:
     """Return what a checkpoint holds: of this rank, where there are several."""
     policy = policy_of(model)
+    _check_tails(model)
     return {
         "policy": None if policy is None else policy.to_json(),
         "model": _model_tensors(model),
@@ -213,6 +216,15 @@ def _tails(model: nn.Module) -> dict[str, Tensor]:
     return {name: tail for name, tail in tails.items() if tail is not None}
 
 
+def _check_tails(model: nn.Module) -> None:
+    lost = [name for name, param in model.named_parameters() if has_lost_tail(param)]
+    if lost and policy_of(model) is not None:
+        raise CheckpointError(
+            f'"{lost[0]}" has lost its tail, and with it the lower bits of its FP32 master; shard a cast model with '
+            "duotone.torch.fully_shard instead of torch's"
+        )
+
+
 def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
     names = {param: name for name, param in model.named_parameters()}
     return [[names.get(param, "?") for param in group["params"]] for group in optimizer.param_groups]
@@ -222,6 +234,7 @@ def _check(path: Path, contents: Mapping[str, Any], model: nn.Module, given: Map
     """Raise unless a checkpoint fits what it is to be loaded into; return whether it has to be converted."""
     converting = _check_policy(path, _policy_in(contents), model, convert)
     _check_model(path, contents["model"], model, converting)
+    _check_tails(model)
     if converting:
         _check_range(path, contents, model)
     for name, part in given.items():

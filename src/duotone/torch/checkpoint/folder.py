@@ -18,13 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoint.place import flush, move_into_place, partial_folder, standing
+from duotone.torch.checkpoint.place import MANIFEST, TENSORS, flush, move_into_place, partial_folder, standing
 from duotone.torch.shards import is_shard
 
 FORMAT_VERSION = 1
 # of a folder with parts of tensors, which readers of version 1 must not take for whole
 SHARDED_VERSION = 2
-_MANIFEST, _TENSORS = "manifest.json", "tensors.safetensors"
 _SHARDS = "shards_sha256"
 _TENSOR_KEY, _PAIRS_KEY = "$tensor", "$pairs"
 
@@ -35,11 +34,12 @@ def write_folder(path: Path, contents: Mapping[str, Any]) -> None:
     A process that dies on the way, at any moment, leaves what was at `path` for `read_folder` to find, or the new one.
 
     Args:
-        path: the folder; one that is there is replaced in the end.
+        path: the folder; a checkpoint that is there is replaced in the end, anything else refused.
         contents: dicts, lists and tuples (which come back as lists) of tensors and JSON values.
 
     Raises:
-        CheckpointError: something in `contents` is neither, or writing failed; what was at `path` is untouched.
+        CheckpointError: something in `contents` is neither, something else is at `path`, or writing failed; what was
+            at `path` is untouched.
     """
     with write_errors(path), partial_folder(path) as partial:
         complete_folder(partial, path, contents, {})
@@ -55,13 +55,13 @@ def complete_folder(partial: Path, path: Path, contents: Mapping[str, Any], shar
         shards: the names of those files, which are in `partial` and flushed, and their SHA-256.
     """
     packed, tensors = pack(contents)
-    save_file(_apart({name: tensor for name, tensor in tensors.items() if not is_shard(tensor)}), partial / _TENSORS)
+    save_file(_apart({name: tensor for name, tensor in tensors.items() if not is_shard(tensor)}), partial / TENSORS)
     version = {"format_version": SHARDED_VERSION if shards else FORMAT_VERSION}
-    digests = {"tensors_sha256": file_sha256(partial / _TENSORS), **({_SHARDS: dict(shards)} if shards else {})}
+    digests = {"tensors_sha256": file_sha256(partial / TENSORS), **({_SHARDS: dict(shards)} if shards else {})}
     manifest = {**version, **digests, **packed}
-    text = json.dumps({"manifest_sha256": _json_sha256(manifest), "manifest": manifest}, indent=1)
-    (partial / _MANIFEST).write_text(text, encoding="utf-8")
-    flush(partial / _TENSORS, partial / _MANIFEST, partial)
+    text = json.dumps({"manifest_sha256": json_sha256(manifest), "manifest": manifest}, indent=1)
+    (partial / MANIFEST).write_text(text, encoding="utf-8")
+    flush(partial / TENSORS, partial / MANIFEST, partial)
     move_into_place(partial, path)
 
 
@@ -79,7 +79,8 @@ def read_folder(path: Path) -> dict[str, Any]:
     """Return the contents that `write_folder` wrote, tensors on the CPU.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed, or holds parts of tensors.
+        CheckpointError: a file is missing, cut short or changed, or holds parts of tensors; or another process has
+            put a new checkpoint in the place of this one meanwhile.
     """
     path = standing(path)
     manifest = read_manifest(path)
@@ -87,9 +88,10 @@ def read_folder(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} holds parts of tensors that several ranks saved; read it with load_checkpoint")
     check_files(path, file_digests(manifest))
     try:
-        tensors = load_file(path / _TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / _TENSORS} cannot be read: {error}; use another checkpoint") from error
+        tensors = load_file(path / TENSORS)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path / TENSORS} cannot be read: {error}; use another checkpoint") from error
+    check_unchanged(path, manifest)
     return unpack(manifest, tensors)
 
 
@@ -115,15 +117,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     path = standing(path)
     try:
-        content = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         manifest = content["manifest"]
-        intact = content["manifest_sha256"] == _json_sha256(manifest)
+        intact = content["manifest_sha256"] == json_sha256(manifest)
     except OSError as error:
         raise CheckpointError(f"no checkpoint at {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / _MANIFEST} is damaged ({error}); use another checkpoint") from error
+        raise CheckpointError(f"{path / MANIFEST} is damaged ({error}); use another checkpoint") from error
     if not intact:
-        raise CheckpointError(f"{path / _MANIFEST} is damaged: its SHA-256 is another; use another checkpoint")
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its SHA-256 is another; use another checkpoint")
     if manifest["format_version"] not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
             f"{path} has format version {manifest['format_version']}, this Duotone reads {FORMAT_VERSION} and "
@@ -139,7 +141,7 @@ def is_sharded(manifest: Mapping[str, Any]) -> bool:
 
 def file_digests(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return the names of all files beside the manifest, and their SHA-256."""
-    return {_TENSORS: manifest["tensors_sha256"], **manifest.get(_SHARDS, {})}
+    return {TENSORS: manifest["tensors_sha256"], **manifest.get(_SHARDS, {})}
 
 
 def check_files(path: Path, digests: Mapping[str, str]) -> None:
@@ -156,6 +158,16 @@ def check_files(path: Path, digests: Mapping[str, str]) -> None:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}; use another checkpoint") from error
         if not intact:
             raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's; use another checkpoint")
+
+
+def check_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise unless a folder has the manifest that was read from it: what was read since may be of two checkpoints.
+
+    Raises:
+        CheckpointError: it has another, or none.
+    """
+    if json_sha256(read_manifest(path)) != json_sha256(manifest):
+        raise CheckpointError(f"{path} was replaced by another checkpoint while it was read; load it again")
 
 
 def pack(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -234,5 +246,6 @@ def file_sha256(path: Path) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def _json_sha256(content: Any) -> str:
+def json_sha256(content: Any) -> str:
+    """Return the SHA-256 of a JSON value, the same whatever the order of keys."""
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,6 +3,7 @@
 A folder is written as `.NAME.partial-TOKEN` and renamed to `NAME`. One that is there already steps aside first, as
 `.NAME.replaced-TOKEN`; a process that dies between those two renames leaves no `NAME`, and `standing` finds the one
 that stepped aside. A lock on the partial folder, which ends with its process, tells a writer at work from a dead one.
+A link is followed, and nothing but a checkpoint, or an empty folder, is ever replaced or removed.
 """
 
 import os
@@ -16,7 +17,10 @@ from uuid import uuid4
 
 from duotone.errors import CheckpointError
 
-_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{32}")
+MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{32}", re.DOTALL)
+_FILE = re.compile(r"manifest\.json|tensors(-\d+-of-\d+)?\.safetensors")
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
@@ -45,15 +49,19 @@ def remove_checkpoint(path: str | os.PathLike[str]) -> None:
     """Remove a checkpoint, all at once for whoever looks for it.
 
     Raises:
-        CheckpointError: it is not there, or cannot be removed.
+        CheckpointError: it is not there, is a link or no checkpoint, or cannot be removed.
 
     >>> remove_checkpoint("no/such/folder")
     Traceback (most recent call last):
     duotone.errors.CheckpointError: cannot remove the checkpoint no/such/folder: No such file or directory
     """
     path = Path(path)
-    last, doomed = standing(path), _beside(path, "partial")
+    if path.is_symlink():
+        raise CheckpointError(f"cannot remove the checkpoint {path}: it is a link; remove what it points to")
+    last = standing(path)
     try:
+        _check_is_checkpoint(last)
+        doomed = _beside(path, "partial")
         for aside in _replaced(path):
             if aside != last:
                 shutil.rmtree(aside)
@@ -82,8 +90,16 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
 
 
 def standing(path: Path) -> Path:
-    """Return where a checkpoint's files are: at its place, or aside if its writer died before the new one stood."""
-    aside = [] if path.exists() else _replaced(path)
+    """Return where a checkpoint's files are: at its place, or aside if its writer died before the new one stood.
+
+    Raises:
+        CheckpointError: its parent cannot be read.
+    """
+    path = _followed(path)
+    try:
+        aside = [] if path.exists() else _replaced(path)
+    except OSError as error:
+        raise CheckpointError(f"no checkpoint at {path}: {error.strerror}") from error
     return aside[-1] if aside else path
 
 
@@ -95,7 +111,11 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: it cannot be made.
+        CheckpointError: something else than a checkpoint is at `path`.
     """
+    path = _followed(path)
+    if path.exists():
+        _check_is_checkpoint(path)
     _make_durable(path.parent)
     remove_leftovers(path.parent)
     # on the same file system, so that the last move is a rename
@@ -118,7 +138,7 @@ def move_into_place(new: Path, place: Path) -> None:
     Raises:
         OSError: it could not be moved; what was at `place` is there still, or again.
     """
-    aside = None
+    place, aside = _followed(place), None
     if place.exists():
         # a folder cannot be renamed over a full one, so the old one steps aside first
         aside = _beside(place, "replaced")
@@ -144,7 +164,31 @@ def flush(*paths: Path) -> None:
             os.close(descriptor)
 
 
+def _followed(path: Path) -> Path:
+    # a renamed folder would take the place of the link, perhaps on another disk
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+def _check_is_checkpoint(path: Path) -> None:
+    """Raise unless a folder is a checkpoint, whole or not, or empty.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        CheckpointError: it is something else, which a mistaken path must not cost anybody.
+    """
+    names = {entry.name for entry in path.iterdir()}
+    if not {MANIFEST, TENSORS} <= names and not all(map(_FILE.fullmatch, names)):
+        other = sorted(name for name in names if not _FILE.fullmatch(name))[0]
+        raise CheckpointError(
+            f'{path} is no checkpoint, for it holds "{other}"; give a path of its own, such as {path / "last"}'
+        )
+
+
 def _beside(path: Path, kind: str) -> Path:
+    if not path.name:
+        raise CheckpointError(
+            f"a checkpoint is a folder with a name, {path} has none; give a path such as {path / 'last'}"
+        )
     return path.with_name(f".{path.name}.{kind}-{uuid4().hex}")
 
 

@@ -18,9 +18,11 @@ from torch import Tensor
 from duotone.errors import CheckpointError
 from duotone.torch.checkpoint.folder import (
     check_files,
+    check_unchanged,
     complete_folder,
     file_digests,
     file_sha256,
+    json_sha256,
     pack,
     read_manifest,
     tensor_names,
@@ -45,7 +47,7 @@ def write_folder(path: Path, contents: Mapping[str, Any], ranks: Ranks) -> None:
     Raises:
         CheckpointError: something failed on a rank; on every rank, and what was at `path` is untouched.
     """
-    ranks.check_same(str(path), "path")
+    ranks.check_same(str(path.absolute()), "path")
     shards = ranks.agree(lambda: _shards(contents))
     ranks.check_same(list(shards), "set of sharded tensors")
     with ExitStack() as stack:
@@ -73,17 +75,22 @@ def read_folder(
         left_out: parts of the contents that are not read and come back as None.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed; on every rank.
+        CheckpointError: a file is missing, cut short, changed, or replaced meanwhile; on every rank.
     """
     path = standing(path)
     manifest = ranks.agree(lambda: read_manifest(path))
     digests = file_digests(manifest)
-    ranks.check_same(digests, f"checkpoint at {path}")
+    ranks.check_same(json_sha256(manifest), f"checkpoint at {path}")
     own = dict(list(digests.items())[ranks.rank :: ranks.size])
     ranks.agree(lambda: check_files(path, own))
     packed = {name: None if name in left_out else value for name, value in manifest.items()}
-    tensors = ranks.agree(lambda: _read(path, tensor_names(packed), set(digests), cut_like))
-    return unpack(packed, tensors)
+
+    def read() -> dict[str, Tensor]:
+        tensors = _read(path, tensor_names(packed), set(digests), cut_like)
+        check_unchanged(path, manifest)
+        return tensors
+
+    return unpack(packed, ranks.agree(read))
 
 
 def _shards(contents: Mapping[str, Any]) -> dict[str, Tensor]:

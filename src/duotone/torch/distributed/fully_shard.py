@@ -62,8 +62,9 @@ def fully_shard(
         What was given, its parameters replaced by DTensors.
 
     Raises:
-        PolicyError: a parameter was never cast, or its gradient is to be in another dtype than itself; a module keeps
-            parameters of its own otherwise than those of its parts; an `mp_policy` is given. Nothing is changed then.
+        PolicyError: a parameter was never cast, is on the meta device, or its gradient is to be in another dtype than
+            itself; a module keeps parameters of its own otherwise than those of its parts; an `mp_policy` is given.
+            Nothing is changed then.
 
     >>> import duotone.torch as dt
     >>> fully_shard(nn.Linear(2, 1))
@@ -204,6 +205,11 @@ def _check(place: _Place) -> None:
         raise PolicyError(
             f'parameter "{name}" was never cast; call duotone.torch.cast(model, policy) on the whole model before '
             'fully_shard, policy "fp32" included'
+        )
+    if param.is_meta:
+        raise PolicyError(
+            f'parameter "{name}" is on the meta device, and what is noted on it, its tail for instance, would not '
+            "survive its materialisation; call model.to_empty(device=...) and set the weights before fully_shard"
         )
     if param.is_floating_point() and param.grad_dtype not in (None, param.dtype):
         raise PolicyError(

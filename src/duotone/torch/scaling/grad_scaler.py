@@ -251,7 +251,9 @@ class GradScaler(torch.amp.GradScaler):
 
     def _scale_on(self, device: torch.device) -> Tensor:
         if self._scale is None:
-            self._lazy_init_scale_growth_tracker(device)
+            # a loss of an evaluation must not leave a scale that no loss of the training can be multiplied by
+            with torch.inference_mode(False):
+                self._lazy_init_scale_growth_tracker(device)
         assert self._scale is not None
         return self._scale.to(device, non_blocking=True)
 

@@ -132,7 +132,7 @@ class LossScaler:
         if self._unscaled:
             raise LossScaleError(
                 "gradients were unscaled since the last step, and a backward pass would add scaled ones to them; call "
-                "unscale_ after the last backward pass"
+                "unscale_ after the last backward pass, and step after it every time, for it skips by itself"
             )
         self.scale(loss).backward(**kwargs)
 
@@ -222,10 +222,17 @@ class LossScaler:
         # filled on the device: a copy from the host would wait for it
         return torch.full((), self._bad_loss != 0, device=device)
 
-    def no_step(self) -> Tensor:
-        """Forget the losses that left no gradient behind, and return the scale; for `duotone.torch.step` to call."""
+    def no_step(self, agreement: Agreement) -> Tensor:
+        """Forget the losses that left no gradient behind, and return the scale; for `duotone.torch.step` to call.
+
+        Gradients in which `unscale_` found an Inf or a NaN, and that were let go since, move the scale all the same.
+        """
+        carried = self.loss_scale
+        flags = [unscaled.found_inf for unscaled in self._unscaled.values()]
+        if flags:
+            self._let_go(torch.stack(flags).any(), agreement)
         self._forget_losses()
-        return self.loss_scale
+        return carried
 
     def end_step(
         self,
@@ -284,7 +291,11 @@ class LossScaler:
             settings = LossScale(**state_dict["settings"])
             state = LossScaleState(**state_dict["state"])
             steps = int(state_dict.get("steps", 0))
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise LossScaleError(
+                f"this is not the state of a LossScaler: it has no {error}; a GradScaler's goes into a GradScaler"
+            ) from error
+        except (TypeError, ValueError) as error:
             raise LossScaleError(f"this is not the state of a LossScaler: {error}") from error
         # whatever holds for a scale to begin with holds for every later one
         replace(settings, init_scale=state.scale)
@@ -305,9 +316,21 @@ class LossScaler:
     def _check_scaled(self) -> None:
         if not self.settings.is_none and self._losses_scaled == 0:
             raise LossScaleError(
-                "no loss was scaled since the last step, so the gradients carry no loss scale; "
-                "use scaler.backward(loss), or scaler.scale(loss).backward()"
+                "no loss was scaled since the last step, so the gradients carry no loss scale; use "
+                "scaler.backward(loss), or scaler.scale(loss).backward(). Optimizers that share a loss step in one "
+                "call, scaler.step(first, second)"
             )
+
+    def _let_go(self, found_inf: Tensor, agreement: Agreement) -> None:
+        """Let the scale react to gradients that were let go by hand: to an overflow alone, for nothing was stepped."""
+        on_host = is_on_host(found_inf.device)
+        flag: Any = found_inf.item() if on_host else found_inf
+        bad = self.loss_is_not_finite(found_inf.device)
+        finite, where = (not bad.item(), select) if on_host else (~bad, torch.where)
+        finite = finite if agreement.is_known else True
+        moved = update(self.settings, self._state, flag, loss_is_finite=finite, where=where)
+        leaves = {name: where(flag, value, getattr(self._state, name)) for name, value in vars(moved).items()}
+        self._state = LossScaleState(**leaves)
 
     def _forget_losses(self) -> None:
         for unscaled in self._unscaled.values():
@@ -336,10 +359,12 @@ class LossScaler:
             if isinstance(scale, Tensor):
                 self._state = LossScaleState(**self._numbers())
         elif not isinstance(scale, Tensor) or scale.device != device:
-            leaves = {
-                name: torch.as_tensor(value, dtype=torch.float32 if name == "scale" else torch.int32, device=device)
-                for name, value in vars(self._state).items()
-            }
+            # a loss of an evaluation must not leave a scale that no loss of the training can be multiplied by
+            with torch.inference_mode(False):
+                leaves = {
+                    name: torch.as_tensor(value, dtype=torch.float32 if name == "scale" else torch.int32, device=device)
+                    for name, value in vars(self._state).items()
+                }
             self._state = LossScaleState(**leaves)
 
     def _numbers(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -40,6 +41,25 @@ class Outcome:
     skipped_each: Sequence[Any]
 
 
+@dataclass
+class _Course:
+    """How those steps went that were of the same optimizers.
+
+    A discriminator and a generator may take turns: then the one skips for ever, and the other never.
+
+    Attributes:
+        last: the last of them.
+        skipped_in_a_row: how many of them were skipped up to it.
+        overflows_in_a_row: the same, without those whose loss was not finite.
+        is_checked: whether the last one has been looked at.
+    """
+
+    last: Outcome | None = None
+    skipped_in_a_row: int = 0
+    overflows_in_a_row: int = 0
+    is_checked: bool = False
+
+
 class Watch:
     """Follows the steps of a scaler.
 
@@ -52,14 +72,15 @@ class Watch:
         self._late = Late()
         self._step = 0
         self._waiting: list[tuple[int | None, Any]] = []
-        self._last: Outcome | None = None
-        self._overflows_in_a_row = 0
-        self._is_checked = True
+        self._course = _Course()
+        # by weak references, which are equal if what they refer to is alive and the same
+        self._courses: dict[tuple[Any, ...], _Course] = {}
 
     def follow(self, outcome: Outcome, schedulers: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Take note of a step, and of the schedulers that are to advance if it was not skipped."""
         self._waiting = places_of(schedulers, optimizers)
         self._step = outcome.step
+        self._course = self._courses.setdefault(tuple(map(ref, optimizers)), _Course())
         values = (
             outcome.loss_scale,
             outcome.skipped_in_a_row,
@@ -83,32 +104,39 @@ class Watch:
     def check(
         self, settings: LossScale, optimizers: Sequence[torch.optim.Optimizer], agreement: Agreement | None
     ) -> None:
-        """Raise if the last step that is known of was one skipped step too many, and gradients are not finite now.
+        """Raise if the last step of these optimizers was one skipped step too many, and gradients are not finite now.
 
         Raises:
             LossScaleCollapse: it was.
             NonFiniteLoss: it was, and its loss was not finite.
         """
-        last = self._last
+        course = self._courses.get(tuple(map(ref, optimizers)))
         # whoever catches the error and goes on is not stopped by the same step again
-        if last is None or self._is_checked or self._patience is None or not last.skipped_in_a_row:
+        if course is None or course.last is None or course.is_checked or self._patience is None:
             return
-        self._is_checked = True
-        is_at_floor = settings.is_dynamic and last.loss_scale <= settings.min_scale and self._overflows_in_a_row > 1
+        course.is_checked = True
+        last, in_a_row = course.last, course.skipped_in_a_row
+        if not in_a_row:
+            return
+        is_at_floor = settings.is_dynamic and last.loss_scale <= settings.min_scale and course.overflows_in_a_row > 1
         if last.bad_loss_anywhere:
-            if last.skipped_in_a_row >= self._patience:
-                raise non_finite_loss(last.step, last.bad_loss or None, last.skipped_in_a_row)
-        elif is_at_floor or last.skipped_in_a_row >= self._patience:
+            if in_a_row >= self._patience:
+                raise non_finite_loss(last.step, last.bad_loss or None, in_a_row)
+        elif is_at_floor or in_a_row >= self._patience:
             names, parameters = non_finite_gradients(optimizers, agreement)
             # one step late, the run may have recovered
             if names:
-                raise collapse(names, parameters, last.skipped_in_a_row, last.loss_scale, settings)
+                raise collapse(names, parameters, in_a_row, last.loss_scale, settings)
 
     def _learn(self, outcome: Outcome) -> None:
-        is_news = outcome.bad_loss_anywhere and not (self._last is not None and self._last.bad_loss_anywhere)
-        self._last, self._is_checked = outcome, False
+        course = self._course
+        is_news = outcome.bad_loss_anywhere and not (course.last is not None and course.last.bad_loss_anywhere)
         is_overflow = outcome.skipped_in_a_row and not outcome.bad_loss_anywhere
-        self._overflows_in_a_row = self._overflows_in_a_row + 1 if is_overflow else 0
+        course.last, course.is_checked = outcome, False
+        # the scaler's count goes on from the run before, and ends with a step of other optimizers
+        own = course.skipped_in_a_row + 1
+        course.skipped_in_a_row = max(own, outcome.skipped_in_a_row) if outcome.skipped_in_a_row else 0
+        course.overflows_in_a_row = course.overflows_in_a_row + 1 if is_overflow else 0
         waiting, self._waiting = self._waiting, []
         for place, scheduler in waiting:
             skipped = any(outcome.skipped_each) if place is None else outcome.skipped_each[place]
@@ -120,7 +148,7 @@ class Watch:
                 f"{loss_at(outcome.step, outcome.bad_loss or None)} is not finite, before any scaling: that is the "
                 f"forward pass; {became}the loss scale stays as it is. This is said once in a row of such steps",
                 DuotoneWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
 
@@ -142,6 +170,8 @@ def _place(scheduler: Any, optimizers: Sequence[torch.optim.Optimizer]) -> int |
     name = type(scheduler).__name__
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise OptimizerError(f"{name} advances by a figure of its own; call its step(figure) yourself")
+    if not callable(getattr(scheduler, "step", None)):
+        raise OptimizerError(f"a scheduler has a method step(), but {name} has none; give one, a list, or a tuple")
     own = getattr(scheduler, "optimizer", None)
     if own is None:
         return None
