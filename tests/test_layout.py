@@ -82,7 +82,7 @@ ALLOWED = {
         "duotone.torch.optim",
         "duotone.torch.shards",
     ),
-    "duotone.torch.distributed.agreement": ("duotone.torch.shards",),
+    "duotone.torch.distributed.agreement": ("duotone.errors", "duotone.torch.shards"),
     "duotone.torch.step": (
         "duotone.errors",
         "duotone.torch.distributed.agreement",

@@ -206,3 +206,18 @@ def test_a_parameter_that_no_master_optimizer_takes_leaves_the_model_unchanged(k
         dt.prepare(model, kind(model.parameters()), "bf16")
     assert dt.policy_of(model) is None
     assert model[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam])
+def test_hooks_of_the_step_are_taken_over_and_the_old_optimizer_steps_no_more(kind):
+    model = nn.Linear(2, 1)
+    first = kind(model.parameters(), lr=0.1)
+    calls = []
+    first.register_step_pre_hook(lambda *_: calls.append("before"))
+    first.register_step_post_hook(lambda *_: calls.append("after"))
+    model, optimizer, scaler = dt.prepare(model, first, "bf16")
+    scaler.backward(model(torch.ones(1, 2)).sum())
+    scaler.step(optimizer)
+    assert calls == ["before", "after"]
+    with pytest.raises(OptimizerError, match=r"replaced by prepare|wrapped in MasterWeights"):
+        first.step()

@@ -228,6 +228,18 @@ def test_sparse_gradients_are_refused_before_anything_moves(kind):
     assert not dense.any()
 
 
+def test_a_wrapper_around_an_optimizer_with_masters_is_named(scaler):
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            super().__init__([param for group in optimizer.param_groups for param in group["params"]], {})
+            self.optimizer = optimizer
+
+    model = dt.cast(nn.Linear(2, 1), "fp16")
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(OptimizerError, match=r"a Wrapper hides the AdamW in it, .*; give that one to the step"):
+        scaler.step(Wrapper(dt.AdamW(model.parameters())))
+
+
 def test_named_plain_rounding_may_use_any_optimizer():
     model = dt.cast(nn.Linear(2, 1), "bf16-true,rounding=nearest")
     scaler = dt.LossScaler("bf16")

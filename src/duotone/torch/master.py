@@ -23,6 +23,7 @@ _STATE = "duotone_state"
 _NAME = "duotone_name"
 _REDUCE = "duotone_reduce"
 _REPLACED = "duotone_replaced"
+_RANKS = "duotone_ranks"
 # the smallest magnitude that rounds to Inf in FP16
 _FP16_OVERFLOW = 65520.0
 # counts calls of `set_storage`, so that asking thousands of parameters for their tails can be spared
@@ -100,6 +101,11 @@ def is_replaced(param: Tensor) -> bool:
     return hasattr(param, _REPLACED)
 
 
+def is_synchronised(param: Tensor) -> bool:
+    """Return whether `data_parallel` keeps copies of a parameter on several ranks the same, its master included."""
+    return hasattr(param, _RANKS)
+
+
 def check_in_place(param: Tensor) -> None:
     """Raise if another parameter has taken this one's place in its model.
 
@@ -110,6 +116,19 @@ def check_in_place(param: Tensor) -> None:
         raise OptimizerError(
             "the optimizer was built from parameters that fully_shard has replaced since, so it would update nothing; "
             "build it after fully_shard, from the model's parameters"
+        )
+
+
+def check_not_flattened(param: Tensor) -> None:
+    """Raise if a parameter is a piece of what torch's first FSDP has flattened.
+
+    Raises:
+        OptimizerError: it is: its tail is lost, and no other rank can be asked for the norm of the whole.
+    """
+    if getattr(param, "_fsdp_flattened", False):
+        raise OptimizerError(
+            "the parameters were flattened by FullyShardedDataParallel, which cuts them without their masters and does "
+            "not tell what was cut; shard a cast model with duotone.torch.fully_shard instead"
         )
 
 

@@ -89,6 +89,15 @@ def _taken_over(optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], setti
     converted.load_portable_state_dict(optimizer.state_dict())
     # whoever holds the old one, a scheduler for instance, changes the groups of the new one
     optimizer.param_groups = converted.param_groups
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        getattr(converted, hooks).update(getattr(optimizer, hooks))
     # torch's schedulers warn if their optimizer has not been stepped
     optimizer._opt_called = True  # type: ignore[attr-defined]
+    optimizer.register_step_pre_hook(_refuse)
     return converted
+
+
+def _refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    raise OptimizerError(
+        f"this {type(optimizer).__name__} was replaced by prepare; step the optimizer that prepare returned"
+    )

@@ -215,7 +215,8 @@ def _check(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float | None)
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise OptimizerError(
-                f"step takes optimizers, but one is a {type(optimizer).__name__}; give a closure as closure=..."
+                f"step takes optimizers, but one is a {type(optimizer).__name__}; give a closure as closure=..., a "
+                "scheduler as scheduler=..., and several optimizers one after the other"
             )
     if len(set(map(id, optimizers))) < len(optimizers):
         raise OptimizerError("an optimizer was given twice; give each once, and all of them to one call")
@@ -277,6 +278,12 @@ def _backend(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> kernels.B
 def _check_foreign(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
     for param in params:
         if needs_tail(param) or rounding_of(param) == kernels.Rounding.STOCHASTIC:
+            inner = getattr(optimizer, "optimizer", None)
+            if isinstance(inner, MasterOptimizer):
+                raise OptimizerError(
+                    f"a {type(optimizer).__name__} hides the {type(inner).__name__} in it, which can take the scale "
+                    "out and be skipped; give that one to the step"
+                )
             raise OptimizerError(
                 f"torch's {type(optimizer).__name__} would lose small updates to weights in {param.dtype}: it keeps no "
                 "FP32 masters and rounds to nearest; use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion "

@@ -9,6 +9,7 @@ from torch.overrides import _get_current_function_mode_stack
 import duotone.torch as dt
 from duotone.torch.casting.tracing import not_by_itself
 
+SLOW = pytest.mark.slow
 TOKENS = torch.arange(26).view(2, 13) % 13
 
 
@@ -32,19 +33,19 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the stream, `[batch, tokens, 16]`."""
-        query = self.mix(self.norm(x)).view(*x.shape[:2], 2, -1).transpose(1, 2)
+        hidden = self.mix(self.norm(x))
         if self.where == "module":
             x = break_here(x, self.how)
-        x = x + F.scaled_dot_product_attention(query, query, query).transpose(1, 2).flatten(-2)
+        x = x + hidden.exp().tanh().to(x.dtype)
         if self.where == "keep_float32":
             with dt.keep_float32():
-                wide = break_here(x.exp(), self.how) @ self.up.weight
-                assert wide.dtype == x.exp().dtype == torch.float32
-            x = x + wide.to(x.dtype)
+                wide = break_here(x, self.how) @ self.up.weight
+                assert wide.dtype == torch.float32
+            x = x + wide.tanh().to(x.dtype)
         if self.where == "op_rules":
             with dt.op_rules({torch.exp: "as_given"}):
                 x = break_here(x, self.how).exp().tanh()
-        return x + self.up(x).softmax(-1) * x.exp().mean(-1, keepdim=True).to(x.dtype)
+        return x + self.up(x).softmax(-1) * x.mean(-1, keepdim=True)
 
 
 class Model(nn.Module):
@@ -92,6 +93,7 @@ def assert_same_compiled(model: nn.Module, same_bits, rtol: float = 0.0) -> None
         assert all(map(same_bits, got[:2], expected[:2]))
         for one, other in zip(got, expected, strict=True):
             assert one.dtype == other.dtype
+            assert other.isfinite().all()
             assert (one.float() - other.float()).norm() <= rtol * other.float().norm()
     assert _get_current_function_mode_stack() == []
     assert not torch.is_autocast_enabled("cpu")
@@ -101,29 +103,35 @@ def assert_same_compiled(model: nn.Module, same_bits, rtol: float = 0.0) -> None
 ORDER = 2 * torch.finfo(torch.float16).eps
 
 
-@pytest.mark.parametrize("how", ["graph_break", "print", "item"])
-@pytest.mark.parametrize("where", ["module", "between", "loss"])
+@pytest.mark.parametrize(
+    ("where", "how"),
+    [("module", "print"), pytest.param("between", "graph_break", marks=SLOW), pytest.param("loss", "item", marks=SLOW)],
+)
 def test_a_break_changes_no_bit(where, how, same_bits):
     assert_same_compiled(make("bf16", how, where), same_bits)
 
 
-@pytest.mark.parametrize(("policy", "rtol"), [("fp16", ORDER), ("bf16-mixed", 0.0), ("fp32", 0.0)])
-@pytest.mark.parametrize("where", ["module", "between"])
-def test_every_policy(where, policy, rtol, same_bits):
-    assert_same_compiled(make(policy, "graph_break", where), same_bits, rtol)
+@pytest.mark.parametrize(
+    ("policy", "rtol"),
+    [("fp16", ORDER), pytest.param("bf16-mixed", 0.0, marks=SLOW), pytest.param("fp32", 0.0, marks=SLOW)],
+)
+def test_every_policy(policy, rtol, same_bits):
+    assert_same_compiled(make(policy, "item", "module"), same_bits, rtol)
 
 
-@pytest.mark.parametrize("where", ["keep_float32", "op_rules"])
+@pytest.mark.parametrize("where", ["keep_float32", pytest.param("op_rules", marks=SLOW)])
 def test_inside_of_other_rules(where, same_bits):
     assert_same_compiled(make("bf16", "graph_break", where), same_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "rtol"), [("bf16", 0.0), ("fp16", ORDER)])
 def test_checkpointed_blocks(policy, rtol, same_bits):
     model = make(policy, "graph_break", "module")
     assert_same_compiled(dt.checkpoint_activations(model, "blocks.*"), same_bits, rtol)
 
 
+@pytest.mark.slow
 def test_a_part_under_its_own_rule(same_bits):
     model = make("bf16; blocks.1: param=float32,compute=float32", "print", "module")
     assert_same_compiled(model, same_bits)
@@ -154,8 +162,9 @@ def test_what_comes_between_breaks_is_compiled():
         return graph.forward
 
     torch.compile(make("bf16", "graph_break", "between"), backend=count)(TOKENS)
-    # both blocks are one graph that is used twice
-    assert max(sizes) >= 20
+    # two blocks with the head, or parts of them, and no operation by itself
+    assert sizes
+    assert max(sizes) >= 8
 
 
 def test_a_function_is_traced_from_outside_alone():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 
 from duotone.errors import CheckpointError
@@ -98,27 +99,26 @@ def test_what_is_missing_is_named(tmp_path):
         read_folder(tmp_path / "folder")
 
 
-@pytest.mark.parametrize("meanwhile", ["replaced", "removed"])
+@pytest.mark.parametrize("meanwhile", ["replaced", "removed", "removed while it is opened"])
 def test_tensors_are_never_those_of_another_checkpoint_than_the_rest(tmp_path, monkeypatch, meanwhile):
     path = tmp_path / "folder"
-    # a value that is not equal to itself, and another key order, are no change
     write_folder(path, {"a": torch.ones(1), "best": float("nan")})
     assert read_folder(path)["a"] == 1
-    load_file = checkpoint_folder.load_file
+    load_file = safetensors.torch.load_file
 
     def load_after(file):
         if meanwhile == "replaced":
             write_folder(path, {"a": torch.zeros(1), "best": 0.0})
-        else:
+        elif meanwhile == "removed":
             file.unlink()
+        else:
+            # what torch raises then
+            raise RuntimeError(f"unable to open file <{file}> in read-only mode: No such file or directory (2)")
         return load_file(file)
 
     monkeypatch.setattr(checkpoint_folder, "load_file", load_after)
-    message = {
-        "replaced": "was replaced by another checkpoint while it was read; load it again",
-        "removed": "cannot be",
-    }
-    with pytest.raises(CheckpointError, match=message[meanwhile]):
+    replaced = "replaced by another checkpoint while it was read; load it again"
+    with pytest.raises(CheckpointError, match=replaced if meanwhile == "replaced" else "cannot be read"):
         read_folder(path)
 
 

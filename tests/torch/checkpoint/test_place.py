@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from duotone.errors import CheckpointError
-from duotone.torch import list_checkpoints, remove_checkpoint, verify_checkpoint
+from duotone.torch import list_checkpoints, remove_checkpoint, remove_leftovers, verify_checkpoint
 from duotone.torch.checkpoint import folder as checkpoint_folder
+from duotone.torch.checkpoint import place
 from duotone.torch.checkpoint.folder import read_folder, write_folder
 from duotone.torch.checkpoint.place import partial_folder
 
@@ -153,6 +155,45 @@ def test_a_living_writer_is_left_alone(tmp_path):
     # it is done, and did not move its folder into place
     write_folder(tmp_path / "other", contents(2))
     assert names_in(tmp_path) == NAMES
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "while it is locked"])
+def test_a_new_folder_that_another_writer_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch, moment):
+    lock, opened, rmtree = place._lock, os.open, shutil.rmtree
+    others = []
+
+    def clean_once() -> None:
+        if not others:
+            others.append("clean")
+            remove_leftovers(tmp_path)
+
+    def late_open(path, *arguments, **options):
+        clean_once()
+        return opened(path, *arguments, **options)
+
+    def late_lock(descriptor):
+        clean_once()
+        return lock(descriptor)
+
+    def lock_beside(descriptor):
+        # what the remover has opened stays locked until it has removed
+        if others:
+            return lock(descriptor)
+        others.append("clean")
+        with monkeypatch.context() as patch:
+            found = []
+            patch.setattr(shutil, "rmtree", lambda path, **_: found.append((lock(descriptor), rmtree(path))))
+            remove_leftovers(tmp_path)
+        return found[0][0]
+
+    if moment == "before it is opened":
+        monkeypatch.setattr(os, "open", late_open)
+    else:
+        monkeypatch.setattr(place, "_lock", late_lock if moment == "before it is locked" else lock_beside)
+    write_folder(tmp_path / "folder", contents(1))
+    assert others
+    assert read_folder(tmp_path / "folder")["step"] == 1
+    assert names_in(tmp_path) == ["folder"]
 
 
 def test_files_of_others_are_left_alone(tmp_path):

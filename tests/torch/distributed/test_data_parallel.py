@@ -1,14 +1,17 @@
 """`data_parallel`: gradients are the mean of the ranks', taken in `reduce` and rounded once."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 
 import duotone.torch as dt
-from duotone.errors import PolicyError
+from duotone.errors import OptimizerError, PolicyError
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.master import read_master
 
@@ -150,6 +153,55 @@ def test_sums_overflow_in_no_policy(ranks) -> None:
             assert large == pytest.approx(40000.0, rel=0.01)
             assert small == pytest.approx(0.6, rel=0.01)
         assert [has_hook for _, has_hook in results] == [True, False, False, False]
+
+
+def said_by_torchs_own() -> list[int]:
+    """Return how often something is said while torch's class, or ours, runs a cast model twice."""
+    counts = []
+    for policy, wrap in (
+        ("bf16", nn.parallel.DistributedDataParallel),
+        ("fp16", nn.parallel.DistributedDataParallel),
+        ("bf16-mixed", nn.parallel.DistributedDataParallel),
+        ("bf16", dt.data_parallel),
+    ):
+        wrapped = wrap(net(policy))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for seed in (1, 2):
+                loss_of(wrapped, seed).backward()
+        counts.append(sum("use duotone.torch.data_parallel" in str(each.message) for each in caught))
+    return counts
+
+
+def test_torchs_own_class_is_said_to_let_masters_drift_apart(ranks) -> None:
+    assert ranks.run(2, said_by_torchs_own) == [[1, 1, 0, 0]] * 2
+
+
+def steps_in_join() -> list[Any]:
+    """Return how many steps ranks take in torch's `Join`, the second with one batch more, and what is said."""
+    found: list[Any] = []
+    for stops_together in (False, True):
+        model = net("bf16")
+        wrapped = dt.data_parallel(model)
+        optimizer, scaler = dt.AdamW(model.parameters()), dt.LossScaler("bf16")
+        steps, message = 0, ""
+        try:
+            with Join([wrapped], throw_on_early_termination=stops_together):
+                for seed in range(2 + dist.get_rank()):
+                    scaler.backward(loss_of(wrapped, seed))
+                    scaler.step(optimizer)
+                    steps += 1
+        except (OptimizerError, RuntimeError) as error:
+            message = str(error)
+        found.append((steps, message.partition(",")[0]))
+    return found
+
+
+def test_a_rank_that_runs_out_of_batches_is_not_waited_for(ranks) -> None:
+    for uneven, (steps, message) in ranks.run(2, steps_in_join):
+        assert uneven == (0, "ranks agree in every step")
+        assert steps == 2
+        assert "exhausted" in message
 
 
 def refusals() -> list[str]:

@@ -198,7 +198,7 @@ class Odd(nn.Module):
 
 def refusals() -> list[str]:
     """Return the messages of calls that are wrong, and whether any of them changed a module."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
     from torch.distributed.fsdp import fully_shard as torchs
 
     def message(call: Any) -> str:
@@ -228,6 +228,10 @@ def refusals() -> list[str]:
     theirs: Any = torchs(dt.cast(nn.Linear(4, 4), "bf16"))
     tied = tagger("bf16")
     dt.fully_shard(tied.embed)
+    flat: list[Any] = []
+    for policy, use_orig_params in (("bf16", False), ("bf16-mixed", True)):
+        model = dt.cast(nn.Linear(4, 4), policy)
+        flat.append(FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu")))
     messages += [
         message(stale.step),
         message(wrapped.step),
@@ -239,6 +243,8 @@ def refusals() -> list[str]:
         message(lambda: dt.uncast(nn.Sequential(cast))),
         message(lambda: dt.cast(nn.parallel.DistributedDataParallel(nn.Linear(2, 2)), "bf16")),
         message(lambda: dt.fully_shard(tied)),
+        message(lambda: dt.AdamW(flat[0].parameters())),
+        message(lambda: dt.MasterWeights(torch.optim.NAdam(flat[1].parameters()))),
     ]
     return messages
 
@@ -261,6 +267,8 @@ def test_what_cannot_work_is_refused(ranks) -> None:
         'cannot uncast this Sequential: module "0" is sharded already',
         'module "" is wrapped in DistributedDataParallel already',
         'parameter "embed.weight" of a Linear is tied to one that is sharded already',
+        "flattened by FullyShardedDataParallel",
+        "flattened by FullyShardedDataParallel",
     ]
     for messages in ranks.run(2, refusals):
         assert len(messages) == len(wanted)

@@ -133,6 +133,20 @@ def test_a_gradient_penalty_by_double_backward(ahead):
         torch.testing.assert_close(param.detach(), (before.detach() - grad).float(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_gradient_penalty_that_overflows_backs_off():
+    weight, data = nn.Parameter(torch.ones(4, dtype=torch.float16)), torch.full((4,), 8.0, dtype=torch.float16)
+    optimizer, scaler = dt.SGD([weight], lr=0.0), dt.LossScaler("fp16")
+    skipped = []
+    for _ in range(6):
+        point = data.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(scaler.scale((point * weight).sum()), point, create_graph=True)
+        scaler.backward((grad.float() / scaler.loss_scale).norm())
+        skipped.append(scaler.step(optimizer).skipped.item())
+        optimizer.zero_grad()
+    assert skipped == [True, False, False, False, False, False]
+    assert scaler.loss_scale.item() == 2.0**15
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_closure_is_called_once_with_gradients_enabled(kind):
     parameter = nn.Parameter(torch.ones(2))
@@ -163,6 +177,7 @@ def test_what_a_step_cannot_take_is_refused_before_anything_moves():
         ((torch.optim.LBFGS([parameter]),), {}, "LBFGS evaluates the loss several times"),
         ((optimizer, optimizer), {}, "an optimizer was given twice; give each once"),
         ((optimizer, lambda: None), {}, "step takes optimizers, but one is a function; give a closure as closure="),
+        (([optimizer],), {}, "one is a list; .* and several optimizers one after the other"),
         ((optimizer,), {"scheduler": [plateau]}, "ReduceLROnPlateau advances by a figure of its own"),
     ]
     for optimizers, options, text in refused:

@@ -9,6 +9,7 @@ shallow copies of a cast module.
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duotone.errors import PolicyError
+from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
 from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import Region
 from duotone.torch.master import (
+    is_synchronised,
     name_of,
     order_of,
     reduce_dtype_of,
@@ -48,6 +50,8 @@ class CastForward:
     Attributes:
         policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
     """
+
+    _has_asked_for_ranks = False
 
     def __init__(
         self,
@@ -90,6 +94,8 @@ class CastForward:
         # neither inside of a border nor run again in a backward pass: a part that is called by itself is its own border
         if output is None and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
             inputs, output = self._by_itself
+        if not (self._has_asked_for_ranks or self._output is None or torch.compiler.is_compiling()):
+            self._has_asked_for_ranks = _say_if_masters_differ(self._module)
         if inputs is not None:
             args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
             kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs
@@ -145,6 +151,23 @@ class CastForward:
             del self._module.forward
         else:
             self._module.forward = self._forward
+
+
+def _say_if_masters_differ(module: nn.Module) -> bool:
+    """Warn if torch's own DistributedDataParallel runs a module with masters; return whether one runs it at all."""
+    around = nn.parallel.DistributedDataParallel._active_ddp_module
+    if around is None:
+        return False
+    params = (param for param in module.parameters() if param.requires_grad and tail_of(param) is not None)
+    if torch.distributed.get_world_size(around.process_group) > 1 and not all(map(is_synchronised, params)):
+        warnings.warn(
+            "torch's DistributedDataParallel is around a cast model: it sends weights to the other ranks, but not the "
+            "rest of their FP32 masters, so that ranks drift apart unless all were seeded alike, and it sums gradients "
+            "in 16 bits; use duotone.torch.data_parallel(model), which takes the same arguments",
+            DuotoneWarning,
+            stacklevel=3,
+        )
+    return True
 
 
 def check_module(model: object, verb: str) -> None:

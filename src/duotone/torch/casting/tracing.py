@@ -17,6 +17,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def not_by_itself(function: Function) -> Function:
     """Return a function that is not compiled by itself, nor is what it calls; traced from outside, it still is.
 
+    >>> import torch
     >>> @not_by_itself
     ... def is_compiled() -> bool:
     ...     return torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -84,8 +84,9 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
         leftover = _LEFTOVER.fullmatch(entry.name)
         if leftover is None:
             continue
-        is_replaced = leftover["kind"] == "replaced"
-        if (folder / leftover["name"]).exists() if is_replaced else not _is_held(entry):
+        if leftover["kind"] == "partial":
+            _remove_unless_held(entry)
+        elif (folder / leftover["name"]).exists():
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -118,12 +119,8 @@ def partial_folder(path: Path) -> Iterator[Path]:
         _check_is_checkpoint(path)
     _make_durable(path.parent)
     remove_leftovers(path.parent)
-    # on the same file system, so that the last move is a rename
-    partial = _beside(path, "partial")
-    partial.mkdir()
-    descriptor = os.open(partial, os.O_RDONLY)
+    partial, descriptor = _made_and_held(path)
     try:
-        _lock(descriptor)
         yield partial
     except Exception:
         shutil.rmtree(partial, ignore_errors=True)
@@ -207,25 +204,42 @@ def _make_durable(folder: Path) -> None:
         flush(*(path.parent for path in missing))
 
 
-def _is_held(folder: Path) -> bool:
-    """Return whether a living process holds a folder's lock, or may: not every file system has locks."""
-    try:
+def _made_and_held(path: Path) -> tuple[Path, int]:
+    """Make a partial folder beside a place; return it, and the descriptor that holds its lock."""
+    while True:
+        # on the same file system, so that the last move is a rename
+        partial = _beside(path, "partial")
+        partial.mkdir()
+        with suppress(FileNotFoundError):
+            descriptor = os.open(partial, os.O_RDONLY)
+            if _lock(descriptor) is not False and partial.exists():
+                return partial, descriptor
+            os.close(descriptor)
+        # another writer took it for a leftover before it was locked
+
+
+def _remove_unless_held(folder: Path) -> None:
+    """Remove a folder, unless a living process holds its lock, or may: not every file system has locks."""
+    with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        return not _lock(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            # held until it is gone, so that whoever has just made it learns of it
+            if _lock(descriptor):
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _lock(descriptor: int) -> bool | None:
+    """Return whether a lock was to be had; None where there are no locks."""
     if sys.platform == "win32":
-        return False
+        return None
     import fcntl
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from duotone.errors import OptimizerError
 from duotone.torch.shards import is_shard, local, shards_among
 
 _RANKS = "duotone_ranks"
@@ -23,18 +25,37 @@ _RANKS = "duotone_ranks"
 class SharedBy:
     """Names the ranks that hold copies of a parameter; copies of the note, and pickles, name none.
 
-    Attributes:
+    Args:
         group: a process group of torch.distributed, or None.
+        wrapper: the `DistributedDataParallel` that keeps the copies the same, or None.
+
+    Attributes:
+        group: as above.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, wrapper: Any = None) -> None:
         self.group = group
+        self._wrapper = None if wrapper is None else ref(wrapper)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedBy":
         return SharedBy(None)
 
     def __reduce__(self) -> Any:
         return SharedBy, (None,)
+
+    def check_joint(self) -> None:
+        """Raise inside of torch's `Join`, where a rank without batches takes no steps any more.
+
+        Raises:
+            OptimizerError: it is, unless all ranks stop together there.
+        """
+        config = getattr(self._wrapper and self._wrapper(), "_join_config", None)
+        if config is not None and config.enable and not config.throw_on_early_termination:
+            raise OptimizerError(
+                "ranks agree in every step, but in torch's Join those that run out of batches take no more steps, and "
+                "the others would wait for them for ever; give every rank as many batches (DistributedSampler), or use "
+                "Join(..., throw_on_early_termination=True)"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,9 @@ class Agreement:
         params: the parameters that have a gradient, or might have.
         group: a process group in which all ranks agree besides; None for what the parameters tell.
 
+    Raises:
+        OptimizerError: the parameters tell of ranks, some of which may have stopped (`SharedBy.check_joint`).
+
     Attributes:
         is_needed: whether ranks have to speak to each other at all.
         is_known: whether it is known who the others are. It is not where torch.distributed runs several ranks, but
@@ -71,7 +95,10 @@ class Agreement:
         # a mesh that lies in another speaks first, so that in the end all know what any found
         self._meshes.sort(key=lambda mesh: mesh.size())
         if group is None and not self._meshes and params and _ranks_run():
-            group = getattr(getattr(params[0], _RANKS, None), "group", None)
+            note: SharedBy | None = getattr(params[0], _RANKS, None)
+            if note is not None and note.group is not None:
+                note.check_joint()
+                group = note.group
         self._group = group
         self.is_needed = bool(self._meshes) or group is not None
         self.is_known = self.is_needed or not _ranks_run()
@@ -126,9 +153,9 @@ class Agreement:
         return rounds if self._group is None else [*rounds, (None, [self._group])]
 
 
-def note_ranks(param: Tensor, group: Any) -> None:
-    """Note on a parameter which process group holds copies of it."""
-    setattr(param, _RANKS, SharedBy(group))
+def note_ranks(param: Tensor, group: Any, wrapper: Any = None) -> None:
+    """Note on a parameter which process group holds copies of it, and what keeps them the same."""
+    setattr(param, _RANKS, SharedBy(group, wrapper))
 
 
 def _exchanged(group: Any, parts: Tensor, copies: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,7 +66,7 @@ def data_parallel(model: nn.Module, process_group: Any = None, **ddp_arguments: 
     if ddp_arguments.get("init_sync", True):
         _send_tails(model, group)
     for param in model.parameters():
-        note_ranks(param, group)
+        note_ranks(param, group, wrapped)
     return wrapped
 
 

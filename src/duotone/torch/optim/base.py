@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Backend
-from duotone.torch.master import check_in_place, ensure_tail, needs_tail, tail_of
+from duotone.torch.master import check_in_place, check_not_flattened, ensure_tail, needs_tail, tail_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,8 +54,8 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         """Add a group as torch does, and take the tails that wait on its parameters.
 
         Raises:
-            OptimizerError: a parameter is neither FP32, BF16 nor FP16, was replaced by `fully_shard`, or has lost its
-                tail to torch's. The group is not added then.
+            OptimizerError: a parameter is neither FP32, BF16 nor FP16, was replaced by `fully_shard`, has lost its tail
+                to torch's, or was flattened by torch's first FSDP. The group is not added then.
         """
         self._append_group(param_group)
         try:
@@ -83,6 +83,7 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         check_parameters(params)
         for param in params:
             check_in_place(param)
+            check_not_flattened(param)
             if param.requires_grad:
                 self._take_tail(param)
 
@@ -133,7 +134,7 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         if marks is None:
             raise OptimizerError(
                 f"the state is not one of Duotone's; {name} reads the state of a torch optimizer, or a portable one, "
-                "with load_portable_state_dict"
+                "with load_portable_state_dict; torch's get_optimizer_state_dict drops what tells: use save_checkpoint"
             )
         if marks["optimizer"] != name:
             raise OptimizerError(f"the state is one of {marks['optimizer']}, not of {name}")

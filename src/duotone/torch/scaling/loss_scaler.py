@@ -80,6 +80,7 @@ class LossScaler:
         self._steps = 0
         self._losses_scaled = 0
         self._bad_loss: int | Tensor = 0
+        self._is_given_away = False
         self._unscaled: dict[int, _Unscaled] = {}
         self._watch = Watch(patience)
 
@@ -101,11 +102,19 @@ class LossScaler:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss in FP32 times the scale: where nothing is scaled, an FP32 loss itself.
 
-        A loss that is Inf or NaN before it is scaled is remembered: the step then leaves the scale alone.
+        A loss that is Inf or NaN before it is scaled is remembered: the step then leaves the scale alone. But what is
+        computed from a scaled loss, a gradient penalty for instance, may overflow for the sake of the scale: after a
+        loss that was scaled by this method, not by `backward`, a later one of the same step is not looked at.
 
         Args:
             loss: any floating-point dtype and shape.
         """
+        scaled = self._scaled(loss)
+        # a scale that stands at 1 makes nothing overflow
+        self._is_given_away = not self.settings.is_none
+        return scaled
+
+    def _scaled(self, loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
             got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
             raise LossScaleError(f"a loss must be a floating-point tensor, not {got}")
@@ -134,7 +143,7 @@ class LossScaler:
                 "gradients were unscaled since the last step, and a backward pass would add scaled ones to them; call "
                 "unscale_ after the last backward pass, and step after it every time, for it skips by itself"
             )
-        self.scale(loss).backward(**kwargs)
+        self._scaled(loss).backward(**kwargs)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimizer's gradients true, in place, to look at them or change them before the step.
@@ -228,9 +237,8 @@ class LossScaler:
         Gradients in which `unscale_` found an Inf or a NaN, and that were let go since, move the scale all the same.
         """
         carried = self.loss_scale
-        flags = [unscaled.found_inf for unscaled in self._unscaled.values()]
-        if flags:
-            self._let_go(torch.stack(flags).any(), agreement)
+        if self._unscaled:
+            self._let_go(torch.stack([each.found_inf for each in self._unscaled.values()]).any(), agreement)
         self._forget_losses()
         return carried
 
@@ -291,12 +299,9 @@ class LossScaler:
             settings = LossScale(**state_dict["settings"])
             state = LossScaleState(**state_dict["state"])
             steps = int(state_dict.get("steps", 0))
-        except KeyError as error:
-            raise LossScaleError(
-                f"this is not the state of a LossScaler: it has no {error}; a GradScaler's goes into a GradScaler"
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise LossScaleError(f"this is not the state of a LossScaler: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            why = f"it has no {error}; a GradScaler's goes into a GradScaler" if type(error) is KeyError else error
+            raise LossScaleError(f"this is not the state of a LossScaler: {why}") from error
         # whatever holds for a scale to begin with holds for every later one
         replace(settings, init_scale=state.scale)
         if not settings.is_dynamic and state.scale != settings.init_scale:
@@ -335,12 +340,12 @@ class LossScaler:
     def _forget_losses(self) -> None:
         for unscaled in self._unscaled.values():
             narrow(unscaled.widened)
-        self._losses_scaled, self._bad_loss, self._unscaled = 0, 0, {}
+        self._losses_scaled, self._bad_loss, self._is_given_away, self._unscaled = 0, 0, False, {}
 
     def _note(self, loss: Tensor) -> None:
         """Remember the first loss since the last step that is not finite."""
         # inside of vmap and its like, a loss has no one value
-        if torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
+        if self._is_given_away or torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
             return
         if is_on_host(loss.device):
             finite = math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())

@@ -80,7 +80,11 @@ class Watch:
         """Take note of a step, and of the schedulers that are to advance if it was not skipped."""
         self._waiting = places_of(schedulers, optimizers)
         self._step = outcome.step
-        self._course = self._courses.setdefault(tuple(map(ref, optimizers)), _Course())
+        key = tuple(map(ref, optimizers))
+        if key not in self._courses:
+            alive = {key: course for key, course in self._courses.items() if None not in [each() for each in key]}
+            self._courses = {**alive, key: _Course()}
+        self._course = self._courses[key]
         values = (
             outcome.loss_scale,
             outcome.skipped_in_a_row,
