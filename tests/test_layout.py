@@ -103,6 +103,7 @@ ALLOWED = {
         "duotone.torch.step",
     ),
     "duotone.torch.scaling.late": (),
+    "duotone.torch.scaling.losses": (),
     "duotone.torch.scaling.unscale": ("duotone.torch.shards",),
     "duotone.torch.scaling.watch": (
         "duotone.errors",

@@ -4,7 +4,6 @@ Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. What 
 may advance and whether the run has collapsed, it learns by `watch`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from duotone.errors import LossScaleError
 from duotone.loss_scale import LossScale, LossScaleState, init_state, select, update
 from duotone.policy import Policy
 from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.scaling.losses import Losses
 from duotone.torch.scaling.unscale import narrow, unscale_
 from duotone.torch.scaling.watch import Outcome, Watch
 from duotone.torch.step import StepReport, find_gradients, read_gradients, step
@@ -78,9 +78,7 @@ class LossScaler:
         self._patience = patience
         self._state = init_state(settings)
         self._steps = 0
-        self._losses_scaled = 0
-        self._bad_loss: int | Tensor = 0
-        self._is_given_away = False
+        self._losses = Losses()
         self._unscaled: dict[int, _Unscaled] = {}
         self._watch = Watch(patience)
 
@@ -111,7 +109,8 @@ class LossScaler:
         """
         scaled = self._scaled(loss)
         # a scale that stands at 1 makes nothing overflow
-        self._is_given_away = not self.settings.is_none
+        if not self.settings.is_none:
+            self._losses.give_away()
         return scaled
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -119,9 +118,7 @@ class LossScaler:
             got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
             raise LossScaleError(f"a loss must be a floating-point tensor, not {got}")
         self._move_to(loss.device)
-        self._losses_scaled += 1
-        if not torch.compiler.is_compiling():
-            self._note(loss.detach())
+        self._losses.add(loss, on_host=is_on_host(loss.device))
         # times 1 would be an operation there and one on the way back
         return loss.float() if self.settings.is_none else loss.float() * self._state.scale
 
@@ -226,10 +223,7 @@ class LossScaler:
 
     def loss_is_not_finite(self, device: torch.device) -> Tensor:
         """Return whether a loss since the last step was Inf or NaN, bool, 0-d; for `duotone.torch.step` to call."""
-        if isinstance(self._bad_loss, Tensor):
-            return self._bad_loss.to(device) != 0
-        # filled on the device: a copy from the host would wait for it
-        return torch.full((), self._bad_loss != 0, device=device)
+        return self._losses.is_bad(device)
 
     def no_step(self, agreement: Agreement) -> Tensor:
         """Forget the losses that left no gradient behind, and return the scale; for `duotone.torch.step` to call.
@@ -273,10 +267,7 @@ class LossScaler:
             finite = True
         self._state = update(self.settings, self._state, any_found, loss_is_finite=finite, where=where)
         self._steps += 1
-        bad_loss: Any = self._bad_loss
-        if isinstance(bad_loss, Tensor):
-            # losses may lie on another device than gradients
-            bad_loss = bad_loss.item() if on_host else bad_loss.to(loss_is_not_finite.device)
+        bad_loss = self._losses.first_bad(loss_is_not_finite.device, on_host=on_host)
         outcome = Outcome(self._steps, carried, self._state.skipped_in_a_row, bad_loss, bad, each)
         self._forget_losses()
         self._watch.follow(outcome, scheduler, optimizers)
@@ -319,7 +310,7 @@ class LossScaler:
         return {**self.__dict__, "process_group": None, "_watch": Watch(self._patience)}
 
     def _check_scaled(self) -> None:
-        if not self.settings.is_none and self._losses_scaled == 0:
+        if not self.settings.is_none and self._losses.count == 0:
             raise LossScaleError(
                 "no loss was scaled since the last step, so the gradients carry no loss scale; use "
                 "scaler.backward(loss), or scaler.scale(loss).backward(). Optimizers that share a loss step in one "
@@ -340,22 +331,7 @@ class LossScaler:
     def _forget_losses(self) -> None:
         for unscaled in self._unscaled.values():
             narrow(unscaled.widened)
-        self._losses_scaled, self._bad_loss, self._is_given_away, self._unscaled = 0, 0, False, {}
-
-    def _note(self, loss: Tensor) -> None:
-        """Remember the first loss since the last step that is not finite."""
-        # inside of vmap and its like, a loss has no one value
-        if self._is_given_away or torch._C._functorch.maybe_current_level() is not None:  # type: ignore[attr-defined]
-            return
-        if is_on_host(loss.device):
-            finite = math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())
-            if not finite and not self._bad_loss:
-                self._bad_loss = self._losses_scaled
-        elif not isinstance(self._bad_loss, int):
-            earlier = self._bad_loss.to(loss.device)
-            self._bad_loss = torch.where((earlier != 0) | loss.isfinite().all(), earlier, self._losses_scaled)
-        elif not self._bad_loss:
-            self._bad_loss = torch.where(loss.isfinite().all(), 0, self._losses_scaled)
+        self._losses, self._unscaled = Losses(), {}
 
     def _move_to(self, device: torch.device) -> None:
         """Have the state on a device: on the host in Python numbers, which torch takes many times as long to change."""
