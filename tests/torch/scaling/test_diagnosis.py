@@ -103,8 +103,8 @@ def test_a_few_names_are_shown_and_always_the_last(names, shown):
 
 def test_the_module_is_that_of_the_last_name_and_the_rule_can_be_followed():
     text = str(collapse(["0.weight", "1.0.weight"], 4, 17, 1.0, LossScale()))
-    assert "met the first in 1.0: keep that in FP32 by a rule, " in text
-    assert "met the first in 1.0, or in what comes after it" in str(
+    assert 'met the first in "1.0": keep that in FP32 by a rule, ' in text
+    assert 'met the first in "1.0", or in what comes after it' in str(
         collapse(["0.weight", "1.0.weight"], 2, 17, 1.0, LossScale())
     )
     rule = text.split('by a rule, "')[1].split('"', maxsplit=1)[0]

@@ -124,6 +124,18 @@ def test_settings_come_from_the_policy_or_are_given():
         dt.LossScaler("fp16", init_scale=1000)
 
 
+def test_a_setting_that_is_not_there_is_named():
+    for policy in ("fp16", "bf16"):
+        with pytest.raises(LossScaleError, match='there is no setting "initial_scale"; did you mean init_scale'):
+            dt.LossScaler(policy, initial_scale=2.0**10)
+
+
+def test_it_shows_what_it_is_at():
+    assert repr(dt.LossScaler("fp16")).startswith(
+        "LossScaler(loss_scale=65536, skipped=0, LossScale(init_scale=65536.0"
+    )
+
+
 def test_its_state_goes_through_json(parameter, optimizer):
     scaler = dt.LossScaler("fp16", growth_interval=3)
     for value in (math.inf, 1.0, 1.0):

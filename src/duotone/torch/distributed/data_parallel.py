@@ -44,6 +44,15 @@ def data_parallel(model: nn.Module, process_group: Any = None, **ddp_arguments: 
         PolicyError: a parameter was never cast or is sharded, its gradient is to be in another dtype than itself, or
             rules give parts another `reduce`; DDP's own `mixed_precision` is given.
 
+    >>> import duotone.torch as dt
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = data_parallel(dt.cast(nn.Linear(2, 1), "bf16"))
+    >>> optimizer = dt.AdamW(model.parameters())
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> model.module.weight.grad.dtype
+    torch.bfloat16
+    >>> dist.destroy_process_group()
+
     >>> data_parallel(nn.Linear(2, 1))
     Traceback (most recent call last):
     ...

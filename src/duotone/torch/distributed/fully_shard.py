@@ -50,7 +50,7 @@ def fully_shard(
     transformer, then on the model. All ranks must hold the same weights, as for torch's; nothing is sent. Weights are
     gathered in the dtype they are kept in. Gradients are averaged in the policy's `reduce`, never in fewer bits than
     they have, and rounded once to the weight's dtype; without synchronisation (`set_requires_gradient_sync(False)`)
-    they accumulate in it. Several modules given as a list share one group.
+    they accumulate in `reduce`. Several modules given as a list share one group.
 
     Args:
         module: a module of a cast model, or a list of some.
@@ -66,7 +66,15 @@ def fully_shard(
             itself; a module keeps parameters of its own otherwise than those of its parts; an `mp_policy` is given.
             Nothing is changed then.
 
-    >>> import duotone.torch as dt
+    >>> import torch.distributed as dist, duotone.torch as dt
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = dt.cast(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), "bf16")
+    >>> model = fully_shard(model)
+    >>> optimizer = dt.AdamW(model.parameters())
+    >>> type(model[0].weight.data).__name__, model[0].weight.dtype, model[1].weight.dtype
+    ('DTensor', torch.bfloat16, torch.float32)
+    >>> dist.destroy_process_group()
+
     >>> fully_shard(nn.Linear(2, 1))
     Traceback (most recent call last):
     ...

@@ -67,7 +67,7 @@ def collapse(
 
     >>> print(collapse(["a.weight", "b.weight"], 6, 17, 1.0, LossScale()))
     17 steps in a row were skipped, the last at loss scale 1, its floor: 2 of 6 gradients are not finite (a.weight,
-    b.weight); the backward pass met the first in b: keep that in FP32 by a rule, "b:
+    b.weight); the backward pass met the first in "b": keep that in FP32 by a rule, "b:
     param=float32,compute=float32,output=float32", ...
     """
     where = "no loss scale" if settings.is_none else f"loss scale {scale:g}"
@@ -82,7 +82,7 @@ def collapse(
     else:
         or_after = ", or in what comes after it, such as the loss" if len(names) == parameters else ""
         rule = f'"{module}: param=float32,compute=float32,output=float32"'
-        begins = f"the backward pass met the first in {module}{or_after}: keep that in FP32 by a rule, {rule}"
+        begins = f'the backward pass met the first in "{module}"{or_after}: keep that in FP32 by a rule, {rule}'
     return LossScaleCollapse(
         f"{skipped} steps in a row were skipped, the last at {where}: {len(names)} of {parameters} gradients are not "
         f"finite ({shown}); {begins}, look for a division by 0 or a root of 0 there, lower the learning rate, or use "

@@ -5,13 +5,13 @@ may advance and whether the run has collapsed, it learns by `watch`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from duotone.errors import LossScaleError
+from duotone.errors import LossScaleError, nearest_names
 from duotone.loss_scale import LossScale, LossScaleState, init_state, select, update
 from duotone.policy import Policy
 from duotone.torch.distributed.agreement import Agreement
@@ -65,6 +65,10 @@ class LossScaler:
             policy = Policy.parse(policy)
             settings = LossScale.parse(policy.loss_scale)
         if overrides:
+            known = [field.name for field in fields(LossScale)]
+            for name in overrides:
+                if name not in known:
+                    raise LossScaleError(f'there is no setting "{name}"; {nearest_names(name, known)}')
             if not settings.is_dynamic:
                 raise LossScaleError(
                     f"{', '.join(sorted(overrides))} given, but this policy does not move its loss scale; "
@@ -81,6 +85,10 @@ class LossScaler:
         self._losses = Losses()
         self._unscaled: dict[int, _Unscaled] = {}
         self._watch = Watch(patience)
+
+    def __repr__(self) -> str:
+        state = self._numbers()
+        return f"LossScaler(loss_scale={state['scale']:g}, skipped={state['skipped']}, {self.settings})"
 
     @property
     def loss_scale(self) -> Tensor:

@@ -147,10 +147,10 @@ class Watch:
             if not skipped:
                 scheduler.step()
         if is_news:
-            became = "the step was skipped, and " if outcome.skipped_in_a_row else ""
+            became = ", the step was skipped" if outcome.skipped_in_a_row else ""
             warnings.warn(
-                f"{loss_at(outcome.step, outcome.bad_loss or None)} is not finite, before any scaling: that is the "
-                f"forward pass; {became}the loss scale stays as it is. This is said once in a row of such steps",
+                f"{loss_at(outcome.step, outcome.bad_loss or None)} is not finite: that is the forward pass and no "
+                f"matter of a loss scale, which stays as it is{became}; said once until a loss is finite again",
                 DuotoneWarning,
                 stacklevel=6,
             )
