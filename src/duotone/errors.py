@@ -36,7 +36,15 @@ class NonFiniteLoss(DuotoneError, ArithmeticError):
 
 
 class CheckpointError(DuotoneError, RuntimeError):
-    """A checkpoint that is missing, damaged, of another policy, or does not fit the model."""
+    """A checkpoint that is missing, damaged, of another policy, or does not fit the model.
+
+    Attributes:
+        damage: what is wrong with its files, in a few words, such as "no manifest.json"; empty if it is something else.
+    """
+
+    def __init__(self, message: str = "", *, damage: str = "") -> None:
+        super().__init__(message)
+        self.damage = damage
 
 
 class OptimizerError(DuotoneError, ValueError):

@@ -64,7 +64,27 @@ def test_stop_and_resume(duotone):
     assert "stopped after step 3 of 4, saved; go on with: duotone train --resume --out run\n" in output
     code, output, _ = duotone("train", "--resume", "--out", "run")
     assert code == 0
-    assert "steps: 4 (0 skipped)" in output
+    assert "steps: 4 (0 skipped) in " in output
+    assert "s of training since it was resumed, " in output
+
+
+def test_resuming_a_finished_run_leaves_its_summary(duotone):
+    task = (write_task("mine.py"), "--steps", "2", "--out", "run")
+    _, output, _ = duotone("train", *task)
+    assert "held-out loss 0.5000" in output
+    assert "┃ held-out loss ┃" in output
+    assert "since it was resumed" not in output
+    summary = Path("run/summary.json")
+    before = summary.read_bytes()
+    code, output, _ = duotone("train", "--resume", "--out", "run")
+    assert (code, output) == (0, "run is finished at step 2, held-out loss 0.5000; there is nothing left to do\n")
+    assert summary.read_bytes() == before
+    # killed between its last checkpoint and its summary
+    summary.unlink()
+    code, output, _ = duotone("train", "--resume", "--out", "run")
+    assert code == 0
+    assert "steps: 2 (0 skipped)\n" in output
+    assert json.loads(summary.read_text())["evaluation"] == {"loss": 0.5}
 
 
 def test_config_flags_and_print_config(duotone):
@@ -180,8 +200,11 @@ def test_a_damaged_checkpoint_is_named(duotone, damage):
     metrics = Path("run/metrics.jsonl").read_bytes()
     code, _, error = duotone("train", "--resume", "--out", "run")
     assert code == 2
-    assert str(manifest if damage == "manifest" else tensors) in error
-    assert "use another checkpoint" in error
+    what = {"remove": "no tensors.safetensors", "manifest": "manifest.json is damaged"}
+    assert error == (
+        f"error: run holds no intact checkpoint: step-00000002 ({what.get(damage, 'tensors.safetensors is damaged')}); "
+        "start the run anew in another --out\n"
+    )
     assert Path("run/metrics.jsonl").read_bytes() == metrics
 
 

@@ -85,17 +85,22 @@ def test_a_run_survives_a_failure_at_every_call(make_trainer, tmp_path, monkeypa
 
 
 def test_going_back_behind_a_damaged_checkpoint(make_trainer, tmp_path):
-    settings = SETTINGS | {"keep": 3, "steps": 7, "checkpoint_every": 2}
+    settings = SETTINGS | {"keep": 4, "steps": 7, "checkpoint_every": 2}
     list(make_trainer(small_task, tmp_path / "whole", **settings).run())
-    list(make_trainer(small_task, tmp_path / "run", **settings).run(stop_after=6))
-    newest = tmp_path / "run" / "checkpoints" / "step-00000006"
-    (newest / "manifest.json").unlink()
+    list(make_trainer(small_task, tmp_path / "run", **settings).run(stop_after=7))
+    for step in (6, 7):
+        (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="--resume latest-valid goes on from step-00000004, which is intact"):
         make_trainer(small_task, tmp_path / "run", resume=True, **settings)
     trainer = make_trainer(small_task, None, **settings)
     trainer.folder = RunFolder(tmp_path / "run")
-    with pytest.warns(DuotoneWarning, match=f"{newest}.*: going on from step-00000004, done again: 2 steps"):
+    with pytest.warns(DuotoneWarning) as noted:
         trainer.resume("latest-valid")
+    assert [str(each.message) for each in noted] == [
+        "passed over step-00000007 (no manifest.json) and step-00000006 (no manifest.json); going on from "
+        "step-00000004, 3 steps are done again"
+    ]
+    assert trainer.resumed_at == 4
     # whoever resumes from now on meets no damaged one
     assert [path.name for path in trainer.folder.checkpoints()] == ["step-00000004", "step-00000002"]
     with warnings.catch_warnings():

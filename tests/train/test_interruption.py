@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from duotone.train import Task, stop_on_signal
+from duotone.train import Task, print_at_once, stop_on_signal
 from duotone.train.interruption import SIGNALS
 
 from .small_task import small_task
@@ -26,15 +26,17 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_asks_and_is_noted(number):
-    asked = []
+    asked, told = [], []
     before = [signal.getsignal(each) for each in SIGNALS]
-    with stop_on_signal(lambda: asked.append(True)) as interruption:
+    with stop_on_signal(lambda: asked.append(True), told.append) as interruption:
         assert (interruption.cause, interruption.exit_code) == (None, 0)
         send(number)
         # schedulers and shells repeat it
         send(signal.SIGTERM)
     assert asked == [True]
     assert interruption.cause is number
+    further = {signal.SIGINT: "; Ctrl-C again stops at once, without saving", signal.SIGTERM: ""}[number]
+    assert told == [f"stopping after this step{further}"]
     assert interruption.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
@@ -53,6 +55,32 @@ def test_a_second_ctrl_c_ends_at_once():
         twice()
     assert asked == [True]
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_ctrl_c_after_sigterm_says_what_the_next_one_does():
+    told = []
+    with stop_on_signal(lambda: None, told.append) as interruption:
+        send(signal.SIGTERM)
+        send(signal.SIGINT)
+    assert told[1:] == ["stopping after this step; Ctrl-C again stops at once, without saving"]
+    assert interruption.cause is signal.SIGTERM
+
+
+def test_what_is_printed_at_once(capfd, monkeypatch):
+    print_at_once("now")
+    assert capfd.readouterr().err == "now\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "isatty", lambda descriptor: True)
+        print_at_once("now")
+    # whatever a progress bar has drawn in this line goes
+    assert capfd.readouterr().err == "\r\x1b[2Know\n"
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        print_at_once("nobody hears")
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def test_an_ignored_signal_stays_ignored():

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from duotone.errors import TaskError, nearest_names
 
 if TYPE_CHECKING:
-    from duotone.train import Ranks, RunSettings, Task, Trainer
+    from duotone.train import Ranks, RunFolder, RunSettings, Task, Trainer
 
 RESUMES = ("latest", "latest-valid")
 _RUNS = Path("runs")
@@ -83,7 +83,10 @@ def train_command(
     ] = None,
     parallel: Annotated[
         str | None,
-        typer.Option(help="Of ranks that torchrun starts: ddp, a copy on each, or fsdp, a part. (default: ddp)"),
+        typer.Option(
+            help="Of ranks that torchrun starts: ddp, a copy on each; fsdp, a part; auto, ddp if there are several. "
+            "(default: auto)"
+        ),
     ] = None,
     micro_batches: Annotated[int | None, typer.Option(help="Batches accumulated into one step, on each rank.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of metrics.")] = None,
@@ -191,26 +194,63 @@ def _open_task(
 
 
 def _run(trainer: "Trainer", stop_after: int | None) -> None:
-    from rich.console import Console
-
-    from duotone.cli.train_view import open_view
-    from duotone.train import as_json, stop_on_signal
+    from duotone.train.run_folder import step_of
 
     folder, ranks = trainer.folder, trainer.ranks
     assert folder is not None
+    if trainer.step == trainer.settings.steps:
+        summary = ranks.first(folder.summary)
+        if summary is not None:
+            ranks.first(lambda: typer.echo(_finished(trainer, folder, summary)))
+            return
+    try:
+        _train(trainer, folder, stop_after)
+    except KeyboardInterrupt:
+        # the others may be anywhere, so nothing is agreed upon with them
+        if ranks.rank == 0:
+            saved = folder.checkpoints()
+            since = f"since step {step_of(saved[0])}" if saved else "yet"
+            typer.echo(f"stopped at once, nothing was saved {since}; go on with: {_command(folder, ranks)}")
+        raise typer.Exit(130) from None
+
+
+def _train(trainer: "Trainer", folder: "RunFolder", stop_after: int | None) -> None:
+    from rich.console import Console
+
+    from duotone.cli.train_view import open_view
+    from duotone.train import as_json, print_at_once, stop_on_signal
+
+    ranks = trainer.ranks
     silent = Console(quiet=True, force_terminal=False) if ranks.rank else None
-    with open_view(trainer, silent) as view, stop_on_signal(trainer.stop) as interruption:
+    tell = print_at_once if ranks.rank == 0 else _keep_quiet
+    with open_view(trainer, silent) as view, stop_on_signal(trainer.stop, tell) as interruption:
         for metrics in trainer.run(stop_after):
             view.show(metrics)
     if interruption.cause is not None or trainer.step < trainer.settings.steps:
         by = "" if interruption.cause is None else f" by {interruption.cause.name}"
-        command = "duotone train" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} -m duotone train"
         line = (
             f"stopped{by} after step {trainer.step} of {trainer.settings.steps}, saved; "
-            f"go on with: {command} --resume --out {shlex.quote(str(folder.path))}"
+            f"go on with: {_command(folder, ranks)}"
         )
         ranks.first(lambda: typer.echo(line))
         raise typer.Exit(interruption.exit_code)
     summary = trainer.summary()
     ranks.first(lambda: folder.write_summary(as_json(summary)))
     view.summarise(summary, folder.path)
+
+
+def _finished(trainer: "Trainer", folder: "RunFolder", summary: Mapping[str, Any]) -> str:
+    from duotone.cli.train_view import quality_name
+
+    quality = summary.get("evaluation", {}).get(trainer.task.quality)
+    figure = "" if quality is None else f", {quality_name(trainer.task)} {quality:.4f}"
+    return f"{folder.path} is finished at step {trainer.step}{figure}; there is nothing left to do"
+
+
+def _command(folder: "RunFolder", ranks: "Ranks") -> str:
+    start = "duotone train" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} -m duotone train"
+    return f"{start} --resume --out {shlex.quote(str(folder.path))}"
+
+
+def _keep_quiet(_: str) -> None:
+    """Tell nothing: another rank does."""

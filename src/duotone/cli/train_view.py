@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from duotone.policy import Policy
-from duotone.train import Metrics, Summary, Trainer
+from duotone.train import Metrics, Summary, Task, Trainer
 
 
 class View(Protocol):
@@ -44,6 +44,11 @@ def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View
         yield _LineView(trainer, console)
 
 
+def quality_name(task: Task) -> str:
+    """Return what a task's quality is called beside the training loss."""
+    return "held-out loss" if task.quality == "loss" else task.quality
+
+
 def _place(trainer: Trainer) -> str:
     ranks = trainer.ranks
     mode = ranks.mode(trainer.settings.parallel)
@@ -66,9 +71,10 @@ class _LineView:
     def summarise(self, summary: Summary, folder: Path) -> None:
         task = self._trainer.task
         quality = summary.evaluation[task.quality]
-        table = Table(title=f"held-out {task.quality} ({'lower' if task.lower_is_better else 'higher'} is better)")
+        # a title is broken to the width of its table
+        table = Table(title=f"{'lower' if task.lower_is_better else 'higher'} is better")
         table.add_column("method")
-        table.add_column(task.quality, justify="right")
+        table.add_column(f"held-out {task.quality}", justify="right")
         table.add_row(f"this run, {Policy.parse(self._trainer.settings.policy).name}", f"{quality:.4f}", style="bold")
         for name, value in task.baselines.items():
             table.add_row(name, f"{value:.4f}")
@@ -76,10 +82,11 @@ class _LineView:
         for name, value in summary.evaluation.items():
             if name != task.quality:
                 self._console.print(f"{name}: {value:.4f}")
-        self._console.print(
-            f"steps: {summary.step} ({summary.skipped} skipped) in {summary.seconds:.1f} s of training, "
-            f"{summary.units_per_second:,.0f} {task.unit}/s"
-        )
+        line = f"steps: {summary.step} ({summary.skipped} skipped)"
+        if summary.seconds:
+            since = "" if self._trainer.resumed_at is None else " since it was resumed"
+            line += f" in {summary.seconds:.1f} s of training{since}, {summary.units_per_second:,.0f} {task.unit}/s"
+        self._console.print(line, soft_wrap=True)
         self._console.print(_memory_line(summary))
         self._console.print(f"run: {folder}")
 
@@ -93,7 +100,7 @@ class _LineView:
         return "  ".join(parts)
 
     def _quality(self, value: float) -> str:
-        return f"{self._trainer.task.quality} {value:.4f}"
+        return f"{quality_name(self._trainer.task)} {value:.4f}"
 
 
 class _BarView(_LineView):

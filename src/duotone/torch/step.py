@@ -25,6 +25,7 @@ from duotone.torch.scaling.watch import places_of
 _grad_of = attrgetter("grad")
 _device_of_grad = attrgetter("device")
 _is_sparse = attrgetter("is_sparse")
+_is_cpu = attrgetter("is_cpu")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Scaler(Protocol):
         optimizers: Sequence[torch.optim.Optimizer],
         agreement: Agreement,
         found_inf: Sequence[Tensor],
-        loss_is_not_finite: Tensor,
+        loss_is_not_finite: Tensor | None,
         scheduler: Any,
     ) -> None:
         """Take note of which optimizers found an Inf or a NaN, and of the schedulers to advance."""
@@ -140,7 +141,9 @@ def step(
     def read(number: int, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
         return read_gradients(optimizers[number], grads, inverse_scales[number])
 
-    stats, (loss_is_not_finite,) = agreement.stats(gradients, read, scaler.loss_is_not_finite(device))
+    # alone, a rank need not tell itself
+    told = [scaler.loss_is_not_finite(device)] if agreement.is_needed else []
+    stats, heard = agreement.stats(gradients, read, *told)
     flags = []
     for number, optimizer in enumerate(optimizers):
         found_inf, earlier = stats[number].found_inf, before[number]
@@ -152,7 +155,7 @@ def step(
             _step_torch_optimizer(optimizer, gradients[number], multiplier, found_inf)
         flags.append(found_inf)
     norm = reduce(add, [each.sum_of_squares for each in stats]).sqrt().float()
-    scaler.end_step(optimizers, agreement, flags, loss_is_not_finite, scheduler)
+    scaler.end_step(optimizers, agreement, flags, heard[0] if heard else None, scheduler)
     return StepReport(reduce(or_, flags), norm, loss_scale, tuple(flags))
 
 
@@ -180,16 +183,22 @@ def read_gradients(
     Raises:
         OptimizerError: a gradient is on another device than `inverse_scale`.
     """
-    elsewhere = {str(device) for device in map(_device_of_grad, grads) if device != inverse_scale.device}
-    if elsewhere:
-        # kernels would take addresses there for addresses here
-        raise OptimizerError(
-            f"gradients lie on {inverse_scale.device} and on {', '.join(sorted(elsewhere))}, but one step reads those "
-            "of one device; duotone.torch.GradScaler takes several"
-        )
+    # asking a tensor whether it is on a CPU is the quickest
+    if not (inverse_scale.is_cpu and all(map(_is_cpu, grads))):
+        _check_one_device(grads, inverse_scale.device)
     if not isinstance(optimizer, MasterOptimizer):
         grads = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
     return kernels.grad_stats(grads, inverse_scale, _backend(optimizer, grads))
+
+
+def _check_one_device(grads: list[Tensor], device: torch.device) -> None:
+    elsewhere = {str(other) for other in map(_device_of_grad, grads) if other != device}
+    if elsewhere:
+        # kernels would take addresses there for addresses here
+        raise OptimizerError(
+            f"gradients lie on {device} and on {', '.join(sorted(elsewhere))}, but one step reads those of one device; "
+            "duotone.torch.GradScaler takes several"
+        )
 
 
 def parameters_with_gradient(optimizer: torch.optim.Optimizer) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,6 +1,6 @@
 """Training runs: a `Task` says what, `RunSettings` say how, a `Trainer` does it."""
 
-from duotone.train.interruption import Interruption, stop_on_signal
+from duotone.train.interruption import Interruption, print_at_once, stop_on_signal
 from duotone.train.metrics import Metrics, Summary, as_json
 from duotone.train.ranks import Alone, Group, Ranks, open_ranks
 from duotone.train.run_folder import RunFolder, next_free_folder
@@ -27,6 +27,7 @@ __all__ = [
     "find_task",
     "next_free_folder",
     "open_ranks",
+    "print_at_once",
     "read_config",
     "resolve_settings",
     "stop_on_signal",

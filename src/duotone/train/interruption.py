@@ -1,17 +1,20 @@
 """Signals that ask a run to stop: SIGTERM, and SIGINT, which is Ctrl-C.
 
-While a run is under way the first of them only asks it to stop, which it does after the step that it is in. A second
-Ctrl-C raises KeyboardInterrupt at once, as usual. Schedulers and shells send SIGTERM more than once: that changes
-nothing. A signal that the process was started to ignore stays ignored.
+While a run is under way the first of them only asks it to stop, which it does after the step that it is in; that is
+said at once, for a step may be long. A second Ctrl-C raises KeyboardInterrupt, as usual. Schedulers and shells send
+SIGTERM more than once: that changes nothing. A signal that the process was started to ignore stays ignored.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# the file descriptor of sys.stderr
+_ERRORS = 2
 
 
 @dataclass
@@ -31,15 +34,18 @@ class Interruption:
 
 
 @contextmanager
-def stop_on_signal(stop: Callable[[], None]) -> Iterator[Interruption]:
+def stop_on_signal(stop: Callable[[], None], tell: Callable[[str], None] = lambda line: None) -> Iterator[Interruption]:
     """Call `stop` on SIGTERM and Ctrl-C for the length of a block; the handlers that were there come back after it.
 
-    Python allows this in the main thread only. `stop` runs between two instructions of whatever runs then: it should
-    set a flag and no more, as `Trainer.stop` does.
+    Python allows this in the main thread only. Both functions run between two instructions of whatever runs then.
 
-    >>> import os
-    >>> with stop_on_signal(lambda: print("asked to stop")) as interruption:
+    Args:
+        stop: should set a flag and no more, as `Trainer.stop` does.
+        tell: takes a line for whoever waits; it should print as `print_at_once` does, or not at all.
+
+    >>> with stop_on_signal(lambda: print("asked to stop"), print) as interruption:
     ...     os.kill(os.getpid(), signal.SIGTERM)
+    stopping after this step
     asked to stop
     >>> interruption.cause.name, interruption.exit_code
     ('SIGTERM', 143)
@@ -49,6 +55,9 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[Interruption]:
     def handle(number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            tell("stopping after this step; Ctrl-C again stops at once, without saving")
+        elif interruption.cause is None:
+            tell("stopping after this step")
         if interruption.cause is None:
             interruption.cause = signal.Signals(number)
             stop()
@@ -62,3 +71,11 @@ def stop_on_signal(stop: Callable[[], None]) -> Iterator[Interruption]:
     finally:
         for each in ours:
             signal.signal(each, before[each])
+
+
+def print_at_once(line: str) -> None:
+    """Print a line among the errors, past all buffers and locks, so that a signal handler may do it at any moment."""
+    # on a terminal it takes the place of a progress bar, which is drawn again below it, and of the "^C"
+    start = "\r\x1b[2K" if os.isatty(_ERRORS) else ""
+    with suppress(OSError):
+        os.write(_ERRORS, f"{start}{line}\n".encode())

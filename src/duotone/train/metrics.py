@@ -42,7 +42,8 @@ class Summary:
     Attributes:
         step: optimizer steps, skipped ones included.
         skipped: steps skipped.
-        seconds: spent in training steps by this process, evaluation and checkpoints apart.
+        seconds: spent in training steps by this process, evaluation and checkpoints apart; of a run that was resumed,
+            those since then.
         units_per_second: over those seconds, on all ranks together.
         evaluation: every figure of the task's evaluation at the end.
         memory: bytes by role, on this rank.

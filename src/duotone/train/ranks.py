@@ -209,7 +209,7 @@ class Alone:
         if parallel != "auto":
             raise TaskError(
                 f'parallel is "{parallel}", but this process was not started as a rank; start with torchrun '
-                "--nproc-per-node 2 -m duotone train, or leave parallel out"
+                f"--nproc-per-node 2 -m duotone train --parallel {parallel}, or leave parallel out"
             )
         return "whole"
 

@@ -45,10 +45,13 @@ class RunFolder:
             taken = self.path.exists() and (
                 not self.path.is_dir() or any(entry != partial_path(settings) for entry in self.path.iterdir())
             )
-            what = "another run" if settings.exists() else "other files"
+            is_run = settings.exists()
         except OSError as error:
             raise TaskError(f"cannot read {self.path}: {error.strerror}; choose another --out") from error
+        if self.path.is_file():
+            raise TaskError(f"{self.path} is a file; choose another --out")
         if taken:
+            what = "another run" if is_run else "other files"
             raise TaskError(f"{self.path} holds {what}; choose another --out, or go on with a run by --resume")
 
     def start(self, settings: RunSettings) -> None:
@@ -105,7 +108,7 @@ class RunFolder:
         return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of, reverse=True)
 
     def find_checkpoint(self, which: Literal["latest", "latest-valid"]) -> tuple[Path, list[str]]:
-        """Return a checkpoint whose every byte is right, and what is wrong with the newer ones.
+        """Return a checkpoint whose every byte is right, and the newer ones with what is wrong with each.
 
         Args:
             which: `"latest"` stands for the newest and nothing else.
@@ -118,14 +121,16 @@ class RunFolder:
             try:
                 dt.verify_checkpoint(path)
             except CheckpointError as error:
-                broken.append(str(error))
+                broken.append(f"{path.name} ({error.damage or error})")
                 continue
             if broken and which == "latest":
-                raise CheckpointError(f"{broken[0]}: --resume latest-valid goes on from {path.name}, which is intact")
+                raise CheckpointError(
+                    f"{self.path} ends with a checkpoint that cannot be used, {broken[0]}; --resume latest-valid goes "
+                    f"on from {path.name}, which is intact"
+                )
             return path, broken
-        if broken:
-            raise CheckpointError(f"{self.path} holds no intact checkpoint: {'; '.join(broken)}; start the run anew")
-        raise CheckpointError(f"{self.path} holds no checkpoint; start the run anew in another folder")
+        what = f"intact checkpoint: {', '.join(broken)}" if broken else "checkpoint"
+        raise CheckpointError(f"{self.path} holds no {what}; start the run anew in another --out")
 
     def remove_old_checkpoints(self, step: int, keep: int) -> None:
         """Keep the checkpoint of a step and those before it, `keep` in all.
@@ -175,6 +180,18 @@ class RunFolder:
                     # a line that was cut short by a crash can only be the last one
                     break
             replace_text(path, "".join(kept))
+
+    def summary(self) -> dict[str, Any] | None:
+        """Return the run's result, or None if it has none yet.
+
+        Raises:
+            TaskError: it cannot be read.
+        """
+        path = self.path / _SUMMARY
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise TaskError(f"cannot read {path}: {error}; remove it, and --resume writes it anew") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's result.

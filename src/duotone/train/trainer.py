@@ -32,6 +32,10 @@ from duotone.train.task import Batch, Task
 class Trainer:
     """One run of a task.
 
+    Attributes:
+        step: optimizer steps so far.
+        resumed_at: the step that it went on from, or None if it began the run.
+
     Args:
         task: what to train; its model is cast in place.
         settings: how.
@@ -74,6 +78,7 @@ class Trainer:
             final_fraction=settings.final_lr_fraction,
         )
         self.step = 0
+        self.resumed_at: int | None = None
         self._epoch = 0
         self._batches_taken = 0
         self._losses = torch.zeros((), device=self.device)
@@ -100,7 +105,7 @@ class Trainer:
         folder = self.folder
         path, broken = self.ranks.first(lambda: folder.find_checkpoint(which))
         progress = dt.load_checkpoint(path, self.model, self.optimizer, self.scaler, scheduler=self.schedule)
-        self.step = progress["step"]
+        self.step = self.resumed_at = progress["step"]
         self._epoch = progress["epoch"]
         self._batches_taken = progress["batches_taken"]
         self._restore_losses(progress["losses"], progress["losses_added"])
@@ -108,15 +113,17 @@ class Trainer:
         if broken:
             repeated = self.ranks.first(lambda: step_of(folder.checkpoints()[0])) - self.step
             warnings.warn(
-                f"{'; '.join(broken)}: going on from {path.name}, done again: {repeated} steps",
+                f"passed over {_listed(broken)}; going on from {path.name}, "
+                f"{repeated} {'step is' if repeated == 1 else 'steps are'} done again",
                 DuotoneWarning,
                 stacklevel=2,
             )
         if progress["batches_per_step"] != self._batches_per_step:
-            each = f"{self.settings.micro_batches} on each of {self.ranks.size} ranks"
+            batches = "1 batch" if self._batches_per_step == 1 else f"{self._batches_per_step} batches"
+            each = f", {self.settings.micro_batches} on each of {self.ranks.size} ranks" if self.ranks.size > 1 else ""
             warnings.warn(
-                f"a step takes {self._batches_per_step} batches from here on, {each}, where it took "
-                f"{progress['batches_per_step']}; the run goes on in the data where it stood",
+                f"a step takes {batches} from here on{each}, where it took {progress['batches_per_step']}; "
+                "the run goes on in the data where it stood",
                 DuotoneWarning,
                 stacklevel=2,
             )
@@ -289,6 +296,10 @@ class Trainer:
                 raise TaskError(f"the data set of task {self.task.name!r} is empty: an epoch yields no batch")
             self._epoch += 1
             self._batches_taken = 0
+
+
+def _listed(parts: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _optimizer(model: torch.nn.Module, settings: RunSettings) -> torch.optim.Optimizer:

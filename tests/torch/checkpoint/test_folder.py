@@ -95,8 +95,13 @@ def test_what_is_missing_is_named(tmp_path):
         read_folder(tmp_path / "absent")
     write_folder(tmp_path / "folder", {"a": torch.ones(1)})
     (tmp_path / "folder" / "tensors.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"tensors\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"tensors\.safetensors cannot be read") as caught:
         read_folder(tmp_path / "folder")
+    assert caught.value.damage == "no tensors.safetensors"
+    (tmp_path / "folder" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"folder: the folder has no manifest\.json; use another") as caught:
+        read_folder(tmp_path / "folder")
+    assert caught.value.damage == "no manifest.json"
 
 
 @pytest.mark.parametrize("meanwhile", ["replaced", "removed", "removed while it is opened"])

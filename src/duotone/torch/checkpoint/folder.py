@@ -7,6 +7,7 @@ besides files of the parts that ranks hold of tensors, which `shard_files` write
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
@@ -26,6 +27,7 @@ FORMAT_VERSION = 1
 SHARDED_VERSION = 2
 _SHARDS = "shards_sha256"
 _TENSOR_KEY, _PAIRS_KEY = "$tensor", "$pairs"
+_SYSTEMS_WORDS = re.compile(r"([^:]+) \(os error \d+\)")
 
 
 def write_folder(path: Path, contents: Mapping[str, Any]) -> None:
@@ -71,8 +73,22 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise CheckpointError(f"cannot write the checkpoint {path}: {reason}") from error
+        raise CheckpointError(f"cannot write the checkpoint {path}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a file could not be read or written: what the system says, if it is that.
+
+    >>> reason_of(SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    'No space left on device'
+    >>> reason_of(SafetensorError("Error while deserializing header: header too small"))
+    'Error while deserializing header: header too small'
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # safetensors puts the system's words in its own
+    words = _SYSTEMS_WORDS.search(str(error))
+    return words[1].strip() if words else str(error)
 
 
 def read_folder(path: Path) -> dict[str, Any]:
@@ -90,7 +106,7 @@ def read_folder(path: Path) -> dict[str, Any]:
     try:
         tensors = load_file(path / TENSORS)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path / TENSORS} cannot be read: {error}; use another checkpoint") from error
+        raise CheckpointError(f"{path / TENSORS} cannot be read: {reason_of(error)}; use another checkpoint") from error
     check_unchanged(path, manifest)
     return unpack(manifest, tensors)
 
@@ -99,7 +115,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
     """Raise unless a checkpoint is as it was written; every byte is read, nothing is loaded.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed.
+        CheckpointError: a file is missing, cut short or changed; its `damage` says which.
 
     >>> verify_checkpoint("no/such/folder")
     Traceback (most recent call last):
@@ -121,15 +137,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = content["manifest"]
         intact = content["manifest_sha256"] == json_sha256(manifest)
     except OSError as error:
-        raise CheckpointError(f"no checkpoint at {path}: {error.strerror}") from error
+        if isinstance(error, FileNotFoundError) and path.is_dir():
+            message = f"no checkpoint at {path}: the folder has no {MANIFEST}; use another checkpoint"
+            raise CheckpointError(message, damage=f"no {MANIFEST}") from error
+        raise CheckpointError(
+            f"no checkpoint at {path}: {error.strerror}", damage=f"{MANIFEST}: {error.strerror}"
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / MANIFEST} is damaged ({error}); use another checkpoint") from error
+        message = f"{path / MANIFEST} is damaged ({error}); use another checkpoint"
+        raise CheckpointError(message, damage=f"{MANIFEST} is damaged") from error
     if not intact:
-        raise CheckpointError(f"{path / MANIFEST} is damaged: its SHA-256 is another; use another checkpoint")
+        message = f"{path / MANIFEST} is damaged: its SHA-256 is another; use another checkpoint"
+        raise CheckpointError(message, damage=f"{MANIFEST} is damaged")
     if manifest["format_version"] not in (FORMAT_VERSION, SHARDED_VERSION):
         raise CheckpointError(
             f"{path} has format version {manifest['format_version']}, this Duotone reads {FORMAT_VERSION} and "
-            f"{SHARDED_VERSION}"
+            f"{SHARDED_VERSION}",
+            damage=f"format version {manifest['format_version']}",
         )
     return manifest
 
@@ -155,9 +179,14 @@ def check_files(path: Path, digests: Mapping[str, str]) -> None:
         try:
             intact = file_sha256(file) == digest
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}; use another checkpoint") from error
+            is_missing = isinstance(error, FileNotFoundError)
+            raise CheckpointError(
+                f"{file} cannot be read: {error.strerror}; use another checkpoint",
+                damage=f"no {name}" if is_missing else f"{name}: {error.strerror}",
+            ) from error
         if not intact:
-            raise CheckpointError(f"{file} is damaged: its SHA-256 is not the manifest's; use another checkpoint")
+            message = f"{file} is damaged: its SHA-256 is not the manifest's; use another checkpoint"
+            raise CheckpointError(message, damage=f"{name} is damaged")
 
 
 def check_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from duotone.torch.checkpoint.folder import (
     json_sha256,
     pack,
     read_manifest,
+    reason_of,
     tensor_names,
     unpack,
     write_errors,
@@ -185,6 +186,5 @@ def _reasons(error: Any) -> str:
     """Return what went wrong on which rank, from torch's exception, which knows that of all ranks."""
     reasons = []
     for rank, (failure, _) in sorted(error.failures.items()):
-        reason = (failure.strerror if isinstance(failure, OSError) else None) or failure
-        reasons.append(f"{reason} (on rank {rank})")
+        reasons.append(f"{reason_of(failure)} (on rank {rank})")
     return "; ".join(reasons)

@@ -7,13 +7,13 @@ on all ranks already; the ranks that are noted on their parameters agree on what
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from duotone.errors import OptimizerError
@@ -58,8 +58,7 @@ class SharedBy:
             )
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """What the gradients of one optimizer are like, on all ranks together.
 
     Attributes:
@@ -89,19 +88,25 @@ class Agreement:
 
     def __init__(self, params: Sequence[Tensor], group: Any = None) -> None:
         self._meshes: list[Any] = []
+        self._group = group
+        self.is_needed, self.is_known = False, True
+        # nearly always: most processes are no ranks
+        if not (dist.is_available() and dist.is_initialized()):
+            return
         for param in shards_among(params):
             if _mesh_of(param) not in self._meshes:
                 self._meshes.append(_mesh_of(param))
         # a mesh that lies in another speaks first, so that in the end all know what any found
         self._meshes.sort(key=lambda mesh: mesh.size())
-        if group is None and not self._meshes and params and _ranks_run():
+        several = dist.get_world_size() > 1
+        if group is None and not self._meshes and params and several:
             note: SharedBy | None = getattr(params[0], _RANKS, None)
             if note is not None and note.group is not None:
                 note.check_joint()
                 group = note.group
         self._group = group
         self.is_needed = bool(self._meshes) or group is not None
-        self.is_known = self.is_needed or not _ranks_run()
+        self.is_known = self.is_needed or not several
 
     def stats(
         self,
@@ -160,8 +165,6 @@ def note_ranks(param: Tensor, group: Any, wrapper: Any = None) -> None:
 
 def _exchanged(group: Any, parts: Tensor, copies: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sum of every rank's `parts`, the first rank's `copies`, and `flags` that are true on any rank."""
-    import torch.distributed as dist
-
     own = torch.cat([parts, copies, flags.double()])
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, own, group=group)
@@ -182,9 +185,3 @@ def _counts(grad: Tensor) -> bool:
 
 def _mesh_of(tensor: Any) -> Any:
     return tensor.device_mesh
-
-
-def _ranks_run() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

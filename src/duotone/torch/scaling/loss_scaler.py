@@ -249,7 +249,7 @@ class LossScaler:
         optimizers: Sequence[torch.optim.Optimizer],
         agreement: Agreement,
         found_inf: Sequence[Tensor],
-        loss_is_not_finite: Tensor,
+        loss_is_not_finite: Tensor | None,
         scheduler: Any,
     ) -> None:
         """Let the scale react to a step: once, after every optimizer; for `duotone.torch.step` to call.
@@ -258,24 +258,26 @@ class LossScaler:
             optimizers: all of them.
             agreement: of the ranks.
             found_inf: of each optimizer, bool, 0-d.
-            loss_is_not_finite: on any rank, bool, 0-d.
+            loss_is_not_finite: on any rank, bool, 0-d; None for as on this one.
             scheduler: one or several, or None.
         """
         carried = self._state.scale
-        on_host = is_on_host(loss_is_not_finite.device)
+        device = found_inf[0].device
+        on_host = is_on_host(device)
+        bad_loss: Any = self._losses.first_bad(device, on_host=on_host)
         if on_host:
             each: list[Any] = [flag.item() for flag in found_inf]
-            bad: Any = loss_is_not_finite.item()
+            bad: Any = bad_loss != 0 if loss_is_not_finite is None else loss_is_not_finite.item()
             any_found, finite, where = any(each), not bad, select
         else:
-            each, bad = list(found_inf), loss_is_not_finite
+            each = list(found_inf)
+            bad = self.loss_is_not_finite(device) if loss_is_not_finite is None else loss_is_not_finite
             any_found, finite, where = torch.stack(each).any(), ~bad, torch.where
         # ranks that do not know of each other see the same gradients, but not whose loss it was
         if not agreement.is_known:
             finite = True
         self._state = update(self.settings, self._state, any_found, loss_is_finite=finite, where=where)
         self._steps += 1
-        bad_loss = self._losses.first_bad(loss_is_not_finite.device, on_host=on_host)
         outcome = Outcome(self._steps, carried, self._state.skipped_in_a_row, bad_loss, bad, each)
         self._forget_losses()
         self._watch.follow(outcome, scheduler, optimizers)

@@ -42,12 +42,13 @@ class Losses:
         is_traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
         if is_traced or self._is_given_away:
             return
-        loss = loss.detach()
         if on_host:
             finite = math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())
             if not finite and not self._first_bad:
                 self._first_bad = self.count
-        elif not isinstance(self._first_bad, int):
+            return
+        loss = loss.detach()
+        if not isinstance(self._first_bad, int):
             earlier = self._first_bad.to(loss.device)
             self._first_bad = torch.where((earlier != 0) | loss.isfinite().all(), earlier, self.count)
         elif not self._first_bad:

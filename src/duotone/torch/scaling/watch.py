@@ -7,7 +7,7 @@ device has more work by then, so it never stands still, and every update has its
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -20,8 +20,7 @@ from duotone.torch.scaling.diagnosis import collapse, loss_at, non_finite_gradie
 from duotone.torch.scaling.late import Late
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one step, as Python numbers, or as 0-d tensors that are still to arrive.
 
     Attributes:
