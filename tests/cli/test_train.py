@@ -72,6 +72,7 @@ def test_resuming_a_finished_run_leaves_its_summary(duotone):
     task = (write_task("mine.py"), "--steps", "2", "--out", "run")
     _, output, _ = duotone("train", *task)
     assert "held-out loss 0.5000" in output
+    assert "lower is better" in output
     assert "┃ held-out loss ┃" in output
     assert "since it was resumed" not in output
     summary = Path("run/summary.json")

@@ -82,6 +82,7 @@ def test_all_ranks_stop_together_and_others_go_on(duotone):
     )
     assert [path.name for path in Path("my run/checkpoints").iterdir()] == [f"step-{steps[-1]:08d}"]
     assert errors.count("exitcode") == 0
+    assert errors.count("stopping after this step") == 1
 
     # one process goes on with it, and says what is different
     code, output, error = duotone("train", "--resume", "--out", "my run", "--stop-after", str(steps[-1] + 1))

@@ -293,7 +293,7 @@ def test_one_rank_speaks_of_what_ends_all(ranks, tmp_path):
 
 
 def test_alone_nobody_is_asked_for(monkeypatch):
-    with pytest.raises(TaskError, match='parallel is "fsdp", but .*-m duotone train --parallel fsdp, or'):
+    with pytest.raises(TaskError, match=r'parallel is "fsdp", but .*-m duotone train --parallel fsdp, or'):
         make(parallel="fsdp")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
