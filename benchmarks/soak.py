@@ -196,12 +196,14 @@ def wait_for_the_moment(
     if kind == "folder":
         _wait(process, (run.folder / "settings.yaml").exists)
     elif kind == "start":
-        time.sleep(chance.uniform(0, 4))
+        # no longer than to its first step, or a quick machine would be through before all kills are done
+        until, before = time.monotonic() + chance.uniform(0, 4), run.last_step()
+        _wait(process, lambda: time.monotonic() > until or run.last_step() > before)
     else:
         _wait(process, lambda: run.last_step() >= step)
         if kind == "write":
             _wait(process, lambda: bool(run.leftovers()))
-        time.sleep(chance.uniform(0, 0.01 if kind == "write" else 0.1))
+        time.sleep(chance.uniform(0, 0.01 if kind == "write" else 0.02))
 
 
 def examine(run: Run, tally: Tally, chance: random.Random, before: int) -> None:
