@@ -103,6 +103,7 @@ def test_a_failure_on_one_rank_ends_all_with_its_message():
     assert "gloo" not in errors
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_folder_is_said_once():
     write_task()
     Path("taken").mkdir()

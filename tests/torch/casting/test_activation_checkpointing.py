@@ -384,7 +384,7 @@ def compiled_gradients(model: Model, backend: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("policy", [None, "bf16", "fp16", "bf16-mixed"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiling_breaks_no_graph(policy, backend):
     model = make(policy, dropout=0.0)
     expected = compiled_gradients(model, backend)
