@@ -1,12 +1,9 @@
 """`duotone explain` as a user runs it: what it shows, at 80 columns, as JSON, and each bad input as one line."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-
-from duotone.cli.main import main
 
 TASK_FILE = """
 import torch
@@ -42,25 +39,6 @@ def task():
         evaluate=lambda model: {{"loss": 0.5}},
     )
 """
-
-
-@pytest.fixture
-def duotone(monkeypatch, tmp_path, capsys):
-    """Return a function that runs the command in an empty folder and gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["duotone", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return run
 
 
 def write_task(batches: str = "[torch.ones(32, 64)]") -> str:

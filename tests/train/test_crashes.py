@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -14,32 +13,11 @@ import pytest
 from duotone.errors import CheckpointError, DuotoneError, DuotoneWarning
 from duotone.train import RunFolder, Trainer
 
+from ..dying import Death, fail_at
 from .small_task import small_task
 
 SETTINGS = {"steps": 2, "log_every": 1, "evaluate_every": 2, "checkpoint_every": 1, "policy": "fp16", "keep": 1}
 CALLS = [(os, "mkdir"), (os, "rename"), (os, "replace"), (os, "fsync"), (os, "unlink"), (os, "rmdir"), (io, "open")]
-
-
-class Death(BaseException):
-    """What no handler of errors catches, as none runs when a process is killed."""
-
-
-def fail_at(patch: pytest.MonkeyPatch, number: int, error: Callable[[], BaseException]) -> list[str]:
-    """Let one of all calls that change the disk raise instead; return its name, once it has."""
-    numbers, failed = count(), []
-
-    def watched(function, name):
-        def call(*args, **kwargs):
-            if next(numbers) == number:
-                failed.append(name)
-                raise error()
-            return function(*args, **kwargs)
-
-        return call
-
-    for module, name in CALLS:
-        patch.setattr(module, name, watched(getattr(module, name), name))
-    return failed
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -68,7 +46,7 @@ def test_a_run_survives_a_failure_at_every_call(make_trainer, tmp_path, monkeypa
         path = tmp_path / str(number)
         trainer = make_trainer(small_task, path, **SETTINGS)
         with monkeypatch.context() as patch:
-            failed = fail_at(patch, number, error)
+            failed = fail_at(patch, number, CALLS, error)
             with suppress(Death, DuotoneError):
                 list(trainer.run())
         if not failed:

@@ -4,7 +4,6 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -19,31 +18,11 @@ from duotone.torch.checkpoint import place
 from duotone.torch.checkpoint.folder import read_folder, write_folder
 from duotone.torch.checkpoint.place import partial_folder
 
+from ...dying import Death, fail_at
+
 CHANGES = [(os, "mkdir"), (os, "rename"), (os, "fsync"), (io, "open"), (checkpoint_folder, "save_file")]
 REMOVALS = [(os, "unlink"), (os, "rmdir")]
 NAMES = ["folder", "other"]
-
-
-class Death(BaseException):
-    """What no handler of errors catches, as none runs when a process is killed."""
-
-
-def fail_at(patch: pytest.MonkeyPatch, number: int, calls: list, error: Callable[[], BaseException]) -> list[str]:
-    """Let the `number`-th of all `calls` from now on raise instead; return where it did, once it has."""
-    numbers, failed = count(), []
-
-    def watched(function, name):
-        def call(*args, **kwargs):
-            if next(numbers) == number:
-                failed.append(name)
-                raise error()
-            return function(*args, **kwargs)
-
-        return call
-
-    for module, name in calls:
-        patch.setattr(module, name, watched(getattr(module, name), name))
-    return failed
 
 
 def names_in(folder: Path) -> list[str]:

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.agreement import note_ranks
+from duotone.torch.distributed.fitness import CAST_DTYPES, check_cast, check_one_dtype
 from duotone.torch.master import reduce_dtype_of, tail_of
 from duotone.torch.shards import is_shard
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
-
-_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def data_parallel(model: nn.Module, process_group: Any = None, **ddp_arguments: Any) -> "DistributedDataParallel":
@@ -99,7 +98,7 @@ def _averaging(group: Any, reduce: torch.dtype) -> Callable[..., torch.futures.F
 
 
 def _wider(dtype: torch.dtype, reduce: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, reduce) if dtype in _CAST_DTYPES else dtype
+    return torch.promote_types(dtype, reduce) if dtype in CAST_DTYPES else dtype
 
 
 def _reduce_dtype(model: nn.Module) -> torch.dtype:
@@ -109,16 +108,8 @@ def _reduce_dtype(model: nn.Module) -> torch.dtype:
         reduce = reduce_dtype_of(param)
         if is_shard(param):
             raise PolicyError(f'parameter "{name}" is sharded already; use fully_shard or data_parallel, not both')
-        if param.dtype in _CAST_DTYPES and reduce is None:
-            raise PolicyError(
-                f'parameter "{name}" was never cast; call duotone.torch.cast(model, policy) before data_parallel, '
-                'policy "fp32" included'
-            )
-        if param.is_floating_point() and param.grad_dtype not in (None, param.dtype):
-            raise PolicyError(
-                f'parameter "{name}" is kept in {param.dtype} and its gradient in {param.grad_dtype}; '
-                "DistributedDataParallel keeps both in one dtype: leave grad= out of the policy"
-            )
+        check_cast(name, param, "data_parallel")
+        check_one_dtype(name, param, "DistributedDataParallel", "leave grad= out of the policy")
         if reduce is not None and param.requires_grad:
             found.setdefault(reduce, name)
     if len(found) > 1:

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
+from duotone.torch.distributed.fitness import check_cast, check_one_dtype
 from duotone.torch.master import is_replaced, name_of, notes_of, reduce_dtype_of, replace_by, tail_of
 from duotone.torch.shards import is_sharded
 
 Modules = TypeVar("Modules", bound=nn.Module | Sequence[nn.Module])
-
-_CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _Kept(NamedTuple):
@@ -209,19 +208,14 @@ def _check(place: _Place) -> None:
             f'parameter "{name}" of a {type(owner).__name__} is tied to one that is sharded already; shard both '
             "modules together: fully_shard([first, second])"
         )
-    if param.dtype in _CAST_DTYPES and reduce_dtype_of(param) is None:
-        raise PolicyError(
-            f'parameter "{name}" was never cast; call duotone.torch.cast(model, policy) on the whole model before '
-            'fully_shard, policy "fp32" included'
-        )
+    check_cast(name, param, "fully_shard")
     if param.is_meta:
         raise PolicyError(
             f'parameter "{name}" is on the meta device, and what is noted on it, its tail for instance, would not '
             "survive its materialisation; call model.to_empty(device=...) and set the weights before fully_shard"
         )
-    if param.is_floating_point() and param.grad_dtype not in (None, param.dtype):
-        raise PolicyError(
-            f'parameter "{name}" is kept in {param.dtype} and its gradient in {param.grad_dtype}; fully_shard keeps '
-            "both in one dtype: leave grad= out of the policy, and accumulate without synchronisation "
-            "(set_requires_gradient_sync(False)), which adds up in the policy's reduce"
-        )
+    instead = (
+        "leave grad= out of the policy, and accumulate without synchronisation (set_requires_gradient_sync(False)), "
+        "which adds up in the policy's reduce"
+    )
+    check_one_dtype(name, param, "fully_shard", instead)

@@ -73,9 +73,6 @@ def collapse(
     where = "no loss scale" if settings.is_none else f"loss scale {scale:g}"
     if settings.is_dynamic and scale <= settings.min_scale:
         where += ", its floor"
-    shown = ", ".join(names[:1] if len(names) == 1 else [*names[: _SHOWN - 1], "..."] if len(names) > _SHOWN else names)
-    if len(names) > _SHOWN:
-        shown += f", {names[-1]}"
     module = names[-1].rpartition(".")[0] if names else ""
     if not module:
         begins = "keep the part that overflows in FP32 by a rule"
@@ -85,9 +82,18 @@ def collapse(
         begins = f'the backward pass met the first in "{module}"{or_after}: keep that in FP32 by a rule, {rule}'
     return LossScaleCollapse(
         f"{skipped} steps in a row were skipped, the last at {where}: {len(names)} of {parameters} gradients are not "
-        f"finite ({shown}); {begins}, look for a division by 0 or a root of 0 there, lower the learning rate, or use "
-        'policy "bf16"'
+        f"finite ({some_of(names)}); {begins}, look for a division by 0 or a root of 0 there, lower the learning rate, "
+        'or use policy "bf16"'
     )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return a few names, the last among them, as text.
+
+    >>> some_of(["a", "b", "c"]), some_of(["a", "b", "c", "d"])
+    ('a, b, c', 'a, b, ..., d')
+    """
+    return ", ".join(names if len(names) <= _SHOWN else [*names[: _SHOWN - 1], "...", names[-1]])
 
 
 def non_finite_loss(step: int, batch: int | None, skipped: int) -> NonFiniteLoss:

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError
-from duotone.torch.scaling.diagnosis import non_finite_gradients
+from duotone.torch.scaling.diagnosis import non_finite_gradients, some_of
 from duotone.torch.scaling.late import Late
 
 # the smallest and the largest normal number of FP32, which holds the scale
 FLOOR, CEILING = 2.0**-126, torch.finfo(torch.float32).max
-
-_SHOWN = 3
 
 
 def check_scale(name: str, value: float) -> float:
@@ -82,8 +80,7 @@ class ScaleAlarm:
 
 def _collapse(optimizers: Sequence[torch.optim.Optimizer]) -> LossScaleCollapse:
     names, parameters = non_finite_gradients(optimizers)
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    which = f": {len(names)} of {parameters} gradients are not finite now ({shown})" if names else ""
+    which = f": {len(names)} of {parameters} gradients are not finite now ({some_of(names)})" if names else ""
     return LossScaleCollapse(
         f"gradients overflow although the loss scale has fallen to its floor, 2**-126{which}. No scale can help; most "
         "often a weight or the loss is Inf or NaN itself: go on from an earlier checkpoint with a lower learning rate, "
