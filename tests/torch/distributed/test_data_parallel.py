@@ -223,7 +223,7 @@ def refusals() -> list[str]:
 
 def test_what_cannot_work_is_refused(ranks) -> None:
     wanted = [
-        'parameter "weight" was never cast; call duotone.torch.cast(model, policy) on the whole model before data_parallel',
+        'parameter "weight" was never cast; call duotone.torch.cast(model, policy) on the whole model before data',
         'parameter "weight" is kept in torch.bfloat16 and its gradient in torch.float32; Distributed',
         '"0.weight" is reduced in torch.float32 and "1.weight" in torch.bfloat16',
         'parameter "first.weight" is sharded already; use fully_shard or data_parallel',
