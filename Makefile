@@ -2,12 +2,17 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# where make evidence leaves its comparisons, records and pages
+EVIDENCE ?= comparisons/evidence
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: train test test-slow soak soak-ranks check format bench clean
+.PHONY: train compare test test-slow soak soak-ranks check format bench evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
+
+compare: $(VENV)/.installed  ## the default task in FP32, under torch.amp, and under two policies, with a page; about ten minutes
+	$(BIN)/duotone compare
 
 test: $(VENV)/.installed-test  ## the tests, README's examples and every docstring's among them
 	$(BIN)/python -m pytest -q
@@ -31,10 +36,12 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test  ## measure what README states, about 35 minutes on two cores
+bench: $(VENV)/.installed-test  ## measure the step and casting, about six minutes on two cores
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/casting.py
-	$(BIN)/python benchmarks/policies.py
+
+evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evidence, under 40 minutes on two cores
+	$(BIN)/python benchmarks/evidence.py --out $(EVIDENCE)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
@@ -52,4 +59,8 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-peers: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[test,peers]"
 	touch $@

@@ -30,12 +30,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def provenance(where: dict[str, Any]) -> str:
+def provenance(where: dict[str, Any], command: str = "make bench") -> str:
     """Return date, hardware, versions and the command to repeat it, as a sentence."""
     device = where["gpu"] or f"{where['cores']} cores of an {where['cpu']}"
     return (
         f"Measured {where['date']} on {device}, torch {where['torch']}, Python {where['python']}. Repeat it with "
-        "`make bench`.\n"
+        f"`{command}`.\n"
     )
 
 

@@ -131,6 +131,63 @@ ALLOWED = {
     "duotone.torch.checkpoint.ranks": ("duotone.errors",),
     "duotone.torch": ("duotone.errors", "duotone.policy", "duotone.torch"),
     "duotone.train": ("duotone.errors", "duotone.policy", "duotone.torch", "duotone.train"),
+    "duotone.compare": ("duotone.compare", "duotone.errors", "duotone.policy", "duotone.torch", "duotone.train"),
+    "duotone.compare.environment": ("duotone", "duotone.compare.surroundings"),
+    "duotone.compare.records": (),
+    "duotone.compare.turn": ("duotone.compare.records",),
+    "duotone.compare.clock": ("duotone.compare.records",),
+    "duotone.compare.ledger": ("duotone.compare.records", "duotone.compare.turn"),
+    "duotone.compare.footprint": (),
+    "duotone.compare.surroundings": (),
+    "duotone.compare.notes": (),
+    "duotone.compare.batches": ("duotone.errors", "duotone.train"),
+    "duotone.compare.failures": ("duotone.compare.records", "duotone.errors", "duotone.train"),
+    "duotone.compare.course": (
+        "duotone.compare.arms",
+        "duotone.compare.batches",
+        "duotone.compare.clock",
+        "duotone.compare.failures",
+        "duotone.compare.records",
+        "duotone.compare.turn",
+        "duotone.errors",
+        "duotone.train",
+    ),
+    "duotone.compare.byte_size": ("duotone.errors",),
+    "duotone.compare.fit_memory": ("duotone.errors",),
+    "duotone.compare.micro_batches": ("duotone.errors", "duotone.train.task"),
+    "duotone.compare.pacing": (
+        "duotone.compare.plan",
+        "duotone.compare.records",
+        "duotone.compare.report.report",
+        "duotone.compare.surroundings",
+    ),
+    "duotone.compare.arms": (
+        "duotone.compare.arms",
+        "duotone.errors",
+        "duotone.policy",
+        "duotone.torch",
+        "duotone.train",
+    ),
+    "duotone.compare.arms.catalogue": ("duotone.errors", "duotone.policy"),
+    "duotone.compare.report": (
+        "duotone.compare.arms.catalogue",
+        "duotone.compare.folder",
+        "duotone.compare.plan",
+        "duotone.compare.records",
+        "duotone.compare.report",
+        "duotone.errors",
+        "duotone.policy",
+    ),
+    "duotone.compare.report.charts": (
+        "duotone.compare.report.charts",
+        "duotone.compare.report.report",
+        "duotone.compare.report.words",
+    ),
+    "duotone.compare.report.page": (
+        "duotone.compare.report.charts",
+        "duotone.compare.report.report",
+        "duotone.compare.report.words",
+    ),
     "duotone.cli": ("duotone",),
     "duotone.__main__": ("duotone.cli",),
 }
@@ -165,6 +222,14 @@ def test_train_uses_the_public_verbs_alone() -> None:
         if covers("duotone.train", module):
             inner = {name for name in imports_of(path) if covers("duotone.torch", name)}
             assert inner <= {"duotone.torch"}, module
+
+
+def test_compare_uses_the_public_verbs_alone() -> None:
+    public = {"duotone.torch", "duotone.train", "duotone.train.durable_text", "duotone.train.task"}
+    for module, path in MODULES.items():
+        if covers("duotone.compare", module):
+            inner = {name for name in imports_of(path) if name.startswith(("duotone.torch", "duotone.train"))}
+            assert inner <= public, module
 
 
 def test_backends_do_not_see_each_other_or_whoever_chooses() -> None:

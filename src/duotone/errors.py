@@ -5,6 +5,7 @@ A message says what was got, what is allowed and what to do. The command line pr
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Literal
 
 
 class DuotoneError(Exception):
@@ -69,6 +70,22 @@ class ExplainError(DuotoneError, TypeError):
 
 class TaskError(DuotoneError, ValueError):
     """A training task, or a run's settings, that cannot be used."""
+
+
+class CompareError(DuotoneError, ValueError):
+    """A comparison that cannot be made as it was asked for, or a folder that holds none."""
+
+
+class ArmError(CompareError):
+    """An arm of a comparison that cannot train what it was given, here.
+
+    Attributes:
+        kind: "not installed" or "not possible".
+    """
+
+    def __init__(self, message: str = "", *, kind: Literal["not installed", "not possible"] = "not possible") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

@@ -99,3 +99,56 @@ def test_frozen_weights_and_buffers_are_other():
     # running mean and variance in FP32, and the count of batches in int64
     assert told == dt.Memory(0, 0, 0, 0, 0, other_bytes=15 * 2 + 2 * 5 * 4 + 8)
     assert told.bytes_per_parameter == 0.0
+
+
+class Coded(torch.Tensor):
+    """Passes for FP32 and keeps 8-bit codes of its shape, and tables."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, *tables: torch.Tensor) -> "Coded":
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: torch.Tensor, *tables: torch.Tensor) -> None:
+        self.codes = codes
+        self.names = ["codes", *(f"table{index}" for index in range(len(tables)))]
+        for name, table in zip(self.names[1:], tables, strict=True):
+            setattr(self, name, table)
+
+    def __tensor_flatten__(self):
+        return self.names, None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        return Coded(*inner.values())
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("nothing is computed to count bytes")
+
+
+def test_wrapped_tensors_count_as_what_they_hold_and_shared_ones_once():
+    model = nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    codes = [torch.zeros(8, 8, dtype=torch.uint8) for _ in range(2)]
+    table = torch.zeros(256)
+    # the second wraps a wrapped table of its own, too
+    inner = Coded(torch.zeros(4, dtype=torch.uint8), table)
+    optimizer.state[model.weight] = {"exp_avg": Coded(codes[0], table), "exp_avg_sq": Coded(codes[1], table, inner)}
+    assert dt.memory(model, optimizer).moments_bytes == 64 + 1024 + 64 + 4
+
+
+def test_a_compensation_counts_with_the_moments():
+    model = nn.Linear(8, 8, bias=False).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.weight] = {"exp_avg": model.weight.clone(), "kahan_comp": model.weight.clone()}
+    assert dt.memory(model, optimizer).moments_bytes == 2 * 2 * 64
+
+
+def test_8_bit_moments_of_torchao():
+    subclass_8bit = pytest.importorskip("torchao.optim.subclass_8bit")
+    model = nn.Linear(64, 64, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    zeros = subclass_8bit.OptimState8bit.zeros
+    optimizer.state[model.weight] = {"exp_avg": zeros((64, 64), True), "exp_avg_sq": zeros((64, 64), False)}
+    # a code for each element, an FP32 scale for 256 of them, and a table of 256 FP32 values
+    assert dt.memory(model, optimizer).moments_bytes == 2 * (4096 + 4 * 16 + 4 * 256)

@@ -7,11 +7,22 @@ import pytest
 import torch
 from torch import nn
 
+import duotone.torch as dt
 from duotone.errors import TaskError
-from duotone.train.tasks.digits import ABLATION_SETTINGS, BATCH, digits
+from duotone.train import Trainer, resolve_settings
+from duotone.train.tasks.digits import BATCH, SHRINK, digits
 
 TRAIN = 1257
 HELD_OUT = 540
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Train on one thread: several cost such small products more than they save, and much more on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Recorder(nn.Module):
@@ -35,6 +46,32 @@ def train(task, steps, learning_rate):
             optimizer.zero_grad()
             task.loss(task.model, batch).backward()
             optimizer.step()
+
+
+def trained(variant, policy, **settings):
+    """Train a variant under a policy with its own settings, and return the trainer."""
+    torch.manual_seed(0)
+    task = digits(variant)
+    told = resolve_settings(task.settings, {"task": task.name, "policy": policy, "log_every": 1000}, settings)
+    trainer = Trainer(task, told)
+    for _ in trainer.run():
+        pass
+    return trainer
+
+
+def weights(model):
+    """Return all weights, masters where there are any, in one vector."""
+    return torch.cat([master.flatten().double() for master in dt.master_weights(model).values()])
+
+
+def gradients(variant, policy):
+    """Return the gradients that one backward pass leaves in a fresh model."""
+    torch.manual_seed(0)
+    task = digits(variant)
+    model = dt.cast(task.model, policy)
+    scaler = dt.LossScaler(policy)
+    scaler.backward(task.loss(model, next(iter(task.batches(torch.Generator())))))
+    return [parameter.grad for parameter in model.parameters()]
 
 
 def test_an_epoch_is_whole_batches_of_distinct_images_in_the_generators_order():
@@ -95,19 +132,76 @@ def test_the_convnet_learns_and_keeps_its_statistics_out_of_evaluation():
     assert norm.num_batches_tracked == 117
 
 
-def test_plain_sgd_under_the_ablation_settings_learns_slowly():
+def test_plain_sgd_learns_slowly():
     torch.manual_seed(0)
-    task = digits()
+    task = digits("sgd")
     before = task.evaluate(task.model)["nll"]
-    rate = ABLATION_SETTINGS["learning_rate"]
-    assert isinstance(rate, float)
-    optimizer = torch.optim.SGD(task.model.parameters(), lr=rate)
-    for batch in task.batches(torch.Generator().manual_seed(0)):
-        optimizer.zero_grad()
-        task.loss(task.model, batch).backward()
-        optimizer.step()
+    # an epoch
+    after = trained("sgd", "fp32", steps=TRAIN // BATCH).summary().evaluation["nll"]
     # slowly enough that an update is a small part of its weight, yet in the right direction
-    assert 0.9 * before < task.evaluate(task.model)["nll"] < before
+    assert 0.9 * before < after < before
+
+
+def test_fp32_does_not_tell_small_gradients_from_others():
+    tasks = []
+    for variant in ("sgd", "small-gradients"):
+        torch.manual_seed(0)
+        tasks.append(digits(variant))
+    batch = next(iter(tasks[0].batches(torch.Generator())))
+    whole, small = (task.loss(task.model, batch).item() for task in tasks)
+    assert small == whole * SHRINK
+    one, other = (trained(variant, "fp32", steps=80) for variant in ("sgd", "small-gradients"))
+    for before, first, second in zip(*(m.parameters() for m in (tasks[0].model, one.model, other.model)), strict=True):
+        assert torch.equal(first, second)
+        assert not torch.equal(first, before)
+    # the figures are of the loss as it was
+    assert one.summary().evaluation == other.summary().evaluation
+
+
+def test_without_a_loss_scale_no_small_gradient_is_left_in_fp16():
+    assert all((gradient == 0).all() for gradient in gradients("small-gradients", "fp16,loss_scale=1"))
+    for variant, policy in (
+        ("sgd", "fp16,loss_scale=1"),
+        ("small-gradients", "fp16"),
+        ("small-gradients", "fp16,loss_scale=32768"),
+        ("small-gradients", "bf16"),
+    ):
+        exact = gradients(variant, "fp32")
+        for gradient, true in zip(gradients(variant, policy), exact, strict=True):
+            # a few round to 0 beside larger ones, as they may
+            assert (gradient != 0).sum() > 0.9 * (true != 0).sum(), (variant, policy)
+
+
+def test_without_masters_plain_rounding_stays_behind():
+    torch.manual_seed(0)
+    start = weights(digits("sgd").model)
+    way = weights(trained("sgd", "fp32", steps=40).model) - start
+
+    def part_of_the_way(policy):
+        return ((weights(trained("sgd", policy, steps=40).model) - start) @ way / (way @ way)).item()
+
+    assert part_of_the_way("bf16") == pytest.approx(1, abs=0.01)
+    assert part_of_the_way("bf16-true,rounding=stochastic") == pytest.approx(1, abs=0.2)
+    assert 0.4 < part_of_the_way("fp16-true,rounding=nearest") < 0.95
+    assert part_of_the_way("bf16-true,rounding=nearest") < 0.4
+
+
+@pytest.mark.slow
+def test_plain_rounding_ends_far_behind_and_loss_scaling_with_masters_does_not():
+    figures = {
+        (variant, policy): trained(variant, policy).summary().evaluation
+        for variant, policy in (
+            ("sgd", "fp32"),
+            ("sgd", "bf16-true,rounding=nearest"),
+            ("small-gradients", "fp16"),
+        )
+    }
+    whole = figures["sgd", "fp32"]
+    assert whole["accuracy"] > 0.92
+    assert 0.25 < whole["nll"] < 0.30
+    assert figures["sgd", "bf16-true,rounding=nearest"]["accuracy"] < 0.5
+    assert figures["sgd", "bf16-true,rounding=nearest"]["nll"] > 1.9
+    assert figures["small-gradients", "fp16"]["nll"] == pytest.approx(whole["nll"], abs=0.001)
 
 
 def test_a_missing_scikit_learn_says_what_to_install(monkeypatch):

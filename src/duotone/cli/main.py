@@ -1,7 +1,8 @@
 """The `duotone` command: its verbs, its version, and errors as one line each.
 
-Exit codes: 0 for success, 1 for a training run that failed numerically, 2 for anything wrong with what was asked for
-or with what it needs, a full disk for one, 130 and 143 for a run that Ctrl-C or SIGTERM stopped.
+Exit codes: 0 for success, 1 for a training run that failed numerically or an arm of a comparison that failed, 2 for
+anything wrong with what was asked for or with what it needs, a full disk for one, 130 and 143 for a run that Ctrl-C or
+SIGTERM stopped.
 """
 
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from duotone import __version__
+from duotone.cli.compare import compare_command
 from duotone.cli.explain import explain_command
 from duotone.cli.formats import formats_command
 from duotone.cli.one_voice import exit_code_of
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train", cls=TrainCommand)(train_command)
+app.command("compare")(compare_command)
 app.command("explain")(explain_command)
 app.command("formats")(formats_command)
 app.command("ops")(ops_command)

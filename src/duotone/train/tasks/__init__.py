@@ -34,7 +34,7 @@ BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
             "duotone.train.tasks.digits",
             "digits",
             "a classifier of handwritten digits",
-            ("mlp", "convnet"),
+            ("mlp", "convnet", "sgd", "small-gradients"),
         ),
     }
 )

@@ -1,0 +1,208 @@
+"""`duotone compare`: the same task trained in several ways, side by side, with an honest verdict.
+
+Exit codes besides those of every verb: 1 if an arm failed, whatever the reason; the others' figures stand.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from duotone.errors import CompareError
+
+if TYPE_CHECKING:
+    from duotone.compare import ComparisonFolder, Plan, Report
+
+_COMPARISONS = Path("comparisons")
+
+
+def _fraction(text: str) -> float:
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
+def compare_command(
+    task: Annotated[
+        str | None,
+        typer.Argument(
+            help="stdlib-text (the default), digits, name:variant, or a path/to/task.py.", show_default=False
+        ),
+    ] = None,
+    arms: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, or groups: torch, duotone, peers, ablations, all. (default: fp32,torch-amp-bf16,bf16,fp16)"
+        ),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm of your own, under any policy; may be repeated.", metavar="NAME=POLICY"),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The arm to compare with. (default: fp32, or else the first)")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Runs of each arm. (default: 3)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run, in place of --minutes.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="As many steps as fit into this time in all. (default: 8)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A YAML file of training settings, as duotone train has it.")
+    ] = None,
+    margin: Annotated[
+        Any,
+        typer.Option(
+            help="How much worse a quality may be, of the baseline's. (default: 1%)",
+            parser=_fraction,
+            metavar="FRACTION|N%",
+        ),
+    ] = None,
+    confidence: Annotated[
+        Any, typer.Option(help="Of intervals and tests. (default: 95%)", parser=_fraction, metavar="FRACTION|N%")
+    ] = None,
+    max_slowdown: Annotated[
+        float | None, typer.Option(help="Do not train an arm that is this many times slower. (default: 10)")
+    ] = None,
+    fit_memory: Annotated[
+        str | None,
+        typer.Option(help="Find each arm's largest micro-batch that fits, 2GB for instance.", metavar="SIZE"),
+    ] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Write a profiler trace of one step of each arm.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The comparison's folder. (default: comparisons/TASK-N)")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")] = False,
+    show: Annotated[
+        Path | None, typer.Option(help="Show a comparison that was made, and write its report anew.", metavar="FOLDER")
+    ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Show two comparisons beside each other.", metavar="FOLDER FOLDER"),
+    ] = None,
+) -> None:
+    """Train a task in several ways, side by side: speed, memory, quality, and a verdict."""
+    given = {
+        "task": task,
+        "arms": arms,
+        "arm": arm,
+        "baseline": baseline,
+        "seeds": seeds,
+        "steps": steps,
+        "minutes": minutes,
+        "device": device,
+        "config": config,
+        "margin": margin,
+        "confidence": confidence,
+        "max_slowdown": max_slowdown,
+        "fit_memory": fit_memory,
+        "profile": profile or None,
+    }
+    named = [name for name, value in given.items() if value not in (None, [])]
+    if show is not None or diff is not None:
+        _check_alone("--diff" if show is None else "--show", named, out=out, resume=resume, both=show and diff)
+        _show(show) if show is not None else _diff(*diff or ())
+        return
+    if resume:
+        _check_alone("--resume", named)
+        if out is None:
+            raise CompareError("--resume needs --out, the folder of the comparison to go on with")
+        _run(_folder(out).plan(), out, resume=True)
+        return
+    _run(_plan(given), out, resume=False)
+
+
+def _check_alone(
+    flag: str, named: list[str], *, out: Path | None = None, resume: bool = False, both: Any = None
+) -> None:
+    others = [*named, *(["out"] if out is not None else []), *(["resume"] if resume else [])]
+    if both:
+        raise CompareError("--show and --diff were both given; choose one")
+    if others:
+        words = ", ".join(name if name == "task" else f"--{name.replace('_', '-')}" for name in others)
+        what = "goes on with what was asked for then" if flag == "--resume" else "measures nothing"
+        raise CompareError(f"{flag} {what}; leave away {words}")
+
+
+def _plan(given: dict[str, Any]) -> "Plan":
+    from duotone.compare import DEFAULT_ARMS, Plan, find_arms, own_arm, parse_size
+    from duotone.train import RunSettings, read_config, resolve_settings
+
+    own = [own_arm(text) for text in given["arm"] or ()]
+    arms = (*find_arms(given["arms"] or DEFAULT_ARMS), *own)
+    names = [each.name for each in arms]
+    settings = read_config(given["config"]) if given["config"] is not None else {}
+    for name in ("policy", "seed", "parallel"):
+        if name in settings:
+            raise CompareError(f"{given['config']} sets {name}, which the arms of a comparison decide; leave it away")
+    if given["device"] is not None:
+        settings["device"] = given["device"]
+    task = given["task"] or settings.pop("task", None) or RunSettings.task
+    steps = given["steps"] if given["steps"] is not None else settings.pop("steps", None)
+    # what can be told without the task is told before anything starts
+    resolve_settings(settings)
+    if steps is not None and given["minutes"] is not None:
+        raise CompareError("--steps and --minutes were both given; choose one")
+    if given["seeds"] is not None and given["seeds"] < 1:
+        raise CompareError(f"--seeds is {given['seeds']}; it must be at least 1")
+    chosen = {name: given[name] for name in ("minutes", "margin", "confidence", "max_slowdown", "profile")}
+    return Plan(
+        task=task,
+        arms=arms,
+        baseline=given["baseline"] or ("fp32" if "fp32" in names else names[0]),
+        seeds=tuple(range(given["seeds"] or 3)),
+        steps=steps,
+        settings=settings,
+        fit_memory_bytes=None if given["fit_memory"] is None else parse_size(given["fit_memory"]),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+
+
+def _folder(path: Path) -> "ComparisonFolder":
+    from duotone.compare import ComparisonFolder
+
+    return ComparisonFolder(path)
+
+
+def _run(plan: "Plan", out: Path | None, *, resume: bool) -> None:
+    import shlex
+
+    from rich.console import Console
+
+    from duotone.cli.compare_report import show_report
+    from duotone.cli.compare_view import open_view
+    from duotone.compare import compare, next_free_folder
+
+    path = out or next_free_folder(_COMPARISONS, plan.task)
+    console = Console(highlight=False)
+    try:
+        with open_view(console) as view:
+            report = compare(plan, path, resume=resume, watcher=view)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped; what was measured is kept, go on with: duotone compare --resume --out {shlex.quote(str(path))}"
+        )
+        raise typer.Exit(130) from None
+    show_report(report, path, console)
+    _exit(report)
+
+
+def _show(path: Path) -> None:
+    from rich.console import Console
+
+    from duotone.cli.compare_report import show_report
+    from duotone.compare import publish
+
+    show_report(publish(_folder(path)), path, Console(highlight=False))
+
+
+def _diff(first: Path, second: Path) -> None:
+    from rich.console import Console
+
+    from duotone.cli.compare_report import show_difference
+    from duotone.compare import assemble, difference
+
+    before, after = assemble(_folder(first)), assemble(_folder(second))
+    show_difference(difference(before, after), (str(first), str(second)), Console(highlight=False))
+
+
+def _exit(report: "Report") -> None:
+    if any(arm.failure is not None for arm in report.arms):
+        raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Ways of training, each behind the same three parts of a step."""

@@ -1,0 +1,216 @@
+"""A comparison from its plan to its report: inspect the task, try every arm, set the pace, train seed by seed, fit.
+
+This process trains nothing and never starts CUDA; whatever touches a model runs in a process of its own. What has been
+measured is written at once, so an interruption loses what is unfinished and no more.
+"""
+
+import json
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from duotone.compare.arms.catalogue import Arm
+from duotone.compare.entry import Entry, entry_of
+from duotone.compare.environment import describe
+from duotone.compare.failures import PASSING, WorkerFailed
+from duotone.compare.fitting import fit_arm
+from duotone.compare.folder import ComparisonFolder
+from duotone.compare.pacing import pace_of, too_slow
+from duotone.compare.plan import Pace, Plan
+from duotone.compare.processes import Processes
+from duotone.compare.records import Fit, Run, Trial
+from duotone.compare.report.publish import publish
+from duotone.compare.report.report import Report, Subject
+from duotone.compare.surroundings import Surroundings
+from duotone.compare.turns import rotated, train_in_turns
+from duotone.compare.watcher import Nobody, Watcher
+from duotone.errors import CompareError
+
+
+def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Report:
+    """Make a comparison, or go on with one, and return its report.
+
+    Every trial and every run is a process of its own; none outlives this call. They are started as multiprocessing's
+    "spawn" does it, so a script that calls this needs `if __name__ == "__main__":` around the call. An arm that fails
+    is a row of the report with its reason, and the others go on.
+
+    On resume, what was measured is kept, the pace too. Trials, runs and searches that failed with an "error", "out of
+    memory" or "not installed" are tried again; those of the other kinds would fail again, and are kept. Arms of a seed
+    that had not ended start again from the first step.
+
+    Args:
+        plan: what is compared. On resume it must be the folder's own, which `ComparisonFolder(path).plan()` returns.
+        path: the comparison's folder.
+        resume: go on with the comparison that is there.
+        watcher: is told of everything as it happens; None for nobody.
+
+    Raises:
+        CompareError: the folder is taken, or holds no comparison or another one, or cannot be written to.
+        TaskError: the task or its settings cannot be used, whichever arm trains it. A new comparison leaves no folder
+            then, unless it comes out in training.
+        KeyboardInterrupt: at Ctrl-C, and at SIGTERM with its name as argument; what has ended is kept, `resume` goes
+            on.
+
+    >>> import tempfile
+    >>> from duotone.compare.arms.catalogue import find_arms
+    >>> plan = Plan("stdlib-text:tiny", find_arms("fp32,bf16"), baseline="fp32", seeds=(0,), steps=20)
+    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
+    ...     report = compare(plan, Path(folder, "comparison"))
+    ...     [(arm.name, arm.bytes_per_parameter) for arm in report.arms]
+    [('fp32', 16.0), ('bf16', 14.0)]
+    """
+    folder = ComparisonFolder(path)
+    with _sigterm_as_interrupt():
+        comparison = _Comparison(plan, folder, watcher or Nobody())
+        if resume:
+            _check_same(plan, folder)
+        else:
+            folder.check_free()
+        comparison.run(resume)
+    return publish(folder)
+
+
+class _Comparison:
+    """One call of `compare`, and what it knows by now."""
+
+    def __init__(self, plan: Plan, folder: ComparisonFolder, watcher: Watcher) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._watcher = watcher
+        self._started = time.monotonic()
+
+    def run(self, resume: bool) -> None:
+        plan, folder = self._plan, self._folder
+        self._watcher.begins(plan)
+        subject, pace = folder.subject(), folder.pace()
+        surroundings = None
+        if not resume or subject is None or pace is None:
+            subject, surroundings = self._inspect()
+            if not resume:
+                folder.start(plan)
+            folder.write_subject(subject)
+            folder.write_environment(describe(surroundings))
+        trials = self._try_arms()
+        if pace is None and surroundings is not None and trials:
+            seconds_gone = time.monotonic() - self._started
+            pace = pace_of(plan, subject, trials.values(), surroundings, seconds_gone)
+            folder.write_pace(pace)
+        if pace is not None:
+            self._train(list(trials), pace)
+        if plan.fit_memory_bytes is not None:
+            self._fit(list(trials), subject, plan.fit_memory_bytes)
+
+    def _inspect(self) -> tuple[Subject, Surroundings]:
+        plan = self._plan
+        with tempfile.TemporaryDirectory() as scratch, Processes() as processes:
+            log = Path(scratch, "log")
+            entry = Entry(plan.arms[0], plan.task, plan.seeds[0], dict(plan.settings))
+            try:
+                return processes.start(log).ask("inspect", entry)
+            except WorkerFailed as error:
+                printed = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+                last = f" ({printed[-1]})" if printed and printed[-1] not in error.failure.reason else ""
+                raise CompareError(f"task {plan.task} could not be built: {error.failure.reason}{last}") from error
+
+    def _try_arms(self) -> dict[str, Trial]:
+        """Try what was not tried; return the trials of those arms that can be run, in the plan's order."""
+        plan = self._plan
+        trials = {arm: trial for arm, trial in self._folder.trials().items() if not _may_pass(trial)}
+        # the others are judged by it
+        order = sorted(plan.arms, key=lambda arm: arm.name != plan.baseline)
+        for arm in order:
+            if arm.name not in trials:
+                self._watcher.trial_begins(arm.name)
+                trial = self._try_arm(arm)
+                baseline = trials.get(plan.baseline)
+                if trial.failure is None:
+                    trial = replace(trial, failure=too_slow(trial, baseline, plan.max_slowdown))
+                self._folder.write(trial)
+                trials[arm.name] = trial
+            self._watcher.trial_ends(trials[arm.name])
+        return {arm.name: trials[arm.name] for arm in plan.arms if trials[arm.name].failure is None}
+
+    def _try_arm(self, arm: Arm) -> Trial:
+        entry = entry_of(self._plan, arm, self._plan.seeds[0])
+        profile_path = self._folder.profile_path(arm.name) if self._plan.profile else None
+        try:
+            with Processes() as processes:
+                return processes.start(self._folder.log_path(arm.name, "trial")).ask("try_arm", entry, profile_path)
+        except WorkerFailed as error:
+            return Trial(arm.name, error.failure)
+
+    def _train(self, names: list[str], pace: Pace) -> None:
+        plan = self._plan
+        ended = {key for key, run in self._folder.runs().items() if not _may_pass(run)}
+        arms = [arm for arm in plan.arms if arm.name in names]
+        left = {seed: [arm for arm in arms if (arm.name, seed) not in ended] for seed in plan.seeds}
+        self._watcher.paced(pace, sum(map(len, left.values())))
+        for number, (seed, some) in enumerate(left.items()):
+            entries = [entry_of(plan, arm, seed, pace) for arm in rotated(some, number)]
+            for group in [entries] if pace.together else [[entry] for entry in entries]:
+                train_in_turns(group, pace, self._folder, self._watcher)
+
+    def _fit(self, names: list[str], subject: Subject, limit_bytes: int) -> None:
+        found = {name for name, fit in self._folder.fits().items() if not _may_pass(fit)}
+        for arm in self._plan.arms:
+            if arm.name in names and arm.name not in found:
+                entry = entry_of(self._plan, arm, self._plan.seeds[0])
+                fit = fit_arm(entry, subject.micro_batch, limit_bytes, self._folder, self._watcher)
+                self._folder.write(fit)
+                self._watcher.fit_ends(fit)
+
+
+def _may_pass(record: Trial | Run | Fit) -> bool:
+    return record.failure is not None and record.failure.kind in PASSING
+
+
+def _check_same(plan: Plan, folder: ComparisonFolder) -> None:
+    """Raise unless a plan is the one that is in the folder."""
+    here, there = _plain(plan), _plain(folder.plan())
+    for name, value in there.items():
+        if here[name] != value:
+            raise CompareError(
+                f"{folder.path} is a comparison with {name} {_shown(value)}, not {_shown(here[name])}; resume it "
+                "without changing that, or start a new one in another --out"
+            )
+
+
+def _plain(plan: Plan) -> Mapping[str, Any]:
+    # as it comes back from a file: tuples are lists there
+    return json.loads(json.dumps(plan.to_json()))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item["name"] if isinstance(item, dict) else item) for item in value)
+    return str(value)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the first SIGTERM in the block, so that processes are ended; later ones do nothing."""
+    has_come = False
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        nonlocal has_come
+        if not has_come:
+            has_come = True
+            raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.getsignal(signal.SIGTERM)
+    # Python lets the main thread alone do this; what was started to ignore it goes on to
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,152 @@
+"""Training in a process of its own, a few steps at a time: batches in, times, losses and loss scales out.
+
+A step is as in `duotone.train.Trainer`: draw a batch, forward, backward, for each micro-batch, then update. What it
+takes counts from the drawing of its first batch. Losses, scales and skips stay on the device until the steps that were
+asked for are done, so nothing waits inside a step but what the arm itself waits for.
+"""
+
+import gc
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.compare.arms.build import build
+from duotone.compare.arms.catalogue import Arm
+from duotone.compare.arms.stepper import Assignment, Stepper
+from duotone.compare.batches import endless_batches, on_device
+from duotone.compare.clock import StepClock
+from duotone.compare.failures import failure_of
+from duotone.compare.records import Failure
+from duotone.compare.turn import Step, Turn
+from duotone.errors import TaskError
+from duotone.train import RunSettings, Task
+
+
+class Course:
+    """One arm on its way through a task.
+
+    Attributes:
+        task: what is trained; its model may be changed in place.
+        settings: how.
+        device: where.
+        stepper: what takes the steps.
+
+    Args:
+        arm: whose stepper is built.
+        task: fresh.
+        settings: of the run.
+        device: that is there.
+
+    Raises:
+        ArmError: the arm cannot train this here.
+
+    >>> from duotone.compare.arms.catalogue import CATALOGUE
+    >>> from duotone.train import built_in_task, resolve_settings
+    >>> task = built_in_task("stdlib-text:tiny")
+    >>> course = Course(CATALOGUE["bf16"], task, resolve_settings(task.settings), torch.device("cpu"))
+    >>> turn = course.take(3)
+    >>> len(turn.steps), turn.steps[0].units, turn.failure
+    (3, 256.0, None)
+    """
+
+    def __init__(self, arm: Arm, task: Task, settings: RunSettings, device: torch.device) -> None:
+        self.task = task
+        self.settings = settings
+        self.device = device
+        self.stepper: Stepper = build(Assignment(arm, task, settings, device))
+        self._batches = endless_batches(task, settings.seed)
+        self._clock = StepClock(device)
+
+    def take(self, steps: int) -> Turn:
+        """Take some steps; an error ends them and is the turn's failure, with its traceback printed.
+
+        Raises:
+            TaskError: the task is at fault, whichever arm trains it.
+        """
+        taken: list[tuple[float, list[Tensor], Any, Any]] = []
+        failure = None
+        gc.collect()
+        # a collection takes as long as a step, and would be counted for whoever's turn it is
+        gc.disable()
+        started = time.perf_counter()
+        try:
+            for _ in range(steps):
+                taken.append(self._step())
+        except TaskError:
+            raise
+        except Exception as error:
+            failure = told(error)
+        finally:
+            gc.enable()
+        try:
+            read = self._read(taken)
+        except Exception as error:
+            # what a device was asked for fails when it is read
+            read, failure = (), failure or told(error)
+        return Turn(read, time.perf_counter() - started, failure)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the task's figures of the model as it is.
+
+        Raises:
+            TaskError: the figure that stands for quality is not among them.
+        """
+        with self.stepper.evaluating():
+            figures = {name: float(value) for name, value in self.task.evaluate(self.stepper.model).items()}
+        if self.task.quality not in figures:
+            raise TaskError(
+                f"task {self.task.name!r} evaluates {', '.join(figures) or 'nothing'}, but its quality is "
+                f"{self.task.quality!r}; return that figure too, or name another as `quality`"
+            )
+        return figures
+
+    def batch(self) -> Any:
+        """Draw a micro-batch and return it on the device."""
+        return on_device(next(self._batches), self.device)
+
+    def _step(self) -> tuple[float, list[Tensor], Any, Any]:
+        losses, units = [], 0.0
+        self._clock.begin()
+        for _ in range(self.settings.micro_batches):
+            batch = self.batch()
+            units += self.task.units_in(batch)
+            self._clock.lap("")
+            loss = self.stepper.forward(batch)
+            self._clock.lap("forward")
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise TaskError(f"the loss of task {self.task.name!r} is {got}; it must be a tensor of one element")
+            self.stepper.backward(loss)
+            self._clock.lap("backward")
+            losses.append(loss.detach())
+        taken = self.stepper.update()
+        self._clock.lap("update")
+        return units, losses, taken.loss_scale, taken.skipped
+
+    def _read(self, taken: Sequence[tuple[float, list[Tensor], Any, Any]]) -> tuple[Step, ...]:
+        phases = self._clock.read()
+        each = 2 + self.settings.micro_batches
+        values = _numbers([value for _, losses, *rest in taken for value in (*rest, *losses)])
+        rows = [values[start : start + each] for start in range(0, len(values), each)]
+        return tuple(
+            Step(seconds, units, loss=sum(losses), loss_scale=scale, skipped=bool(skipped))
+            for seconds, (units, *_), (scale, skipped, *losses) in zip(phases, taken, rows, strict=True)
+        )
+
+
+def told(error: Exception) -> Failure:
+    """Print an error's traceback, and return what it means."""
+    traceback.print_exception(error, file=sys.stderr)
+    return failure_of(error)
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """Return tensors of one element and plain numbers as plain numbers, with one wait for the device."""
+    tensors = [value.reshape(()).double() for value in values if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]

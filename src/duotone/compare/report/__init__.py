@@ -1,0 +1,1 @@
+"""What a comparison came to: figures, verdicts, tables, charts and a page."""

@@ -1,0 +1,75 @@
+"""Which of Duotone's policies to use, and which other library is ahead of all of them.
+
+The policy to use is the fastest whose quality is no worse than the baseline's. Where no test has shown that of any, as
+with a single seed, those that are not known to be worse are compared, and it is said.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from duotone.compare.plan import Plan
+from duotone.compare.report import words
+from duotone.compare.report.report import ArmResult, Spread, Subject
+
+_SAME = Spread(1.0, 1.0, 1.0)
+
+
+def ranking(subject: Subject, plan: Plan, arms: Sequence[ArmResult]) -> tuple[str, ...]:
+    """Return what to use, then who is ahead of it; nothing before there are runs of two arms."""
+    measured = [arm for arm in arms if arm.failure is None and (arm.times_faster or arm.name == plan.baseline)]
+    ours = [arm for arm in measured if arm.group == "duotone"]
+    if not ours or not any(arm.times_faster for arm in measured):
+        return ()
+    level = [arm for arm in measured if arm.name == plan.baseline or arm.quality_verdict == "no worse"]
+    fitting = [arm for arm in level if arm in ours]
+    if not fitting:
+        level = [arm for arm in measured if arm.quality_verdict != "worse"]
+        fitting = [arm for arm in level if arm in ours]
+    if not fitting:
+        return (f"no policy of Duotone keeps {plan.baseline}'s {subject.quality} on this task",)
+    best = max(fitting, key=lambda arm: _speed(arm).value)
+    rivals = [arm for arm in level if arm.group in ("torch", "peers") and arm.name != plan.baseline]
+    ahead = [text for rival in rivals for text in _ahead(rival, fitting, plan.baseline)]
+    # one policy that is the baseline itself has won nothing
+    return tuple(ahead) if len(ours) == 1 and best.name == plan.baseline else (_best(best, subject, plan), *ahead)
+
+
+def _speed(arm: ArmResult) -> Spread:
+    return arm.times_faster or _SAME
+
+
+def _best(best: ArmResult, subject: Subject, plan: Plan) -> str:
+    baseline, quality = plan.baseline, subject.quality
+    if best.name == baseline:
+        return f"{baseline}, the baseline, is the policy to use here: no other is faster at no worse {quality}"
+    speed = words.speed(_speed(best), baseline)
+    memory = f", and {words.memory(best.memory_ratio)}" if best.memory_ratio is not None else ""
+    if best.quality_verdict != "no worse":
+        return (
+            f"{best.name} is the fastest of Duotone's policies, {speed}{memory}; whether its {quality} is as good as "
+            f"{baseline}'s is {best.quality_verdict}"
+        )
+    if words.direction(_speed(best)) != "faster":
+        return f"no policy of Duotone is faster than {baseline} at no worse {quality}: {best.name} is {speed}{memory}"
+    return (
+        f"{best.name} is the policy to use here: of Duotone's, it is the fastest whose {quality} is no worse than "
+        f"{baseline}'s; it is {speed}{memory}"
+    )
+
+
+def _ahead(rival: ArmResult, ours: Sequence[ArmResult], baseline: str) -> Iterator[str]:
+    """Say where an arm that is not Duotone's is ahead of every one of its policies."""
+    every = f"{rival.name} is ahead of every policy of Duotone"
+    best = max(ours, key=lambda arm: _speed(arm).value)
+    if _speed(rival).value > _speed(best).value:
+        close = "" if _speed(rival).lower > _speed(best).upper else ", but by less than the intervals tell apart"
+        theirs, its = (words.spread(_speed(arm), words.ratio) for arm in (rival, best))
+        yield f"{every} in speed{close}: {theirs} times {baseline}'s against {its} of {best.name}"
+    peaks = {arm.name: arm.peak_memory_bytes for arm in ours if arm.peak_memory_bytes is not None}
+    if peaks and rival.peak_memory_bytes is not None and rival.peak_memory_bytes < min(peaks.values()):
+        least = min(peaks, key=lambda name: peaks[name])
+        yield f"{every} in memory: {words.size(rival.peak_memory_bytes)} against {words.size(peaks[least])} of {least}"
+    kept = {arm.name: arm.bytes_per_parameter for arm in ours if arm.bytes_per_parameter}
+    if kept and 0 < rival.bytes_per_parameter < min(kept.values()):
+        least = min(kept, key=lambda name: kept[name])
+        theirs, its = (f"{value:.3g}" for value in (rival.bytes_per_parameter, kept[least]))
+        yield f"{every} in bytes per parameter: {theirs} against {its} of {least}"

@@ -1,0 +1,122 @@
+"""A few steps of an arm, alone: what a step takes, what memory it needs, and whether its evaluation is repeatable.
+
+Memory comes first, over the steps alone: whatever is measured after it needs memory of its own.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+import duotone.torch as dt
+from duotone.compare.arms.build import versions
+from duotone.compare.arms.catalogue import Arm
+from duotone.compare.course import Course
+from duotone.compare.failures import WorkerFailed
+from duotone.compare.footprint import Footprint
+from duotone.compare.records import Trial
+from duotone.compare.turn import Step, median_phases
+
+WARMUP_STEPS = 2
+# steps are timed until there are so many and they took so long, ...
+_STEPS, _SECONDS = 8, 2.0
+# ... but no more than so many, or twice as many if they are quick; and fewer if all this takes too long
+_MOST_STEPS, _QUICK_SECONDS, _PATIENCE_SECONDS = 30, 0.02, 30.0
+_AT_ONCE = 4
+
+
+def try_arm(course: Course, arm: Arm, footprint: Footprint, profile_path: Path | None = None) -> Trial:
+    """Train a little and measure; a failure is the trial's.
+
+    Args:
+        course: fresh.
+        arm: whose course it is.
+        footprint: begun before the course was.
+        profile_path: where a trace of one more step goes, or None.
+
+    Raises:
+        TaskError: the task is at fault, whichever arm trains it.
+        WorkerFailed: a step failed.
+    """
+    steps = timed_steps(course)
+    peak = footprint.peak_bytes()
+    roles = dt.memory(course.stepper.model, course.stepper.optimizer)
+    saved = _saved_bytes(course)
+    evaluation, evaluate_seconds = _timed_evaluation(course)
+    trial = Trial(
+        arm.name,
+        parameters=roles.parameters,
+        phases=median_phases([step.phases for step in steps]),
+        units_per_step=sum(step.units for step in steps) / len(steps),
+        memory={
+            name: getattr(roles, f"{name}_bytes") for name in ("weights", "tails", "gradients", "moments", "other")
+        },
+        saved_bytes=saved,
+        peak_memory_bytes=peak,
+        evaluate_seconds=evaluate_seconds,
+        evaluation=evaluation,
+        is_deterministic=_same(evaluation, course.evaluate()),
+        versions=versions(arm),
+    )
+    if profile_path is not None:
+        _profile(course, profile_path)
+    return trial
+
+
+def timed_steps(course: Course) -> Sequence[Step]:
+    """Warm up, and return enough steps after it for stable medians.
+
+    Raises:
+        WorkerFailed: a step failed.
+    """
+    _take(course, WARMUP_STEPS)
+    steps: list[Step] = []
+    for seconds, some in _chunks(course):
+        steps += some
+        most = 2 * _MOST_STEPS if seconds / len(steps) < _QUICK_SECONDS else _MOST_STEPS
+        is_stable = len(steps) >= _STEPS and seconds >= _SECONDS
+        if is_stable or len(steps) >= most or seconds >= _PATIENCE_SECONDS:
+            break
+    return steps
+
+
+def _chunks(course: Course) -> Iterator[tuple[float, Sequence[Step]]]:
+    seconds = 0.0
+    while True:
+        steps = _take(course, _AT_ONCE)
+        seconds += sum(step.phases.step for step in steps)
+        yield seconds, steps
+
+
+def _take(course: Course, steps: int) -> Sequence[Step]:
+    turn = course.take(steps)
+    if turn.failure is not None:
+        raise WorkerFailed(turn.failure)
+    return turn.steps
+
+
+def _saved_bytes(course: Course) -> dict[str, int]:
+    """Count what autograd keeps of a forward pass; the graph is dropped without a backward pass."""
+    with dt.saved_for_backward(course.stepper.model.parameters()) as saved:
+        course.stepper.forward(course.batch())
+    return dict(saved.activation_bytes)
+
+
+def _timed_evaluation(course: Course) -> tuple[dict[str, float], float]:
+    started = time.perf_counter()
+    return course.evaluate(), time.perf_counter() - started
+
+
+def _same(one: dict[str, float], other: dict[str, float]) -> bool:
+    # a NaN that comes again is the same figure
+    return {name: repr(value) for name, value in one.items()} == {name: repr(value) for name, value in other.items()}
+
+
+def _profile(course: Course, path: Path) -> None:
+    activities = [ProfilerActivity.CPU]
+    if course.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities) as profiled:
+        _take(course, 1)
+    profiled.export_chrome_trace(str(path))

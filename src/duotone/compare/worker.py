@@ -1,0 +1,186 @@
+"""What runs in a process of its own: it does what the other end of a pipe asks, one thing after the other.
+
+The process ends when the pipe is closed, so it never outlives whoever started it by more than the steps it is taking.
+What it prints goes to a file.
+"""
+
+import gc
+import os
+import signal
+import sys
+import time
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from torch.nn.parameter import is_lazy
+
+from duotone.compare.batches import endless_batches
+from duotone.compare.course import Course, told
+from duotone.compare.entry import Entry
+from duotone.compare.footprint import Footprint, begin_footprint
+from duotone.compare.micro_batches import resized
+from duotone.compare.notes import Notes
+from duotone.compare.records import Trial
+from duotone.compare.rehearsal import rehearse
+from duotone.compare.report.report import Subject
+from duotone.compare.surroundings import Surroundings, look_around
+from duotone.compare.trial import timed_steps, try_arm
+from duotone.compare.turn import Turn, median_phases
+from duotone.errors import TaskError
+from duotone.train import Task, find_device
+from duotone.train.task import samples_in
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A micro-batch that was trained with.
+
+    Attributes:
+        peak_memory_bytes: as in `Trial`.
+        units_per_second: of the median step.
+    """
+
+    peak_memory_bytes: int | None
+    units_per_second: float
+
+
+class Worker:
+    """What can be asked; each method is a request by its name, and what it returns the answer.
+
+    Args:
+        started: when the process was started, as `time.time()` tells it.
+    """
+
+    def __init__(self, started: float) -> None:
+        self._started = started
+        self._notes = Notes()
+        self._course: Course | None = None
+        warnings.showwarning = self._notes.add
+
+    def inspect(self, entry: Entry) -> tuple[Subject, Surroundings]:
+        """Build the task, and tell what it is and where it would be trained.
+
+        Raises:
+            TaskError: it cannot be built or is empty, a setting cannot be, or the device is not there.
+        """
+        task, settings = entry.open()
+        device = find_device(settings.device)
+        subject = Subject(
+            name=task.name,
+            quality=task.quality,
+            lower_is_better=task.lower_is_better,
+            unit=task.unit,
+            parameters=_trainable(task),
+            baselines=dict(task.baselines),
+            facts=dict(task.facts),
+            task_steps=settings.steps,
+            task_warmup_steps=settings.warmup_steps,
+            micro_batch=_micro_batch(task),
+        )
+        return subject, look_around(device)
+
+    def try_arm(self, entry: Entry, profile_path: Path | None) -> Trial:
+        """Train a little and measure.
+
+        Raises:
+            TaskError: the task is at fault.
+        """
+        course, footprint = self._measured_course(entry)
+        start_seconds = time.time() - self._started
+        trial = try_arm(course, entry.arm, footprint, profile_path)
+        return replace(trial, start_seconds=start_seconds, notes=self._notes.lines)
+
+    def start(self, entry: Entry) -> None:
+        """Build what `take` and `evaluate` train and judge."""
+        task, settings = entry.open()
+        self._course = Course(entry.arm, task, settings, find_device(settings.device))
+        gc.collect()
+        # what is there now stays, and need not be looked at before every turn
+        gc.freeze()
+
+    def take(self, steps: int) -> Turn:
+        """Take the next steps."""
+        return self._started_course().take(steps)
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the figures of the model as it is."""
+        return self._started_course().evaluate()
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what was warned of."""
+        return self._notes.lines
+
+    def measure(self, entry: Entry, micro_batch: int) -> Measured:
+        """Train a little with a micro-batch of so many samples."""
+        course, footprint = self._measured_course(entry, micro_batch)
+        steps = timed_steps(course)
+        step_seconds = median_phases([step.phases for step in steps]).step
+        units = sum(step.units for step in steps) / len(steps)
+        return Measured(footprint.peak_bytes(), units / step_seconds)
+
+    def _measured_course(self, entry: Entry, micro_batch: int | None = None) -> tuple[Course, Footprint]:
+        task, settings = entry.open()
+        device = find_device(settings.device)
+        rehearse(entry.arm, settings, device)
+        footprint = begin_footprint(task.model, device)
+        if micro_batch is not None:
+            task = resized(task, micro_batch)
+        return Course(entry.arm, task, settings, device), footprint
+
+    def _started_course(self) -> Course:
+        if self._course is None:
+            raise RuntimeError("a course must be started before it is taken")
+        return self._course
+
+
+def work(connection: Connection, log: Path, started: float) -> None:
+    """Answer requests until the other end closes; this is the process's whole life.
+
+    A request is a pair of a method's name and its arguments, an answer a pair of "done" and its result, "failed" and
+    a `Failure`, or "refused" and the message of a `TaskError`.
+    """
+    # Ctrl-C reaches every process of a terminal, and the one that was asked to compare ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _print_to(log)
+    worker = Worker(started)
+    # whoever asked is gone
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            name, arguments = connection.recv()
+            connection.send(_answer(worker, name, arguments))
+
+
+def _answer(worker: Worker, name: str, arguments: tuple[Any, ...]) -> tuple[str, Any]:
+    try:
+        return "done", getattr(worker, name)(*arguments)
+    except TaskError as error:
+        return "refused", str(error)
+    except Exception as error:
+        return "failed", told(error)
+
+
+def _print_to(log: Path) -> None:
+    """Send what this process prints to a file, what libraries print past Python too."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+
+
+def _trainable(task: Task) -> int:
+    parameters = (each for each in task.model.parameters() if each.requires_grad and not is_lazy(each))
+    return sum(each.numel() for each in parameters)
+
+
+def _micro_batch(task: Task) -> int:
+    batch = next(endless_batches(task, 0))
+    try:
+        return samples_in(batch)
+    except TaskError:
+        # batches of another kind, which the task counts by itself
+        return 0

@@ -1,0 +1,48 @@
+"""The machine as processes see it: memory that is free within all limits, and what figures depend on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from duotone.compare import environment, surroundings
+from duotone.compare.environment import describe
+from duotone.compare.surroundings import Surroundings, look_around
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("limit", "free_bytes"), [("3000000", 1_000_000), ("max", 4_096_000), (None, 4_096_000), ("9" * 15, 4_096_000)]
+)
+def test_free_memory_is_what_the_tightest_limit_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, free_bytes: int
+) -> None:
+    memory, most, used = (tmp_path / name for name in ("meminfo", "max", "current"))
+    memory.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
+    used.write_text("2000000\n")
+    if limit is not None:
+        most.write_text(f"{limit}\n")
+    monkeypatch.setattr(surroundings, "_MEMORY", memory)
+    monkeypatch.setattr(surroundings, "_LIMITS", ((str(most), str(used)),))
+    assert look_around(CPU) == Surroundings("cpu", None, free_bytes)
+
+
+def test_where_nothing_tells_it_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surroundings, "_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(surroundings, "_LIMITS", ())
+    assert look_around(CPU).free_bytes is None
+
+
+def test_an_environment_names_the_cpu_with_its_16_bit_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    information, memory = tmp_path / "cpuinfo", tmp_path / "meminfo"
+    information.write_text(
+        "model name\t: Some CPU: fast\nflags\t\t: fpu avx512_bf16 amx_bf16 sse\n\nmodel name\t: other\n"
+    )
+    memory.write_text("MemTotal:       16000000 kB\n")
+    monkeypatch.setattr(environment, "_CPU", information)
+    monkeypatch.setattr(environment, "_MEMORY", memory)
+    lines = describe(Surroundings("cuda", "H100", None))
+    assert lines["cpu"] == "Some CPU: fast (avx512_bf16, amx_bf16)"
+    assert (lines["memory"], lines["gpu"], lines["torch"]) == ("16 GB", "H100", torch.__version__)
+    assert all(isinstance(line, str) for line in lines.values())
