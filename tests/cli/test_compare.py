@@ -42,7 +42,7 @@ def task():
         (("--fit-memory", "2 bananas"), ("2 bananas", "2GB")),
         (("--resume",), ("--resume needs --out",)),
         (("--resume", "--out", "nothing-here"), ("holds no comparison",)),
-        (("digits", "--resume", "--out", "x", "--seeds", "4"), ("leave away task, --seeds",)),
+        (("digits", "--resume", "--out", "x", "--steps", "4"), ("leave away task, --steps",)),
         (("--show", "nothing-here"), ("holds no comparison",)),
         (("--show", "x", "--arms", "bf16"), ("leave away --arms",)),
         (("--show", "x", "--diff", "x", "y"), ("choose one",)),
@@ -110,4 +110,8 @@ def test_a_comparison_from_start_to_show_and_diff(duotone):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("runs/*.json")}
     assert duotone("compare", "--resume", "--out", str(folder))[0] == (0 if installed else 1)
     kept = {path: stamp for path, stamp in before.items() if "optimi" not in path.name}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    more = duotone("compare", "--resume", "--out", str(folder), "--seeds", "3", "--margin", "50%")
+    assert more[0] == code or not installed
+    assert set(folder.rglob("runs/*-seed2.json"))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from duotone.compare.failures import WorkerFailed
+from duotone.compare.measuring.surroundings import Surroundings
+from duotone.compare.measuring.turn import Step, Turn
+from duotone.compare.processes.worker import Measured
 from duotone.compare.records import Failure, Phases, Trial
-from duotone.compare.report.report import Subject
-from duotone.compare.surroundings import Surroundings
-from duotone.compare.turn import Step, Turn
-from duotone.compare.worker import Measured
+from duotone.compare.subject import Subject
 
 SUBJECT = Subject("tiny", "loss", True, "samples", 49, {}, {}, task_steps=40, task_warmup_steps=4, micro_batch=8)
 

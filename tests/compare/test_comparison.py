@@ -12,9 +12,9 @@ import torch
 from duotone.compare import ComparisonFolder, Pace, Phases, Plan, Trial, compare
 from duotone.compare.arms.catalogue import find_arms
 from duotone.compare.comparison import _sigterm_as_interrupt
-from duotone.compare.course import Course
 from duotone.compare.entry import entry_of
-from duotone.compare.ledger import run_of
+from duotone.compare.measuring.course import Course
+from duotone.compare.processes.ledger import run_of
 from duotone.errors import CompareError, TaskError
 
 from .scripted import SUBJECT, Script, Witness, scripted
@@ -130,6 +130,19 @@ def test_what_may_pass_is_tried_again_and_the_pace_is_kept(script: Script, path:
     assert script.asked_for("start") == ["bf16 0", "fp16 0", "bf16 1"]
     assert report.pace == first.pace
     assert [runs for _, runs in witness.of("paced")] == [3]
+
+
+def test_who_goes_on_may_ask_for_more(script: Script, path: Path) -> None:
+    script.step_seconds["fp16"] = 3.0
+    first = compare(plan_of(), path)
+    assert [arm.failure.kind for arm in first.arms if arm.failure is not None] == ["too slow"]
+    script.asked.clear()
+    more = replace(ComparisonFolder(path).plan(), seeds=(0, 1, 2), max_slowdown=40.0, margin=0.5)
+    report = compare(more, path, resume=True)
+    assert script.asked_for("try_arm") == []
+    assert sorted(script.asked_for("start")) == ["bf16 2", "fp16 0", "fp16 1", "fp16 2", "fp32 2"]
+    assert [arm.seeds for arm in report.arms] == [3, 3, 3]
+    assert report.plan == ComparisonFolder(path).plan() == more
 
 
 def test_fits_are_searched_once_for_arms_that_run(script: Script, path: Path) -> None:

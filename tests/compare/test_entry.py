@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from duotone.compare.arms.catalogue import CATALOGUE, find_arms
-from duotone.compare.batches import endless_batches, on_device
 from duotone.compare.entry import Entry, entry_of
+from duotone.compare.measuring.batches import endless_batches, on_device
 from duotone.compare.plan import Pace, Plan
 from duotone.errors import TaskError
 

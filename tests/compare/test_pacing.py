@@ -3,11 +3,11 @@
 import pytest
 
 from duotone.compare.arms.catalogue import find_arms
+from duotone.compare.measuring.surroundings import Surroundings
 from duotone.compare.pacing import pace_of, round_down, too_slow
 from duotone.compare.plan import Plan
 from duotone.compare.records import Phases, Trial
-from duotone.compare.report.report import Subject
-from duotone.compare.surroundings import Surroundings
+from duotone.compare.subject import Subject
 
 SUBJECT = Subject("tiny", "loss", True, "samples", 49, {}, {}, task_steps=1400, task_warmup_steps=100, micro_batch=8)
 ROOMY = Surroundings("cpu", None, 10**12)

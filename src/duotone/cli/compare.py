@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from duotone.compare import ComparisonFolder, Plan, Report
 
 _COMPARISONS = Path("comparisons")
+# what may be asked for in another way by whoever goes on
+_MAY_CHANGE = ("seeds", "margin", "confidence", "max_slowdown")
 
 
 def _fraction(text: str) -> float:
@@ -69,7 +71,9 @@ def compare_command(
     ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write a profiler trace of one step of each arm.")] = False,
     out: Annotated[Path | None, typer.Option(help="The comparison's folder. (default: comparisons/TASK-N)")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the comparison in --out.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the comparison in --out, with more --seeds if you like.")
+    ] = False,
     show: Annotated[
         Path | None, typer.Option(help="Show a comparison that was made, and write its report anew.", metavar="FOLDER")
     ] = None,
@@ -101,10 +105,10 @@ def compare_command(
         _show(show) if show is not None else _diff(*diff or ())
         return
     if resume:
-        _check_alone("--resume", named)
+        _check_alone("--resume", [name for name in named if name not in _MAY_CHANGE])
         if out is None:
             raise CompareError("--resume needs --out, the folder of the comparison to go on with")
-        _run(_folder(out).plan(), out, resume=True)
+        _run(_changed(_folder(out).plan(), given), out, resume=True)
         return
     _run(_plan(given), out, resume=False)
 
@@ -140,19 +144,32 @@ def _plan(given: dict[str, Any]) -> "Plan":
     resolve_settings(settings)
     if steps is not None and given["minutes"] is not None:
         raise CompareError("--steps and --minutes were both given; choose one")
-    if given["seeds"] is not None and given["seeds"] < 1:
-        raise CompareError(f"--seeds is {given['seeds']}; it must be at least 1")
     chosen = {name: given[name] for name in ("minutes", "margin", "confidence", "max_slowdown", "profile")}
     return Plan(
         task=task,
         arms=arms,
         baseline=given["baseline"] or ("fp32" if "fp32" in names else names[0]),
-        seeds=tuple(range(given["seeds"] or 3)),
+        seeds=tuple(range(3 if given["seeds"] is None else _at_least_one_seed(given["seeds"]))),
         steps=steps,
         settings=settings,
         fit_memory_bytes=None if given["fit_memory"] is None else parse_size(given["fit_memory"]),
         **{name: value for name, value in chosen.items() if value is not None},
     )
+
+
+def _changed(plan: "Plan", given: dict[str, Any]) -> "Plan":
+    from dataclasses import replace
+
+    changes = {name: given[name] for name in _MAY_CHANGE if given[name] is not None}
+    if "seeds" in changes:
+        changes["seeds"] = tuple(range(_at_least_one_seed(changes["seeds"])))
+    return replace(plan, **changes)
+
+
+def _at_least_one_seed(seeds: int) -> int:
+    if seeds < 1:
+        raise CompareError(f"--seeds is {seeds}; it must be at least 1")
+    return seeds
 
 
 def _folder(path: Path) -> "ComparisonFolder":
@@ -175,11 +192,12 @@ def _run(plan: "Plan", out: Path | None, *, resume: bool) -> None:
     try:
         with open_view(console) as view:
             report = compare(plan, path, resume=resume, watcher=view)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         typer.echo(
             f"stopped; what was measured is kept, go on with: duotone compare --resume --out {shlex.quote(str(path))}"
         )
-        raise typer.Exit(130) from None
+        # SIGTERM comes as this too, by its name
+        raise typer.Exit(143 if "SIGTERM" in interrupt.args else 130) from None
     show_report(report, path, console)
     _exit(report)
 
@@ -204,5 +222,5 @@ def _diff(first: Path, second: Path) -> None:
 
 
 def _exit(report: "Report") -> None:
-    if any(arm.failure is not None for arm in report.arms):
+    if any(arm.failure is not None or (arm.fit is not None and arm.fit.failure is not None) for arm in report.arms):
         raise typer.Exit(1)

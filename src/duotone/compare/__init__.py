@@ -1,8 +1,8 @@
 """The same task trained in several ways, side by side: speed, memory and quality, with verdicts and their rules."""
 
 from duotone.compare.arms.catalogue import CATALOGUE, DEFAULT_ARMS, Arm, find_arms, own_arm
-from duotone.compare.byte_size import parse_size
 from duotone.compare.comparison import compare
+from duotone.compare.fit.byte_size import parse_size
 from duotone.compare.folder import ComparisonFolder, next_free_folder
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Fit, Phases, Run, Trial

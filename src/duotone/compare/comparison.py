@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +20,22 @@ from duotone.compare.arms.catalogue import Arm
 from duotone.compare.entry import Entry, entry_of
 from duotone.compare.environment import describe
 from duotone.compare.failures import PASSING, WorkerFailed
-from duotone.compare.fitting import fit_arm
+from duotone.compare.fit.fit_arm import fit_arm
 from duotone.compare.folder import ComparisonFolder
+from duotone.compare.measuring.surroundings import Surroundings
 from duotone.compare.pacing import pace_of, too_slow
 from duotone.compare.plan import Pace, Plan
-from duotone.compare.processes import Processes
+from duotone.compare.processes.process import Processes
+from duotone.compare.processes.turns import rotated, train_in_turns
 from duotone.compare.records import Fit, Run, Trial
 from duotone.compare.report.publish import publish
-from duotone.compare.report.report import Report, Subject
-from duotone.compare.surroundings import Surroundings
-from duotone.compare.turns import rotated, train_in_turns
+from duotone.compare.report.report import Report
+from duotone.compare.subject import Subject
 from duotone.compare.watcher import Nobody, Watcher
 from duotone.errors import CompareError
+
+# what decides nothing that is measured
+_FREE = frozenset({"max_slowdown", "margin", "confidence"})
 
 
 def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Report:
@@ -46,7 +50,8 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
     that had not ended start again from the first step.
 
     Args:
-        plan: what is compared. On resume it must be the folder's own, which `ComparisonFolder(path).plan()` returns.
+        plan: what is compared. On resume it must be the folder's own, which `ComparisonFolder(path).plan()` returns,
+            but for more seeds, another `max_slowdown`, and what qualities are judged by, `margin` and `confidence`.
         path: the comparison's folder.
         resume: go on with the comparison that is there.
         watcher: is told of everything as it happens; None for nobody.
@@ -70,7 +75,8 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
     with _sigterm_as_interrupt():
         comparison = _Comparison(plan, folder, watcher or Nobody())
         if resume:
-            _check_same(plan, folder)
+            _check_goes_on(plan, folder)
+            folder.write_plan(plan)
         else:
             folder.check_free()
         comparison.run(resume)
@@ -128,12 +134,12 @@ class _Comparison:
         for arm in order:
             if arm.name not in trials:
                 self._watcher.trial_begins(arm.name)
-                trial = self._try_arm(arm)
-                baseline = trials.get(plan.baseline)
-                if trial.failure is None:
-                    trial = replace(trial, failure=too_slow(trial, baseline, plan.max_slowdown))
-                self._folder.write(trial)
-                trials[arm.name] = trial
+                trials[arm.name] = self._try_arm(arm)
+            trial = trials[arm.name]
+            if trial.failure is None or trial.failure.kind == "too slow":
+                trial = replace(trial, failure=too_slow(trial, trials.get(plan.baseline), plan.max_slowdown))
+            self._folder.write(trial)
+            trials[arm.name] = trial
             self._watcher.trial_ends(trials[arm.name])
         return {arm.name: trials[arm.name] for arm in plan.arms if trials[arm.name].failure is None}
 
@@ -171,18 +177,20 @@ def _may_pass(record: Trial | Run | Fit) -> bool:
     return record.failure is not None and record.failure.kind in PASSING
 
 
-def _check_same(plan: Plan, folder: ComparisonFolder) -> None:
-    """Raise unless a plan is the one that is in the folder."""
+def _check_goes_on(plan: Plan, folder: ComparisonFolder) -> None:
+    """Raise unless what was measured under the plan that is in the folder is a part of this one."""
     here, there = _plain(plan), _plain(folder.plan())
-    for name, value in there.items():
-        if here[name] != value:
+    if set(there["seeds"]) <= set(here["seeds"]):
+        there["seeds"] = here["seeds"]
+    for name in there.keys() - _FREE:
+        if here[name] != there[name]:
             raise CompareError(
-                f"{folder.path} is a comparison with {name} {_shown(value)}, not {_shown(here[name])}; resume it "
+                f"{folder.path} is a comparison with {name} {_shown(there[name])}, not {_shown(here[name])}; resume it "
                 "without changing that, or start a new one in another --out"
             )
 
 
-def _plain(plan: Plan) -> Mapping[str, Any]:
+def _plain(plan: Plan) -> dict[str, Any]:
     # as it comes back from a file: tuples are lists there
     return json.loads(json.dumps(plan.to_json()))
 

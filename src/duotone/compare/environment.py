@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import duotone
-from duotone.compare.surroundings import Surroundings
+from duotone.compare.measuring.surroundings import Surroundings
 
 _CPU, _MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 # what a CPU needs to multiply 16-bit numbers faster than FP32, as Linux names it

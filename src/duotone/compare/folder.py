@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Fit, Run, Trial, fit_from_json, run_from_json, to_json, trial_from_json
-from duotone.compare.report.report import Subject
+from duotone.compare.subject import Subject
 from duotone.errors import CompareError, TaskError
 from duotone.train import durable_text
 
@@ -60,6 +60,10 @@ class ComparisonFolder:
             CompareError: something is there already, or it cannot be written to.
         """
         self.check_free()
+        self._write(_PLAN, plan.to_json())
+
+    def write_plan(self, plan: Plan) -> None:
+        """Keep what is asked for from now on."""
         self._write(_PLAN, plan.to_json())
 
     def plan(self) -> Plan:

@@ -9,10 +9,10 @@ import math
 from collections.abc import Collection
 from statistics import median
 
+from duotone.compare.measuring.surroundings import Surroundings
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Trial
-from duotone.compare.report.report import Subject
-from duotone.compare.surroundings import Surroundings
+from duotone.compare.subject import Subject
 
 _LEAST_STEPS = 20
 _TURN_SECONDS, _LEAST_TURN_STEPS, _TURNS = 1.5, 3, 10

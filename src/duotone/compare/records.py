@@ -128,6 +128,7 @@ class Fit:
         units_per_second: measured there.
         tried: every micro-batch that was measured, with its peak in bytes, None if memory ran out.
         failure: why there is no result, or None.
+        remark: what must be known of the search, or nothing.
     """
 
     arm: str
@@ -137,6 +138,7 @@ class Fit:
     units_per_second: float = 0.0
     tried: tuple[tuple[int, int | None], ...] = ()
     failure: Failure | None = None
+    remark: str = ""
 
 
 def to_json(record: Trial | Run | Fit) -> dict[str, Any]:

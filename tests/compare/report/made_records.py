@@ -14,7 +14,7 @@ from duotone.compare.arms.catalogue import Arm
 from duotone.compare.folder import ComparisonFolder
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Fit, Phases, Run, Trial
-from duotone.compare.report.report import Subject
+from duotone.compare.subject import Subject
 
 STEPS, TURN_STEPS, PARAMETERS = 240, 10, 1_000_000
 

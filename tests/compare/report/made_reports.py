@@ -9,7 +9,8 @@ from types import MappingProxyType
 from duotone.compare.arms.catalogue import Arm
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Fit, Phases
-from duotone.compare.report.report import ArmResult, Curve, Report, Spread, Subject
+from duotone.compare.report.report import ArmResult, Curve, Report, Spread
+from duotone.compare.subject import Subject
 
 STEPS = 1400
 HOSTILE = '<b>&"x</b><script>alert(1)</script>'

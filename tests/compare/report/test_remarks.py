@@ -99,6 +99,16 @@ def test_an_evaluation_that_is_not_deterministic(tmp_path: Path) -> None:
     )
 
 
+def test_a_model_too_small_for_its_memory_to_mean_much(tmp_path: Path) -> None:
+    folder = whole(made_folder(tmp_path / "made", TWO))
+    trial = folder.trials()["fp32"]
+    folder.write(replace(trial, peak_memory_bytes=49_000_000))
+    (remark,) = remarks(folder)
+    assert remark.startswith("fp32 takes 49.0 MB at its peak")
+    folder.write(replace(trial, peak_memory_bytes=51_000_000))
+    assert remarks(folder) == ()
+
+
 def test_versions_that_changed_between_trials(tmp_path: Path) -> None:
     folder = whole(made_folder(tmp_path / "made", TWO))
     for shape, version in zip(TWO.shapes, ("1.0", "1.1"), strict=True):

@@ -12,7 +12,7 @@ from duotone.compare.records import Failure, Fit, Phases, Run, Trial
 from duotone.compare.report import words
 from duotone.compare.report.commands import commands
 from duotone.compare.report.remarks import Evidence, is_complete, remarks
-from duotone.compare.report.report import ArmResult, Curve, Report, Spread, Subject, Verdict
+from duotone.compare.report.report import ArmResult, Curve, Report, Spread, Verdict
 from duotone.compare.report.statistics import (
     judge_quality,
     mean_and_range,
@@ -22,6 +22,7 @@ from duotone.compare.report.statistics import (
     turn_ratios,
 )
 from duotone.compare.report.verdicts import rules, verdicts
+from duotone.compare.subject import Subject
 from duotone.errors import CompareError
 
 
@@ -123,7 +124,7 @@ def _result(records: _Records, baseline: _Records, plan: Plan, subject: Subject)
         loss_scale=scales[0] if scales else None,
         curves=tuple(_curve(run) for run in records.runs.values()),
         fit=records.fit,
-        notes=tuple(dict.fromkeys([*trial.notes, *(note for run in records.runs.values() for note in run.notes)])),
+        notes=_notes(records, trial),
     )
 
 
@@ -173,3 +174,9 @@ def _curve(run: Run) -> Curve:
     turns = timed(run.turns)
     step_seconds = statistics.median(turn.step for turn in turns) if turns else 0.0
     return Curve(run.seed, run.losses, run.loss_scales, run.skipped, step_seconds)
+
+
+def _notes(records: _Records, trial: Trial) -> tuple[str, ...]:
+    of_runs = (note for run in records.runs.values() for note in run.notes)
+    of_fit = [records.fit.remark] if records.fit is not None and records.fit.remark else []
+    return tuple(dict.fromkeys([*trial.notes, *of_runs, *of_fit]))

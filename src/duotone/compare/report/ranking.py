@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from duotone.compare.plan import Plan
 from duotone.compare.report import words
-from duotone.compare.report.report import ArmResult, Spread, Subject
+from duotone.compare.report.report import ArmResult, Spread
+from duotone.compare.subject import Subject
 
 _SAME = Spread(1.0, 1.0, 1.0)
 

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Fit, Run, Trial
 from duotone.compare.report import words
-from duotone.compare.report.report import Subject
 from duotone.compare.report.statistics import range_confidence, turn_ratios
+from duotone.compare.subject import Subject
+
+# below this, workspaces and pages outweigh weights and activations
+_SMALL_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def remarks(evidence: Evidence) -> tuple[str, ...]:
     """Return what must be known, a sentence each."""
     return tuple(
         remark
-        for part in (_left, _few, _short, _alone, _not_deterministic, _other_versions)
+        for part in (_left, _few, _short, _alone, _small, _not_deterministic, _other_versions)
         for remark in part(evidence)
     )
 
@@ -111,6 +114,16 @@ def _alone(evidence: Evidence) -> Iterator[str]:
         yield (
             "arms ran one after the other, for they do not fit into memory together: what changed on the machine "
             "meanwhile is part of their speeds"
+        )
+
+
+def _small(evidence: Evidence) -> Iterator[str]:
+    trial = evidence.trials.get(evidence.plan.baseline)
+    peak = None if trial is None else trial.peak_memory_bytes
+    if peak is not None and peak < _SMALL_BYTES:
+        yield (
+            f"{evidence.plan.baseline} takes {words.size(peak)} at its peak: of so small a model it is mostly what "
+            "single operations need for themselves, so ratios of memory tell nothing of larger ones"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from duotone.compare.arms.catalogue import Group
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Fit, Phases
+from duotone.compare.subject import Subject
 
 Verdict = Literal["no worse", "worse", "undecided", "not tested"]
 
@@ -106,35 +107,6 @@ class ArmResult:
     curves: tuple[Curve, ...]
     fit: Fit | None
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What was trained.
-
-    Attributes:
-        name: of the task.
-        quality: the figure that stands for quality.
-        lower_is_better: which way it improves.
-        unit: what throughput counts.
-        parameters: trainable elements.
-        baselines: quality of reference methods.
-        facts: about the data.
-        task_steps: the task's own number of steps.
-        task_warmup_steps: the task's own warm-up.
-        micro_batch: samples in one.
-    """
-
-    name: str
-    quality: str
-    lower_is_better: bool
-    unit: str
-    parameters: int
-    baselines: Mapping[str, float]
-    facts: Mapping[str, str]
-    task_steps: int
-    task_warmup_steps: int
-    micro_batch: int
 
 
 @dataclass(frozen=True)

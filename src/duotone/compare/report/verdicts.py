@@ -6,7 +6,8 @@ from duotone.compare.plan import Plan
 from duotone.compare.report import words
 from duotone.compare.report.ablations import lesson
 from duotone.compare.report.ranking import ranking
-from duotone.compare.report.report import ArmResult, Subject
+from duotone.compare.report.report import ArmResult
+from duotone.compare.subject import Subject
 
 _ORDER = ("duotone", "torch", "peers", "ablations")
 _FAILED = {

@@ -6,11 +6,11 @@ import pytest
 
 from duotone.compare.arms.catalogue import CATALOGUE
 from duotone.compare.entry import Entry
-from duotone.compare.fitting import fit_arm
+from duotone.compare.fit.fit_arm import fit_arm
 from duotone.compare.folder import ComparisonFolder
 from duotone.compare.records import Fit
 
-from .scripted import Script, Witness, scripted
+from ..scripted import Script, Witness, scripted
 
 ENTRY = Entry(CATALOGUE["bf16"], "tiny.py", 0, {})
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from duotone.compare import trial
 from duotone.compare.arms.catalogue import CATALOGUE
-from duotone.compare.course import Course
 from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.footprint import Footprint
+from duotone.compare.measuring import trial
+from duotone.compare.measuring.course import Course
+from duotone.compare.measuring.footprint import Footprint
+from duotone.compare.measuring.turn import Step, Turn
 from duotone.compare.records import Failure, Phases
-from duotone.compare.turn import Step, Turn
 from duotone.train import Task
 
-TINY = str(Path(__file__).with_name("tiny_task.py"))
+TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 
 
 class PacedCourse:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duotone.compare.fit_memory import FIRST_GROWTH, GROWTH, NOISE, TOLERANCE, LargestFit, largest_fitting
+from duotone.compare.fit.search import FIRST_GROWTH, GROWTH, NOISE, TOLERANCE, LargestFit, largest_fitting
 from duotone.errors import CompareError
 
 MOST = 2**20

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from duotone.compare.measuring.turn import Turn
 from duotone.compare.records import Failure, Run
-from duotone.compare.turn import Turn
 
 _POINTS = 400
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from duotone.compare import footprint
-from duotone.compare.footprint import begin_footprint
+from duotone.compare.measuring import footprint
+from duotone.compare.measuring.footprint import begin_footprint
 
 CPU = torch.device("cpu")
 

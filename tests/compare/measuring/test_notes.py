@@ -2,7 +2,7 @@
 
 import pytest
 
-from duotone.compare.notes import Notes
+from duotone.compare.measuring.notes import Notes
 
 
 def test_notes_are_short_and_for_those_who_train(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,11 @@ from contextlib import suppress
 
 from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.ledger import not_finite, run_of
+from duotone.compare.measuring.turn import Turn
 from duotone.compare.plan import Pace
-from duotone.compare.processes import Process
+from duotone.compare.processes.ledger import not_finite, run_of
+from duotone.compare.processes.process import Process
 from duotone.compare.records import Failure, Run
-from duotone.compare.turn import Turn
 
 
 class Racer:

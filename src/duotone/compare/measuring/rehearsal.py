@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.compare.arms.catalogue import Arm
-from duotone.compare.course import Course
+from duotone.compare.measuring.course import Course
 from duotone.train import RunSettings, Task
 
 

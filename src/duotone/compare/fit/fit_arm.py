@@ -2,12 +2,12 @@
 
 from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.fit_memory import largest_fitting
+from duotone.compare.fit.search import largest_fitting
 from duotone.compare.folder import ComparisonFolder
-from duotone.compare.processes import Processes
+from duotone.compare.processes.process import Processes
+from duotone.compare.processes.worker import Measured
 from duotone.compare.records import Failure, Fit
 from duotone.compare.watcher import Watcher
-from duotone.compare.worker import Measured
 
 
 def fit_arm(entry: Entry, start: int, limit_bytes: int, folder: ComparisonFolder, watcher: Watcher) -> Fit:
@@ -41,4 +41,4 @@ def fit_arm(entry: Entry, start: int, limit_bytes: int, folder: ComparisonFolder
     except WorkerFailed as error:
         return Fit(arm, limit_bytes, tried=tuple(tried), failure=error.failure)
     speed = measured[found.samples].units_per_second if found.samples else 0.0
-    return Fit(arm, limit_bytes, found.samples, found.peak_bytes, speed, found.tried)
+    return Fit(arm, limit_bytes, found.samples, found.peak_bytes, speed, found.tried, remark=found.remark or "")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from duotone.compare.byte_size import UNITS, parse_size
+from duotone.compare.fit.byte_size import UNITS, parse_size
 from duotone.errors import CompareError
 
 

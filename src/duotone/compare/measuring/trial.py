@@ -12,11 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 import duotone.torch as dt
 from duotone.compare.arms.build import versions
 from duotone.compare.arms.catalogue import Arm
-from duotone.compare.course import Course
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.footprint import Footprint
+from duotone.compare.measuring.course import Course
+from duotone.compare.measuring.footprint import Footprint
+from duotone.compare.measuring.turn import Step, median_phases
 from duotone.compare.records import Trial
-from duotone.compare.turn import Step, median_phases
 
 WARMUP_STEPS = 2
 # steps are timed until there are so many and they took so long, ...

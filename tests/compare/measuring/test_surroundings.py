@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from duotone.compare import environment, surroundings
+from duotone.compare import environment
 from duotone.compare.environment import describe
-from duotone.compare.surroundings import Surroundings, look_around
+from duotone.compare.measuring import surroundings
+from duotone.compare.measuring.surroundings import Surroundings, look_around
 
 CPU = torch.device("cpu")
 

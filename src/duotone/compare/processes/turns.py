@@ -10,8 +10,8 @@ from typing import TypeVar
 from duotone.compare.entry import Entry
 from duotone.compare.folder import ComparisonFolder
 from duotone.compare.plan import Pace
-from duotone.compare.processes import Processes
-from duotone.compare.racer import Racer
+from duotone.compare.processes.process import Processes
+from duotone.compare.processes.racer import Racer
 from duotone.compare.watcher import Watcher
 
 Value = TypeVar("Value")

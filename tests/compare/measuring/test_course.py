@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from duotone.compare.arms.catalogue import CATALOGUE
-from duotone.compare.course import Course
 from duotone.compare.entry import Entry
+from duotone.compare.measuring.course import Course
 from duotone.errors import LossScaleCollapse, TaskError
 from duotone.train import Trainer
 
-TINY = str(Path(__file__).with_name("tiny_task.py"))
+TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 CPU = torch.device("cpu")
 
 
@@ -105,7 +105,7 @@ def test_what_fails_when_the_device_is_read_is_the_turns_failure_too(monkeypatch
         raise torch.AcceleratorError("an address that is none")
 
     course = course_of("fp32")
-    monkeypatch.setattr("duotone.compare.course._numbers", failing)
+    monkeypatch.setattr("duotone.compare.measuring.course._numbers", failing)
     turn = course.take(2)
     assert turn.steps == ()
     assert turn.failure is not None

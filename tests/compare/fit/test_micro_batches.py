@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from duotone.compare.micro_batches import resized
+from duotone.compare.fit.micro_batches import resized
 from duotone.errors import CompareError
 from duotone.train import Task
 

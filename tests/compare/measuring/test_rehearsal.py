@@ -5,11 +5,11 @@ import warnings
 import pytest
 import torch
 
-from duotone.compare import rehearsal
 from duotone.compare.arms.catalogue import CATALOGUE, Arm
 from duotone.compare.arms.stepper import Taken
-from duotone.compare.course import Course
-from duotone.compare.rehearsal import rehearse
+from duotone.compare.measuring import rehearsal
+from duotone.compare.measuring.course import Course
+from duotone.compare.measuring.rehearsal import rehearse
 from duotone.train import RunSettings
 
 CPU = torch.device("cpu")

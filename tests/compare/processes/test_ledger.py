@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from duotone.compare.ledger import changes, not_finite, run_of, thinned
+from duotone.compare.measuring.turn import Step, Turn
+from duotone.compare.processes.ledger import changes, not_finite, run_of, thinned
 from duotone.compare.records import Failure, Phases
-from duotone.compare.turn import Step, Turn
 
 PHASES = Phases(4.0, 1.0, 2.0, 1.0)
 

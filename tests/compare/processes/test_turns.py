@@ -8,13 +8,13 @@ from duotone.compare.arms.catalogue import CATALOGUE
 from duotone.compare.entry import Entry
 from duotone.compare.folder import ComparisonFolder
 from duotone.compare.plan import Pace
-from duotone.compare.turns import train_in_turns
+from duotone.compare.processes.turns import train_in_turns
 from duotone.errors import TaskError
 
-from .scripted import Script, Witness, scripted
+from ..scripted import Script, Witness, scripted
 
 ARMS = ("fp32", "bf16", "fp16")
-TINY, FAULTY = (str(Path(__file__).with_name(name)) for name in ("tiny_task.py", "faulty_task.py"))
+TINY, FAULTY = (str(Path(__file__).parents[1] / name) for name in ("tiny_task.py", "faulty_task.py"))
 
 
 def entries_of(*arms: str, seed: int = 0, task: str = TINY) -> list[Entry]:

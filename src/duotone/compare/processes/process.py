@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from duotone.compare.failures import WorkerFailed, failure_of_death
-from duotone.compare.worker import work
+from duotone.compare.processes.worker import work
 from duotone.errors import TaskError
 
 # how often a process that is silent is looked after; an answer is taken at once

@@ -18,18 +18,18 @@ from typing import Any
 
 from torch.nn.parameter import is_lazy
 
-from duotone.compare.batches import endless_batches
-from duotone.compare.course import Course, told
 from duotone.compare.entry import Entry
-from duotone.compare.footprint import Footprint, begin_footprint
-from duotone.compare.micro_batches import resized
-from duotone.compare.notes import Notes
+from duotone.compare.fit.micro_batches import resized
+from duotone.compare.measuring.batches import endless_batches
+from duotone.compare.measuring.course import Course, told
+from duotone.compare.measuring.footprint import Footprint, begin_footprint
+from duotone.compare.measuring.notes import Notes
+from duotone.compare.measuring.rehearsal import rehearse
+from duotone.compare.measuring.surroundings import Surroundings, look_around
+from duotone.compare.measuring.trial import timed_steps, try_arm
+from duotone.compare.measuring.turn import Turn, median_phases
 from duotone.compare.records import Trial
-from duotone.compare.rehearsal import rehearse
-from duotone.compare.report.report import Subject
-from duotone.compare.surroundings import Surroundings, look_around
-from duotone.compare.trial import timed_steps, try_arm
-from duotone.compare.turn import Turn, median_phases
+from duotone.compare.subject import Subject
 from duotone.errors import TaskError
 from duotone.train import Task, find_device
 from duotone.train.task import samples_in

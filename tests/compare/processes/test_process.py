@@ -9,11 +9,11 @@ import pytest
 from duotone.compare.arms.catalogue import CATALOGUE, Arm
 from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.processes import Processes
+from duotone.compare.processes.process import Processes
 from duotone.compare.records import Trial
 from duotone.errors import TaskError
 
-TINY = str(Path(__file__).with_name("tiny_task.py"))
+TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 
 
 def entry_of(task: str = TINY, arm: Arm = CATALOGUE["fp32"]) -> Entry:

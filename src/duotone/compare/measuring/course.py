@@ -18,11 +18,11 @@ from torch import Tensor
 from duotone.compare.arms.build import build
 from duotone.compare.arms.catalogue import Arm
 from duotone.compare.arms.stepper import Assignment, Stepper
-from duotone.compare.batches import endless_batches, on_device
-from duotone.compare.clock import StepClock
 from duotone.compare.failures import failure_of
+from duotone.compare.measuring.batches import endless_batches, on_device
+from duotone.compare.measuring.clock import StepClock
+from duotone.compare.measuring.turn import Step, Turn
 from duotone.compare.records import Failure
-from duotone.compare.turn import Step, Turn
 from duotone.errors import TaskError
 from duotone.train import RunSettings, Task
 

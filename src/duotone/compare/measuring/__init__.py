@@ -1,0 +1,1 @@
+"""What runs where a model is: training a few steps at a time, its times, and its memory."""

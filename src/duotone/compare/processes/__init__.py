@@ -1,0 +1,1 @@
+"""Arms in processes of their own, and the turns that they take."""
