@@ -40,7 +40,7 @@ bench: $(VENV)/.installed-test  ## measure the step and casting, about six minut
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/casting.py
 
-evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evidence, under 40 minutes on two cores
+evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evidence, about 40 minutes on two cores
 	$(BIN)/python benchmarks/evidence.py --out $(EVIDENCE)
 
 clean:  ## remove the virtual environment and caches

@@ -4,7 +4,7 @@
     python benchmarks/evidence.py --tables    # fills README's tables from the results that are there
     python benchmarks/evidence.py --resume --out FOLDER
 
-Three seeds each, under 40 minutes on two cores. The folders hold every record and a page; what is kept in the results
+Three seeds each, about 40 minutes on two cores. The folders hold every record and a page; what is kept in the results
 file is each report without its curves.
 """
 
@@ -29,8 +29,8 @@ MECHANISMS = (
 )
 PLANS = {
     "stdlib-text": Plan("stdlib-text", find_arms("torch,bf16,bf16-state16,fp16,peers,ablations"), "fp32", steps=100),
-    "digits-sgd": Plan("digits:sgd", find_arms(MECHANISMS), "fp32"),
-    "digits-small-gradients": Plan("digits:small-gradients", find_arms(MECHANISMS), "fp32"),
+    "digits-sgd": Plan("digits:sgd", find_arms(MECHANISMS), "fp32", steps=12_000),
+    "digits-small-gradients": Plan("digits:small-gradients", find_arms(MECHANISMS), "fp32", steps=12_000),
 }
 
 
@@ -76,7 +76,7 @@ def _cells(arm: dict[str, Any]) -> list[str]:
         "" if faster is None else words.spread(Spread(**faster), words.ratio),
         "" if memory is None else f"{memory / 1e6:.0f}",
         f"{arm['bytes_per_parameter']:.3g}" if arm["bytes_per_parameter"] else "",
-        "" if quality is None else words.spread(Spread(**quality), words.quality),
+        "" if quality is None or quality["value"] is None else words.spread(Spread(**quality), words.quality),
         "" if judged == "not tested" else judged,
         "" if arm["skipped"] is None else words.count(arm["skipped"]),
     ]
@@ -89,6 +89,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder of the comparisons (default: one that is thrown away)")
     parser.add_argument("--resume", action="store_true", help="go on with the comparisons in --out")
     arguments = parser.parse_args()
+    if arguments.resume and arguments.out is None:
+        parser.error("--resume needs --out, the folder of the comparisons to go on with")
     if not arguments.tables:
         with tempfile.TemporaryDirectory() as scratch:
             results = measure(arguments.out or Path(scratch), arguments.resume)

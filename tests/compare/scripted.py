@@ -120,6 +120,6 @@ class Witness:
 def scripted(patch: pytest.MonkeyPatch) -> Script:
     """Have comparisons ask scripted processes, and return the script."""
     script = Script()
-    for module in ("comparison", "turns", "fitting"):
+    for module in ("comparison", "processes.turns", "fit.fit_arm"):
         patch.setattr(f"duotone.compare.{module}.Processes", lambda: ScriptedProcesses(script))
     return script

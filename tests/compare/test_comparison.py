@@ -124,7 +124,7 @@ def test_what_may_pass_is_tried_again_and_the_pace_is_kept(script: Script, path:
     script.step_seconds["bf16"] = 0.5
     witness = Witness()
     report = compare(ComparisonFolder(path).plan(), path, resume=True, watcher=witness)
-    assert script.asked_for("inspect") == []
+    assert script.asked_for("inspect") == ["fp32"]
     assert script.asked_for("try_arm") == ["bf16"]
     assert [trial.arm for (trial,) in witness.of("trial_ends")] == ["fp32", "bf16", "fp16"]
     assert script.asked_for("start") == ["bf16 0", "fp16 0", "bf16 1"]

@@ -19,7 +19,10 @@ _MAY_CHANGE = ("seeds", "margin", "confidence", "max_slowdown")
 
 
 def _fraction(text: str) -> float:
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError as error:
+        raise CompareError(f'"{text}" is no fraction; write one such as 0.01, or 1%') from error
 
 
 def compare_command(
@@ -54,7 +57,7 @@ def compare_command(
     margin: Annotated[
         Any,
         typer.Option(
-            help="How much worse a quality may be, of the baseline's. (default: 1%)",
+            help="How much worse a quality may be, as a part of the baseline's. (default: 1%)",
             parser=_fraction,
             metavar="FRACTION|N%",
         ),
@@ -122,7 +125,7 @@ def _check_alone(
     if others:
         words = ", ".join(name if name == "task" else f"--{name.replace('_', '-')}" for name in others)
         what = "goes on with what was asked for then" if flag == "--resume" else "measures nothing"
-        raise CompareError(f"{flag} {what}; leave away {words}")
+        raise CompareError(f"{flag} {what}; leave out {words}")
 
 
 def _plan(given: dict[str, Any]) -> "Plan":
@@ -133,15 +136,15 @@ def _plan(given: dict[str, Any]) -> "Plan":
     arms = (*find_arms(given["arms"] or DEFAULT_ARMS), *own)
     names = [each.name for each in arms]
     settings = read_config(given["config"]) if given["config"] is not None else {}
-    for name in ("policy", "seed", "parallel"):
-        if name in settings:
-            raise CompareError(f"{given['config']} sets {name}, which the arms of a comparison decide; leave it away")
     if given["device"] is not None:
         settings["device"] = given["device"]
-    task = given["task"] or settings.pop("task", None) or RunSettings.task
-    steps = given["steps"] if given["steps"] is not None else settings.pop("steps", None)
     # what can be told without the task is told before anything starts
     resolve_settings(settings)
+    for name in ("policy", "seed", "parallel"):
+        if name in settings:
+            raise CompareError(f"{given['config']} sets {name}, which the arms of a comparison decide; leave it out")
+    task = given["task"] or settings.pop("task", None) or RunSettings.task
+    steps = given["steps"] if given["steps"] is not None else settings.pop("steps", None)
     if steps is not None and given["minutes"] is not None:
         raise CompareError("--steps and --minutes were both given; choose one")
     chosen = {name: given[name] for name in ("minutes", "margin", "confidence", "max_slowdown", "profile")}

@@ -19,7 +19,10 @@ def show_report(report: Report, path: Path, console: Console) -> None:
         console.print(_fits(report))
     _list("Verdicts", report.verdicts, console)
     _list("To know", report.remarks, console)
-    console.print(f"\npage, with charts and the rules of the verdicts: {path / 'report.html'}", soft_wrap=True)
+    _list("Warned of", _notes(report), console)
+    console.print(
+        f"\npage, with charts and the rules of the verdicts: {path / 'report.html'}", soft_wrap=True, markup=False
+    )
 
 
 def show_difference(difference: Difference, names: tuple[str, str], console: Console) -> None:
@@ -67,14 +70,14 @@ def _costs(row: ArmDifference) -> list[str]:
 
 
 def _arms(report: Report) -> Table:
-    subject, baseline = report.subject, report.plan.baseline
-    caption = f"{subject.quality}: {'lower' if subject.lower_is_better else 'higher'} is better"
+    subject = report.subject
+    caption = Text(f"{subject.quality}: {'lower' if subject.lower_is_better else 'higher'} is better")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
     table.add_column("arm", no_wrap=True)
     quality = subject.quality.replace("_", "\n")
-    for name in ("a step,\nms", "times\nfaster", "peak\nmemory", f"of\n{baseline}", "bytes a\nparam.", quality):
+    for name in ("a step,\nms", "times\nfaster", "peak\nmemory", "of\nbase", "bytes a\nparam.", quality):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("quality is", min_width=9)
+    table.add_column("verdict", min_width=9)
     for arm in report.arms:
         table.add_row(*_figures(arm), style="bold" if arm.group == "duotone" else None)
     return table
@@ -110,6 +113,14 @@ def _fits(report: Report) -> Table:
             peak = "" if fit.peak_memory_bytes is None else words.size(fit.peak_memory_bytes)
             table.add_row(Text(fit.arm), f"{fit.micro_batch:,}", peak, f"{fit.units_per_second:,.0f}")
     return table
+
+
+def _notes(report: Report) -> list[str]:
+    notes: dict[str, list[str]] = {}
+    for arm in report.arms:
+        for note in arm.notes:
+            notes.setdefault(note, []).append(arm.name)
+    return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
 
 
 def _text(figure: Spread | None, digits: Callable[[float], str]) -> str:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 
 from duotone.compare import Fit, Pace, Plan, Run, Trial, Watcher
 from duotone.compare.report import words
@@ -17,7 +18,7 @@ def open_view(console: Console) -> Iterator[Watcher]:
         yield _LineView(console)
         return
     columns = (
-        TextColumn("{task.fields[arm]}"),
+        TextColumn("{task.fields[arm]}", markup=False),
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),
@@ -36,7 +37,7 @@ class _LineView:
     def begins(self, plan: Plan) -> None:
         self._plan = plan
         arms = ", ".join(arm.name for arm in plan.arms)
-        self._print(f"[bold]{plan.task}[/bold]: {arms}; each is tried, then trained {_times(len(plan.seeds))}")
+        self._print(f"{plan.task}: {arms}; each is tried, then trained {_times(len(plan.seeds))}")
 
     def trial_begins(self, arm: str) -> None:
         """Nothing to show yet: a trial takes seconds."""
@@ -52,8 +53,9 @@ class _LineView:
         self._print(f"tried {trial.arm}: {', '.join(parts)}")
 
     def paced(self, pace: Pace, runs_left: int) -> None:
-        how = f"arms taking turns of {pace.turn_steps}" if pace.together else "one arm after the other"
-        self._print(f"{runs_left} runs of {pace.steps} steps, {how}")
+        turns = f"arms taking turns of {words.counted(pace.turn_steps, 'step')}"
+        how = turns if pace.together else "one arm after the other"
+        self._print(f"{words.counted(runs_left, 'run')} of {words.counted(pace.steps, 'step')}, {how}")
 
     def run_begins(self, arm: str, seed: int) -> None:
         """Nothing to show yet: a start takes seconds."""
@@ -79,7 +81,8 @@ class _LineView:
             self._print(f"{fit.arm}: a micro-batch of {fit.micro_batch} fits into {words.size(fit.limit_bytes)}")
 
     def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        # not as markup: a reason may hold brackets
+        self._console.print(Text(line), soft_wrap=True)
 
 
 class _BarView(_LineView):

@@ -5,11 +5,12 @@ measured is written at once, so an interruption loses what is unfinished and no 
 """
 
 import json
+import math
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,8 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
         watcher: is told of everything as it happens; None for nobody.
 
     Raises:
-        CompareError: the folder is taken, or holds no comparison or another one, or cannot be written to.
+        CompareError: the folder is taken, or holds no comparison or another one, or one of another machine or task, or
+            cannot be written to.
         TaskError: the task or its settings cannot be used, whichever arm trains it. A new comparison leaves no folder
             then, unless it comes out in training.
         KeyboardInterrupt: at Ctrl-C, and at SIGTERM with its name as argument; what has ended is kept, `resume` goes
@@ -95,16 +97,17 @@ class _Comparison:
     def run(self, resume: bool) -> None:
         plan, folder = self._plan, self._folder
         self._watcher.begins(plan)
-        subject, pace = folder.subject(), folder.pace()
-        surroundings = None
-        if not resume or subject is None or pace is None:
-            subject, surroundings = self._inspect()
-            if not resume:
-                folder.start(plan)
-            folder.write_subject(subject)
-            folder.write_environment(describe(surroundings))
+        pace = folder.pace()
+        subject, surroundings = self._inspect()
+        environment = describe(surroundings, plan.task)
+        if resume:
+            _check_same_circumstances(folder, subject, environment)
+        else:
+            folder.start(plan)
+        folder.write_subject(subject)
+        folder.write_environment(folder.environment() or environment)
         trials = self._try_arms()
-        if pace is None and surroundings is not None and trials:
+        if pace is None and trials:
             seconds_gone = time.monotonic() - self._started
             pace = pace_of(plan, subject, trials.values(), surroundings, seconds_gone)
             folder.write_pace(pace)
@@ -134,7 +137,7 @@ class _Comparison:
         for arm in order:
             if arm.name not in trials:
                 self._watcher.trial_begins(arm.name)
-                trials[arm.name] = self._try_arm(arm)
+                trials[arm.name] = self._try_arm(arm, trials.get(plan.baseline))
             trial = trials[arm.name]
             if trial.failure is None or trial.failure.kind == "too slow":
                 trial = replace(trial, failure=too_slow(trial, trials.get(plan.baseline), plan.max_slowdown))
@@ -143,12 +146,16 @@ class _Comparison:
             self._watcher.trial_ends(trials[arm.name])
         return {arm.name: trials[arm.name] for arm in plan.arms if trials[arm.name].failure is None}
 
-    def _try_arm(self, arm: Arm) -> Trial:
+    def _try_arm(self, arm: Arm, baseline: Trial | None) -> Trial:
         entry = entry_of(self._plan, arm, self._plan.seeds[0])
         profile_path = self._folder.profile_path(arm.name) if self._plan.profile else None
+        of_baseline = None if baseline is None else baseline.phases
+        limit_seconds = math.inf if of_baseline is None else self._plan.max_slowdown * of_baseline.step
         try:
             with Processes() as processes:
-                return processes.start(self._folder.log_path(arm.name, "trial")).ask("try_arm", entry, profile_path)
+                return processes.start(self._folder.log_path(arm.name, "trial")).ask(
+                    "try_arm", entry, profile_path, limit_seconds
+                )
         except WorkerFailed as error:
             return Trial(arm.name, error.failure)
 
@@ -187,6 +194,22 @@ def _check_goes_on(plan: Plan, folder: ComparisonFolder) -> None:
             raise CompareError(
                 f"{folder.path} is a comparison with {name} {_shown(there[name])}, not {_shown(here[name])}; resume it "
                 "without changing that, or start a new one in another --out"
+            )
+
+
+def _check_same_circumstances(folder: ComparisonFolder, subject: Subject, environment: Mapping[str, str]) -> None:
+    """Raise unless what is in the folder was measured on the same task, machine and versions."""
+    before = folder.subject()
+    if before is not None and before != subject:
+        raise CompareError(
+            f"task {subject.name} is not the one that {folder.path} compares: it has changed; start a new comparison "
+            "in another --out"
+        )
+    for name, value in folder.environment().items():
+        if name != "date" and environment.get(name) != value:
+            raise CompareError(
+                f"{folder.path} was measured with {name} {value}, and here it is {environment.get(name, 'none')}; "
+                "figures of both do not mix: start a new comparison in another --out, and show both by --diff"
             )
 
 

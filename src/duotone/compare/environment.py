@@ -1,6 +1,7 @@
 """What a comparison's figures depend on besides the code: machine and versions, one short line each."""
 
 import datetime
+import hashlib
 import os
 import platform
 from pathlib import Path
@@ -15,8 +16,8 @@ _CPU, _MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 _PRODUCTS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx10_2", "bf16", "asimdhp")
 
 
-def describe(surroundings: Surroundings) -> dict[str, str]:
-    """Return the environment, without starting CUDA.
+def describe(surroundings: Surroundings, task: str = "") -> dict[str, str]:
+    """Return the environment, without starting CUDA; of a task in a file, what tells it from an edited one.
 
     >>> sorted(describe(Surroundings("cpu", None, None)))
     ['cores', 'cpu', 'date', 'device', 'duotone', 'memory', 'python', 'system', 'threads', 'torch']
@@ -33,8 +34,16 @@ def describe(surroundings: Surroundings) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "duotone": duotone.__version__,
+        **_task_file(task),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _task_file(task: str) -> dict[str, str]:
+    if not task.endswith(".py"):
+        return {}
+    digest = hashlib.sha256(Path(task).read_bytes()).hexdigest()
+    return {"task file": f"{task}, SHA-256 {digest[:16]}"}
 
 
 def _cpu() -> str:

@@ -5,13 +5,19 @@ import signal
 import torch
 
 from duotone.compare.records import Failure
-from duotone.errors import ArmError, DuotoneError, LossScaleCollapse, NonFiniteLoss
+from duotone.errors import ArmError, CompareError, DuotoneError, LossScaleCollapse, NonFiniteLoss, PolicyError
 from duotone.train.task import first_line
 
 # failures that another attempt may not have: memory is free again, a library was installed, a file mended
 PASSING = frozenset({"error", "out of memory", "not installed"})
-# what torch's allocators on CPUs say, on Linux and on Windows
-_ALLOCATION = ("can't allocate memory", "not enough memory", "DefaultCPUAllocator")
+# what torch and its libraries say where no error class does
+_ALLOCATION = (
+    "can't allocate memory",
+    "not enough memory",
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
 
 
 class WorkerFailed(DuotoneError):
@@ -40,6 +46,8 @@ def failure_of(error: Exception) -> Failure:
     match error:
         case ArmError():
             kind = error.kind
+        case PolicyError() | CompareError():
+            kind = "not possible"
         case NonFiniteLoss() | LossScaleCollapse():
             kind = "not finite"
         case torch.OutOfMemoryError() | MemoryError():
@@ -61,14 +69,11 @@ def failure_of_death(exit_code: int | None, log: str) -> Failure:
     >>> failure_of_death(3, "logs/bf16-trial.log").reason
     'its process ended with exit code 3; what it printed is in logs/bf16-trial.log'
     """
-    if exit_code == -_number("SIGKILL"):
+    # Windows knows no SIGKILL
+    killed = getattr(signal, "SIGKILL", None)
+    if killed is not None and exit_code == -killed:
         return Failure("out of memory", "its process was killed, as systems do when memory runs out")
     end = f"exit code {exit_code}"
     if exit_code is not None and exit_code < 0:
         end = next((each.name for each in signal.Signals if each == -exit_code), f"signal {-exit_code}")
     return Failure("error", f"its process ended with {end}; what it printed is in {log}")
-
-
-def _number(name: str) -> int:
-    # Windows knows no SIGKILL
-    return getattr(signal, name, 0)

@@ -19,6 +19,8 @@ _TURN_SECONDS, _LEAST_TURN_STEPS, _TURNS = 1.5, 3, 10
 # a process before its model: the interpreter with torch and the kernels' compilers, or a context on a GPU
 _PROCESS_BYTES = {"cpu": 400_000_000, "cuda": 500_000_000}
 _USABLE = 0.8
+# a run is at most one part in so many warm-up, unless its task's own is more
+_WARMUP_SHARE = 4
 
 
 def pace_of(
@@ -38,7 +40,7 @@ def pace_of(
         seconds_gone: of the plan's minutes.
     """
     steps = plan.steps or _steps_in_time(plan, subject, trials, seconds_gone)
-    warmup_steps = round(subject.task_warmup_steps * steps / subject.task_steps)
+    warmup_steps = _warmup_steps(steps, subject)
     if "warmup_steps" in plan.settings:
         warmup_steps = min(int(plan.settings["warmup_steps"]), steps)
     times = {trial.arm: _step_seconds(trial) for trial in trials}
@@ -87,6 +89,16 @@ def _steps_in_time(plan: Plan, subject: Subject, trials: Collection[Trial], seco
     left = plan.minutes * 60 - seconds_gone - len(plan.seeds) * overhead
     round_seconds = len(plan.seeds) * sum(_step_seconds(trial) for trial in trials)
     return min(subject.task_steps, max(_LEAST_STEPS, round_down(left / round_seconds)))
+
+
+def _warmup_steps(steps: int, subject: Subject) -> int:
+    """Return the task's own warm-up, or a quarter of fewer steps, or its share of them if that is more.
+
+    What a warm-up has to wait for, an optimizer's moments for instance, takes as many steps in a short run as in a long
+    one; in proportion, 100 steps of 1,400 would be 7 of 100, and precisions would part ways at a rate too high so soon.
+    """
+    own = subject.task_warmup_steps
+    return min(own, max(steps // _WARMUP_SHARE, round(own * steps / subject.task_steps)))
 
 
 def _fit_together(trials: Collection[Trial], surroundings: Surroundings) -> bool:

@@ -61,8 +61,8 @@ class Plan:
             raise CompareError(f"the seeds are {list(self.seeds)}; there must be at least one, and each once")
         self._require("steps", self.steps is None or self.steps >= 1, "at least 1")
         self._require("minutes", self.minutes > 0, "positive")
-        self._require("margin", self.margin > 0, "positive, such as 1%")
-        self._require("confidence", 0.5 <= self.confidence < 1, "from 0.5 to below 1")
+        self._require("margin", 0 < self.margin < 1, "above 0 and below 1, such as 0.01, which is 1%")
+        self._require("confidence", 0.5 <= self.confidence < 1, "from 0.5 to below 1, such as 0.95, which is 95%")
         self._require("max_slowdown", self.max_slowdown > 1, "above 1")
         self._require("fit_memory_bytes", self.fit_memory_bytes is None or self.fit_memory_bytes > 0, "positive")
 
@@ -89,7 +89,7 @@ class Pace:
 
     Attributes:
         steps: optimizer steps of each run.
-        warmup_steps: of the schedule, in the same proportion to `steps` as the task's own.
+        warmup_steps: of the schedule: the task's own, or a quarter of `steps` if that is less.
         turn_steps: steps that an arm takes before it is the next one's turn.
         together: whether all arms of a seed are in memory at the same time and take turns; else they run one after
             the other.

@@ -101,6 +101,7 @@ class Run:
         evaluation: every figure at the end.
         seconds: of all steps.
         notes: what was warned of, each once.
+        session: the same for runs that took turns with each other, and for no others.
     """
 
     arm: str
@@ -114,6 +115,7 @@ class Run:
     evaluation: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    session: str = ""
 
 
 @dataclass(frozen=True)

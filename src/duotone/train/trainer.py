@@ -324,7 +324,8 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {key: _to_device(item, device) for key, item in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(item, device) for item in batch)
+        items = [_to_device(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch
 
 

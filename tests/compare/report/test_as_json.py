@@ -54,6 +54,7 @@ def test_the_keys_are_promised(report: Report) -> None:
     assert set(arm["curves"][0]) == {"seed", "losses", "loss_scales", "skipped", "step_seconds"}
     assert set(arm["fit"]) == {
         "arm", "limit_bytes", "micro_batch", "peak_memory_bytes", "units_per_second", "tried", "failure",
+        "remark",
     }  # fmt: skip
     assert set(content["arms"][4]["failure"]) == {"kind", "reason"}
 

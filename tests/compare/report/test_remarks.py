@@ -80,7 +80,7 @@ def test_too_few_rounds_for_the_confidence(tmp_path: Path) -> None:
 def test_fewer_steps_than_the_tasks_own(tmp_path: Path) -> None:
     folder = made_folder(tmp_path / "made", TWO)
     assert remarks(folder) == (
-        "runs have 240 of the task's own 1,400 steps, and 17 of its 100 steps of warm-up in proportion; qualities are "
+        "runs have 240 of the task's own 1,400 steps, and 17 of its 100 steps of warm-up; qualities are "
         "those of so short a training",
     )
     folder.write_pace(Pace(STEPS, 100, 10, True))

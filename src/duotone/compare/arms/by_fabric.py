@@ -14,6 +14,7 @@ from torch import Tensor
 from duotone.compare.arms.cosine import cosine_schedule
 from duotone.compare.arms.fused import fused_optimizer
 from duotone.compare.arms.stepper import Assignment, Taken
+from duotone.errors import NonFiniteLoss
 
 
 class FabricStepper:
@@ -52,11 +53,20 @@ class FabricStepper:
     def update(self) -> Taken:
         """Clip, step, advance the schedule."""
         if self._settings.clip_norm is not None:
-            self._fabric.clip_gradients(self.model, self._optimizer, max_norm=self._settings.clip_norm)
+            self._clip(self._settings.clip_norm)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
         return Taken(skipped=False, loss_scale=1.0)
+
+    def _clip(self, clip_norm: float) -> None:
+        try:
+            self._fabric.clip_gradients(self.model, self._optimizer, max_norm=clip_norm)
+        except RuntimeError as error:
+            # Fabric refuses where others go on with NaN: the same outcome
+            if "non-finite" not in str(error):
+                raise
+            raise NonFiniteLoss("the norm of the gradients is not finite, and Fabric does not clip it") from error
 
     def evaluating(self) -> AbstractContextManager[Any]:
         """Return a context that does nothing: Fabric's module casts by itself."""

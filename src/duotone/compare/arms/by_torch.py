@@ -80,6 +80,8 @@ class AmpStepper:
 
     def update(self) -> Taken:
         """Unscale, clip, step, update the scale, advance the schedule."""
+        if not self._scaler.is_enabled():
+            return self._plain_update()
         # a product with the scale tells it without waiting for the device, as get_scale() would
         before = self._scaler.scale(self._one)
         if self._settings.clip_norm is not None:
@@ -90,6 +92,14 @@ class AmpStepper:
         self._schedule.step()
         self.optimizer.zero_grad()
         return Taken(skipped=self._scaler.scale(self._one) < before, loss_scale=before)
+
+    def _plain_update(self) -> Taken:
+        if self._settings.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
+        self.optimizer.step()
+        self._schedule.step()
+        self.optimizer.zero_grad()
+        return Taken(skipped=False, loss_scale=1.0)
 
     def evaluating(self) -> AbstractContextManager[Any]:
         """Return autocast."""

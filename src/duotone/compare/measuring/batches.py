@@ -42,5 +42,6 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     if isinstance(batch, Mapping):
         return {key: on_device(item, device) for key, item in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(on_device(item, device) for item in batch)
+        items = [on_device(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch

@@ -114,7 +114,7 @@ class Course:
         self._clock.begin()
         for _ in range(self.settings.micro_batches):
             batch = self.batch()
-            units += self.task.units_in(batch)
+            units += float(self.task.units_in(batch))
             self._clock.lap("")
             loss = self.stepper.forward(batch)
             self._clock.lap("forward")

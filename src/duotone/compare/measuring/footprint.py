@@ -26,18 +26,26 @@ class Footprint:
 
     Attributes:
         device: where the model trains.
-        without_model_bytes: the resident set less the model, when it began.
+        without_model_bytes: what was taken without the model when it began; None where the system does not tell peaks.
     """
 
     device: torch.device
-    without_model_bytes: int
+    without_model_bytes: int | None
+
+    def begin_again(self) -> None:
+        """Forget the peak until now, and count from what is taken now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _reset_peak()
 
     def peak_bytes(self) -> int | None:
         """Return the peak until now; None on systems that do not tell."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        peak = _resident_bytes("VmHWM")
-        return None if peak is None else max(0, peak - self.without_model_bytes)
+        if self.without_model_bytes is None:
+            return None
+        is_cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _resident_bytes("VmHWM")
+        return max(0, peak - self.without_model_bytes)
 
 
 def begin_footprint(model: nn.Module, device: torch.device) -> Footprint:
@@ -54,34 +62,29 @@ def begin_footprint(model: nn.Module, device: torch.device) -> Footprint:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return Footprint(device, 0)
+        # workspaces of libraries, which the rehearsal has filled
+        return Footprint(device, torch.cuda.memory_allocated(device))
     _return_free_heap()
-    _reset_peak()
+    if not _reset_peak():
+        return Footprint(device, None)
     tensors = [each for each in (*model.parameters(), *model.buffers()) if not is_lazy(each)]
     model_bytes = sum(each.numel() * each.element_size() for each in tensors)
-    return Footprint(device, (_resident_bytes("VmRSS") or 0) - model_bytes)
+    return Footprint(device, _resident_bytes("VmRSS") - model_bytes)
 
 
-def _resident_bytes(name: str) -> int | None:
-    """Return a line of the process's status in bytes; where there is none, the peak since the process began."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text(encoding="ascii").splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _resident_bytes(name: str) -> int:
+    """Return a line of the process's status in bytes."""
+    lines = _STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _reset_peak() -> None:
-    """Let the peak begin anew from what is resident now; where the system does not, it stays that of the process."""
+def _reset_peak() -> bool:
+    """Let the peak begin anew from what is resident now; return False where the system does not, as only Linux does."""
     try:
         _REFERENCES.write_text("5", encoding="ascii")
     except OSError:
-        return
+        return False
+    return True
 
 
 def _return_free_heap() -> None:

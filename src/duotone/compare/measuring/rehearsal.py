@@ -3,7 +3,6 @@
 That is libraries, compiled kernels, threads and workspaces: hundreds of megabytes that no larger model adds to.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -16,9 +15,8 @@ from duotone.train import RunSettings, Task
 
 
 def rehearse(arm: Arm, settings: RunSettings, device: torch.device) -> None:
-    """Train a little and forget it; whatever fails is told by the real thing, and random states are left moved."""
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Train a little and forget it; what fails is told by the real thing, what is warned of once, here."""
+    with suppress(Exception):
         course = Course(arm, _task(), settings, device)
         for _ in range(2):
             for _ in range(settings.micro_batches):
@@ -27,7 +25,7 @@ def rehearse(arm: Arm, settings: RunSettings, device: torch.device) -> None:
 
 
 def _task() -> Task:
-    model = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 16))
+    model = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.Linear(64, 16))
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         return (model(x) - x).float().square().mean()

@@ -3,6 +3,7 @@
 Memory comes first, over the steps alone: whatever is measured after it needs memory of its own.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +27,13 @@ _MOST_STEPS, _QUICK_SECONDS, _PATIENCE_SECONDS = 30, 0.02, 30.0
 _AT_ONCE = 4
 
 
-def try_arm(course: Course, arm: Arm, footprint: Footprint, profile_path: Path | None = None) -> Trial:
+def try_arm(
+    course: Course,
+    arm: Arm,
+    footprint: Footprint,
+    profile_path: Path | None = None,
+    limit_seconds: float = math.inf,
+) -> Trial:
     """Train a little and measure; a failure is the trial's.
 
     Args:
@@ -34,12 +41,13 @@ def try_arm(course: Course, arm: Arm, footprint: Footprint, profile_path: Path |
         arm: whose course it is.
         footprint: begun before the course was.
         profile_path: where a trace of one more step goes, or None.
+        limit_seconds: an arm whose steps take longer will not be trained, so one step tells enough of it.
 
     Raises:
         TaskError: the task is at fault, whichever arm trains it.
         WorkerFailed: a step failed.
     """
-    steps = timed_steps(course)
+    steps = timed_steps(course, footprint, limit_seconds)
     peak = footprint.peak_bytes()
     roles = dt.memory(course.stepper.model, course.stepper.optimizer)
     saved = _saved_bytes(course)
@@ -64,13 +72,17 @@ def try_arm(course: Course, arm: Arm, footprint: Footprint, profile_path: Path |
     return trial
 
 
-def timed_steps(course: Course) -> Sequence[Step]:
-    """Warm up, and return enough steps after it for stable medians.
+def timed_steps(course: Course, footprint: Footprint, limit_seconds: float = math.inf) -> Sequence[Step]:
+    """Warm up, and return enough steps after it for stable medians; the peak of memory is that of these.
 
     Raises:
         WorkerFailed: a step failed.
     """
-    _take(course, WARMUP_STEPS)
+    warm = _take(course, WARMUP_STEPS)
+    if warm[-1].phases.step > limit_seconds:
+        return warm[-1:]
+    # what is compiled for the task's own shapes is no part of a step
+    footprint.begin_again()
     steps: list[Step] = []
     for seconds, some in _chunks(course):
         steps += some

@@ -51,7 +51,10 @@ class Racer:
         return self._turns[-1] if len(self._turns) > before else None
 
     def _take(self) -> None:
-        turn: Turn = self._process.ask("take", min(self._pace.turn_steps, self._pace.steps - self.step))
+        left = self._pace.steps - self.step
+        # a last turn of one step would be timed with cold caches
+        steps = left if left <= self._pace.turn_steps + 1 else self._pace.turn_steps
+        turn: Turn = self._process.ask("take", steps)
         self._turns.append(turn)
         failure = turn.failure or not_finite(self._turns)
         if failure is not None:

@@ -4,8 +4,10 @@ The order rotates from round to round, so that whatever drifts on the machine, i
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from typing import TypeVar
+from uuid import uuid4
 
 from duotone.compare.entry import Entry
 from duotone.compare.folder import ComparisonFolder
@@ -23,6 +25,7 @@ def train_in_turns(entries: Sequence[Entry], pace: Pace, folder: ComparisonFolde
     Raises:
         TaskError: the task is at fault; what has ended before is written.
     """
+    session = uuid4().hex
     with Processes() as processes:
         racers = []
         for entry in entries:
@@ -31,7 +34,7 @@ def train_in_turns(entries: Sequence[Entry], pace: Pace, folder: ComparisonFolde
             racers.append(Racer(entry, processes.start(log), pace))
         for racer in racers:
             racer.wait()
-            _tell_end(racer, folder, watcher)
+            _tell_end(racer, session, folder, watcher)
         for number in count():
             running = [racer for racer in rotated(racers, number) if racer.run is None]
             if not running:
@@ -41,7 +44,7 @@ def train_in_turns(entries: Sequence[Entry], pace: Pace, folder: ComparisonFolde
                 if turn is not None and turn.steps:
                     arm, seed = racer.entry.arm.name, racer.entry.seed
                     watcher.turn_ends(arm, seed, racer.step, turn.loss, turn.phases.step)
-                _tell_end(racer, folder, watcher)
+                _tell_end(racer, session, folder, watcher)
 
 
 def rotated(values: Sequence[Value], number: int) -> list[Value]:
@@ -54,7 +57,8 @@ def rotated(values: Sequence[Value], number: int) -> list[Value]:
     return [*values[start:], *values[:start]]
 
 
-def _tell_end(racer: Racer, folder: ComparisonFolder, watcher: Watcher) -> None:
+def _tell_end(racer: Racer, session: str, folder: ComparisonFolder, watcher: Watcher) -> None:
     if racer.run is not None:
-        folder.write(racer.run)
-        watcher.run_ends(racer.run)
+        run = replace(racer.run, session=session)
+        folder.write(run)
+        watcher.run_ends(run)

@@ -5,6 +5,7 @@ What it prints goes to a file.
 """
 
 import gc
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.nn.parameter import is_lazy
 
 from duotone.compare.entry import Entry
@@ -69,6 +71,8 @@ class Worker:
         """
         task, settings = entry.open()
         device = find_device(settings.device)
+        if device.type not in ("cpu", "cuda"):
+            raise TaskError(f'device "{device}" can be trained on, but not timed here; compare on cpu or cuda')
         subject = Subject(
             name=task.name,
             quality=task.quality,
@@ -83,7 +87,7 @@ class Worker:
         )
         return subject, look_around(device)
 
-    def try_arm(self, entry: Entry, profile_path: Path | None) -> Trial:
+    def try_arm(self, entry: Entry, profile_path: Path | None, limit_seconds: float = math.inf) -> Trial:
         """Train a little and measure.
 
         Raises:
@@ -91,13 +95,13 @@ class Worker:
         """
         course, footprint = self._measured_course(entry)
         start_seconds = time.time() - self._started
-        trial = try_arm(course, entry.arm, footprint, profile_path)
+        trial = try_arm(course, entry.arm, footprint, profile_path, limit_seconds)
         return replace(trial, start_seconds=start_seconds, notes=self._notes.lines)
 
     def start(self, entry: Entry) -> None:
         """Build what `take` and `evaluate` train and judge."""
         task, settings = entry.open()
-        self._course = Course(entry.arm, task, settings, find_device(settings.device))
+        self._course = Course(entry.arm, task, settings, _current_device(settings.device))
         gc.collect()
         # what is there now stays, and need not be looked at before every turn
         gc.freeze()
@@ -117,14 +121,16 @@ class Worker:
     def measure(self, entry: Entry, micro_batch: int) -> Measured:
         """Train a little with a micro-batch of so many samples."""
         course, footprint = self._measured_course(entry, micro_batch)
-        steps = timed_steps(course)
+        steps = timed_steps(course, footprint)
         step_seconds = median_phases([step.phases for step in steps]).step
         units = sum(step.units for step in steps) / len(steps)
         return Measured(footprint.peak_bytes(), units / step_seconds)
 
     def _measured_course(self, entry: Entry, micro_batch: int | None = None) -> tuple[Course, Footprint]:
         task, settings = entry.open()
-        device = find_device(settings.device)
+        device = _current_device(settings.device)
+        # data that a task loads with its first batch are no part of what training takes
+        next(endless_batches(task, settings.seed))
         rehearse(entry.arm, settings, device)
         footprint = begin_footprint(task.model, device)
         if micro_batch is not None:
@@ -170,6 +176,14 @@ def _print_to(log: Path) -> None:
         stream.flush()
         os.dup2(descriptor, number)
     os.close(descriptor)
+
+
+def _current_device(name: str) -> torch.device:
+    """Return the device of that name; a GPU is torch's current one from here on, for events are recorded there."""
+    device = find_device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def _trainable(task: Task) -> int:

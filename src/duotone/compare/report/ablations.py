@@ -1,6 +1,8 @@
 """What an ablation shows: which mechanism its policy goes without, and what its result says about that one."""
 
-from duotone.compare.report.report import ArmResult
+from collections.abc import Sequence
+
+from duotone.compare.report.report import ArmResult, Verdict
 from duotone.policy import Policy
 
 _SCALING, _MASTERS, _STOCHASTIC = "loss scaling", "master weights", "stochastic rounding"
@@ -15,9 +17,39 @@ _LESSONS = {
 }
 
 
-def lesson(arm: ArmResult) -> str:
-    """Return what an ablation's verdict on quality says about the mechanism that it lacks; nothing if it is open."""
-    return _LESSONS.get((_lacks(arm.policy), arm.quality_verdict), "") if arm.policy is not None else ""
+def lesson(arm: ArmResult, arms: Sequence[ArmResult]) -> str:
+    """Return what an ablation's verdict on quality says about the mechanism that it lacks; nothing if it is open.
+
+    That it is worse says something only if the policy with the mechanism is not, and that stochastic rounding is no
+    worse only if rounding to nearest is.
+
+    Args:
+        arm: the ablation.
+        arms: all results, its own among them.
+    """
+    if arm.policy is None:
+        return ""
+    mechanism = _lacks(arm.policy)
+    whole = _verdict_of(arms, _whole(arm.policy))
+    if arm.quality_verdict == "worse" and whole != "no worse":
+        return f"that says nothing of {mechanism}, for it is {whole} with it too" if whole == "worse" else ""
+    if mechanism == _STOCHASTIC and arm.quality_verdict == "no worse":
+        nearest = Policy.parse(f"{_whole(arm.policy)}-true,rounding=nearest").name
+        if _verdict_of(arms, nearest) != "worse":
+            return ""
+    return _LESSONS.get((mechanism, arm.quality_verdict), "")
+
+
+def _whole(text: str) -> str:
+    """Return the preset that an ablation leaves a mechanism out of."""
+    return {"bfloat16": "bf16", "float16": "fp16"}[Policy.parse(text).param]
+
+
+def _verdict_of(arms: Sequence[ArmResult], policy: str) -> Verdict | None:
+    for arm in arms:
+        if arm.policy is not None and Policy.parse(arm.policy).name == policy:
+            return arm.quality_verdict
+    return None
 
 
 def _lacks(text: str) -> str:

@@ -44,8 +44,9 @@ def assemble(folder: ComparisonFolder) -> Report:
     fits = folder.fits()
     records = [_Records(arm, trials.get(arm.name), runs[arm.name], fits.get(arm.name), plan.seeds) for arm in plan.arms]
     baseline = next(each for each in records if each.arm.name == plan.baseline)
-    arms = tuple(_result(each, baseline, plan, subject) for each in records)
     pace = folder.pace()
+    together = pace is None or pace.together
+    arms = tuple(_result(each, baseline, plan, subject, together=together) for each in records)
     evidence = Evidence(plan, subject, pace, trials, runs, fits)
     versions = {name: version for trial in trials.values() for name, version in trial.versions.items()}
     return Report(
@@ -88,7 +89,7 @@ class _Records:
         return {seed: run.evaluation.get(name, math.nan) for seed, run in self.finished.items()}
 
 
-def _result(records: _Records, baseline: _Records, plan: Plan, subject: Subject) -> ArmResult:
+def _result(records: _Records, baseline: _Records, plan: Plan, subject: Subject, *, together: bool) -> ArmResult:
     arm, trial, finished = records.arm, records.trial or Trial(records.arm.name), records.finished
     is_baseline = records is baseline
     step, phases = _times(records)
@@ -110,7 +111,7 @@ def _result(records: _Records, baseline: _Records, plan: Plan, subject: Subject)
         step_seconds=step,
         phases=phases,
         units_per_second=units,
-        times_faster=None if is_baseline else _speed(records, baseline, plan.confidence),
+        times_faster=None if is_baseline else _speed(records, baseline, plan.confidence, together=together),
         peak_memory_bytes=records.peak,
         memory_ratio=ratio,
         memory=trial.memory,
@@ -139,8 +140,11 @@ def _times(records: _Records) -> tuple[Spread | None, Phases | None]:
     return step, Phases(**parts)
 
 
-def _speed(records: _Records, baseline: _Records, confidence: float) -> Spread | None:
-    shared = records.runs.keys() & baseline.runs.keys()
+def _speed(records: _Records, baseline: _Records, confidence: float, *, together: bool) -> Spread | None:
+    shared = [seed for seed, run in records.runs.items() if seed in baseline.runs]
+    if together:
+        # rounds of another session are other rounds
+        shared = [seed for seed in shared if records.runs[seed].session == baseline.runs[seed].session]
     ratios = {seed: turn_ratios(baseline.runs[seed].turns, records.runs[seed].turns) for seed in sorted(shared)}
     return times_faster(ratios, confidence)
 
@@ -166,14 +170,18 @@ def _failure(records: _Records) -> Failure | None:
     seeds = [str(seed) for seed, failure in failed.items() if failure.kind == first.kind]
     if len(records.seeds) == 1:
         return first
-    where = f"seed{'' if len(seeds) == 1 else 's'} {words.listed(seeds)}"
-    return Failure(first.kind, f"{first.reason} ({where})")
+    too = f"; seed{'' if len(seeds) == 2 else 's'} {words.listed(seeds[1:])} too" if len(seeds) > 1 else ""
+    return Failure(first.kind, f"{first.reason} (seed {seeds[0]}{too})")
 
 
 def _curve(run: Run) -> Curve:
+    losses = run.losses
+    if run.failure is not None and run.failure.kind == "not finite":
+        # records hold finite means alone
+        losses = (*losses, (run.steps, math.nan))
     turns = timed(run.turns)
     step_seconds = statistics.median(turn.step for turn in turns) if turns else 0.0
-    return Curve(run.seed, run.losses, run.loss_scales, run.skipped, step_seconds)
+    return Curve(run.seed, losses, run.loss_scales, run.skipped, step_seconds)
 
 
 def _notes(records: _Records, trial: Trial) -> tuple[str, ...]:

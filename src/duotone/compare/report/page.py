@@ -82,7 +82,8 @@ def _facts(report: Report) -> list[str]:
     if report.pace is not None:
         seeds = words.counted(len(report.plan.seeds), "seed")
         facts.append(f"{words.counted(report.pace.steps, 'step')} with {_article(seeds)}")
-    return facts + [report.environment[key] for key in ("device", "date") if key in report.environment]
+    machine = report.environment.get("gpu") or report.environment.get("cpu") or report.environment.get("device")
+    return facts + [fact for fact in (machine, report.environment.get("date")) if fact]
 
 
 def _article(seeds: str) -> str:

@@ -12,6 +12,8 @@ from duotone.compare.report.report import ArmResult, Spread
 from duotone.compare.subject import Subject
 
 _SAME = Spread(1.0, 1.0, 1.0)
+# peaks are measured once, and differ by a percent from process to process
+_TELLING = 0.98
 
 
 def ranking(subject: Subject, plan: Plan, arms: Sequence[ArmResult]) -> tuple[str, ...]:
@@ -30,6 +32,7 @@ def ranking(subject: Subject, plan: Plan, arms: Sequence[ArmResult]) -> tuple[st
     best = max(fitting, key=lambda arm: _speed(arm).value)
     rivals = [arm for arm in level if arm.group in ("torch", "peers") and arm.name != plan.baseline]
     ahead = [text for rival in rivals for text in _ahead(rival, fitting, plan.baseline)]
+    ahead = [*_undecided(ours, best, plan, subject), *ahead]
     # one policy that is the baseline itself has won nothing
     return tuple(ahead) if len(ours) == 1 and best.name == plan.baseline else (_best(best, subject, plan), *ahead)
 
@@ -41,7 +44,10 @@ def _speed(arm: ArmResult) -> Spread:
 def _best(best: ArmResult, subject: Subject, plan: Plan) -> str:
     baseline, quality = plan.baseline, subject.quality
     if best.name == baseline:
-        return f"{baseline}, the baseline, is the policy to use here: no other is faster at no worse {quality}"
+        return (
+            f"{baseline}, the baseline, is the policy to use here: no other of Duotone's is shown to be faster at no "
+            f"worse {quality}"
+        )
     speed = words.speed(_speed(best), baseline)
     memory = f", and {words.memory(best.memory_ratio)}" if best.memory_ratio is not None else ""
     if best.quality_verdict != "no worse":
@@ -50,23 +56,38 @@ def _best(best: ArmResult, subject: Subject, plan: Plan) -> str:
             f"{baseline}'s is {best.quality_verdict}"
         )
     if words.direction(_speed(best)) != "faster":
-        return f"no policy of Duotone is faster than {baseline} at no worse {quality}: {best.name} is {speed}{memory}"
+        return (
+            f"no policy of Duotone is shown to be faster than {baseline} at no worse {quality}: {best.name} is {speed}"
+            f"{memory}"
+        )
     return (
         f"{best.name} is the policy to use here: of Duotone's, it is the fastest whose {quality} is no worse than "
         f"{baseline}'s; it is {speed}{memory}"
     )
 
 
+def _undecided(ours: Sequence[ArmResult], best: ArmResult, plan: Plan, subject: Subject) -> Iterator[str]:
+    """Name the fastest policy whose quality is open, if it is faster than the best that is known."""
+    if best.quality_verdict != "no worse" and best.name != plan.baseline:
+        return
+    found = [arm for arm in ours if arm.quality_verdict == "undecided" and _speed(arm).lower > _speed(best).upper]
+    if found:
+        name = max(found, key=lambda arm: _speed(arm).value).name
+        quality = subject.quality
+        yield f"{name} is faster than that, but whether its {quality} is worse is undecided; more seeds may tell"
+
+
 def _ahead(rival: ArmResult, ours: Sequence[ArmResult], baseline: str) -> Iterator[str]:
     """Say where an arm that is not Duotone's is ahead of every one of its policies."""
-    every = f"{rival.name} is ahead of every policy of Duotone"
+    shown = "no" if any(arm.quality_verdict == "no worse" for arm in ours) else "not known to be"
+    every = f"{rival.name} is ahead of every policy of Duotone that is {shown} worse"
     best = max(ours, key=lambda arm: _speed(arm).value)
     if _speed(rival).value > _speed(best).value:
         close = "" if _speed(rival).lower > _speed(best).upper else ", but by less than the intervals tell apart"
         theirs, its = (words.spread(_speed(arm), words.ratio) for arm in (rival, best))
         yield f"{every} in speed{close}: {theirs} times {baseline}'s against {its} of {best.name}"
     peaks = {arm.name: arm.peak_memory_bytes for arm in ours if arm.peak_memory_bytes is not None}
-    if peaks and rival.peak_memory_bytes is not None and rival.peak_memory_bytes < min(peaks.values()):
+    if peaks and rival.peak_memory_bytes is not None and rival.peak_memory_bytes < _TELLING * min(peaks.values()):
         least = min(peaks, key=lambda name: peaks[name])
         yield f"{every} in memory: {words.size(rival.peak_memory_bytes)} against {words.size(peaks[least])} of {least}"
     kept = {arm.name: arm.bytes_per_parameter for arm in ours if arm.bytes_per_parameter}

@@ -43,7 +43,7 @@ def remarks(evidence: Evidence) -> tuple[str, ...]:
     """Return what must be known, a sentence each."""
     return tuple(
         remark
-        for part in (_left, _few, _short, _alone, _small, _not_deterministic, _other_versions)
+        for part in (_left, _few, _short, _alone, _apart, _small, _not_deterministic, _other_versions)
         for remark in part(evidence)
     )
 
@@ -105,7 +105,7 @@ def _short(evidence: Evidence) -> Iterator[str]:
     if pace is not None and pace.steps < subject.task_steps:
         text = f"runs have {pace.steps:,} of the task's own {words.counted(subject.task_steps, 'step')}"
         if pace.warmup_steps != subject.task_warmup_steps:
-            text += f", and {pace.warmup_steps:,} of its {subject.task_warmup_steps:,} steps of warm-up in proportion"
+            text += f", and {pace.warmup_steps:,} of its {subject.task_warmup_steps:,} steps of warm-up"
         yield f"{text}; qualities are those of so short a training"
 
 
@@ -114,6 +114,22 @@ def _alone(evidence: Evidence) -> Iterator[str]:
         yield (
             "arms ran one after the other, for they do not fit into memory together: what changed on the machine "
             "meanwhile is part of their speeds"
+        )
+
+
+def _apart(evidence: Evidence) -> Iterator[str]:
+    if evidence.pace is None or not evidence.pace.together:
+        return
+    baseline = evidence.runs[evidence.plan.baseline]
+    names = [
+        name
+        for name, runs in evidence.runs.items()
+        if any(seed in baseline and run.session != baseline[seed].session for seed, run in runs.items())
+    ]
+    if names:
+        yield (
+            f"{words.listed(names)} ran at another time than {evidence.plan.baseline} with some seeds, after an "
+            "interruption: those rounds have no part in how many times faster it is"
         )
 
 

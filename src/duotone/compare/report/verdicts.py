@@ -32,8 +32,8 @@ def verdicts(subject: Subject, plan: Plan, arms: Sequence[ArmResult]) -> tuple[s
     others = sorted((arm for arm in arms if arm is not baseline), key=lambda arm: _ORDER.index(arm.group))
     sentences = [] if baseline.failure is None else [_baseline_failed(baseline, others)]
     sentences += ranking(subject, plan, arms)
-    sentences += [_arm(arm, baseline, subject, plan) for arm in others if arm.failure is None]
-    sentences += [_failed(arm) for arm in others if arm.failure is not None]
+    sentences += [_arm(arm, baseline, subject, plan, arms) for arm in others if arm.failure is None]
+    sentences += [_failed(arm, arms) for arm in others if arm.failure is not None]
     return tuple(sentence for sentence in sentences if sentence)
 
 
@@ -45,10 +45,11 @@ def rules(subject: Subject, plan: Plan) -> tuple[str, ...]:
         f"speed: seconds of {baseline}'s step over seconds of the arm's, both from the same round of the same seed; "
         f"the median over all rounds but the first, with the {sure} confidence interval of a median by order "
         "statistics, widened to hold the median of every seed; an arm is faster or slower if the interval leaves out "
-        "1 and the median differs from it by more than rounding; evaluations are not part of it",
+        "1, as fast if all of it is within 2 % of 1, else they are not told apart; rounds of one process are not quite "
+        "independent; drawing batches is a part of a step, evaluating is not",
         f"quality: the arm's {subject.quality} ({'lower' if subject.lower_is_better else 'higher'} is better) against "
-        f"{baseline}'s with the same seed; no worse if the mean difference is at most the margin, {margin} of "
-        f"{baseline}'s mean, with {sure} confidence (one-sided paired t test); worse if it is above the margin with "
+        f"{baseline}'s with the same seed, each arm by itself; no worse if the mean difference is at most the margin, "
+        f"{margin} of {baseline}'s mean, with {sure} confidence (one-sided paired t test); worse if it is above the margin with "
         "the same confidence, or if the training did not stay finite; undecided between; tested only with two seeds "
         "or more, and once all have ended",
         "memory: the peak over a few steps, alone in a process: on a CPU of the resident set above the process before "
@@ -57,13 +58,13 @@ def rules(subject: Subject, plan: Plan) -> tuple[str, ...]:
     )
 
 
-def _arm(arm: ArmResult, baseline: ArmResult, subject: Subject, plan: Plan) -> str:
+def _arm(arm: ArmResult, baseline: ArmResult, subject: Subject, plan: Plan, arms: Sequence[ArmResult]) -> str:
     """Return what one arm came to against the baseline; nothing as long as it has not come to anything."""
     if arm.times_faster is None:
         return ""
     quality = _quality(arm, baseline, subject, plan)
     if arm.group == "ablations":
-        return _ablation(arm, baseline, quality)
+        return _ablation(arm, baseline, quality, arms)
     parts = [f"{arm.name} is {words.speed(arm.times_faster, baseline.name)}"]
     parts += [words.memory(arm.memory_ratio)] if arm.memory_ratio is not None else []
     return ", ".join(parts) + (f", and {quality}" if quality else "")
@@ -97,23 +98,23 @@ def _figures(arm: ArmResult, baseline: ArmResult) -> str:
     return f"{words.quality(arm.quality.value)} against {words.quality(baseline.quality.value)}"
 
 
-def _ablation(arm: ArmResult, baseline: ArmResult, quality: str) -> str:
-    learnt = lesson(arm)
+def _ablation(arm: ArmResult, baseline: ArmResult, quality: str, arms: Sequence[ArmResult]) -> str:
+    learnt = lesson(arm, arms)
     if not learnt or arm.quality is None or baseline.quality is None:
         return f"{arm.name}: {quality}" if quality else ""
     return f"{arm.name}: {arm.quality_verdict} ({_figures(arm, baseline)}): {learnt}"
 
 
-def _failed(arm: ArmResult) -> str:
+def _failed(arm: ArmResult, arms: Sequence[ArmResult]) -> str:
     assert arm.failure is not None
     sentence = f"{arm.name} {_FAILED.get(arm.failure.kind, 'failed')}: {arm.failure.reason}"
     if arm.quality_verdict != "worse":
         return sentence
-    learnt = lesson(arm) if arm.group == "ablations" else ""
+    learnt = lesson(arm, arms) if arm.group == "ablations" else ""
     return f"{sentence}; {learnt or 'that counts as worse'}"
 
 
 def _baseline_failed(baseline: ArmResult, others: Sequence[ArmResult]) -> str:
     has_speed = any(arm.times_faster is not None for arm in others)
     lost = "no quality is tested" if has_speed else "there is nothing to compare the others with"
-    return f"{_failed(baseline)}; it is the baseline, so {lost}"
+    return f"{_failed(baseline, others)}; it is the baseline, so {lost}"

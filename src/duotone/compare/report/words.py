@@ -11,6 +11,8 @@ from typing import Literal
 from duotone.compare.report.report import Spread
 
 _TIMES = ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s"), (60.0, "min"), (3600.0, "h"))
+# speeds that differ by less are called the same
+_EQUAL = 0.02
 _SIZES = ((1, "bytes"), (10**3, "kB"), (10**6, "MB"), (10**9, "GB"), (10**12, "TB"))
 
 
@@ -119,8 +121,8 @@ def speed(times_faster: Spread, other: str) -> str:
     'faster than fp32 by 1.72 (1.66 to 1.79)'
     >>> speed(Spread(0.95, 0.92, 0.98), "fp32")
     'slower than fp32 by 1.05 (1.02 to 1.09)'
-    >>> speed(Spread(1.01, 0.99, 1.03), "fp32")
-    'as fast as fp32: 1.01 (0.99 to 1.03)'
+    >>> speed(Spread(1.01, 0.99, 1.015), "fp32"), speed(Spread(0.88, 0.72, 1.19), "fp32")
+    ('as fast as fp32: 1.01 (0.99 to 1.01)', 'not told apart from fp32 in speed: 0.88 (0.72 to 1.19)')
     """
     match direction(times_faster):
         case "faster":
@@ -128,18 +130,22 @@ def speed(times_faster: Spread, other: str) -> str:
         case "slower":
             slower = Spread(1 / times_faster.value, 1 / times_faster.upper, 1 / times_faster.lower)
             return f"slower than {other} by {spread(slower, ratio)}"
-        case _:
+        case "as fast":
             return f"as fast as {other}: {spread(times_faster, ratio)}"
+        case "open":
+            return f"not told apart from {other} in speed: {spread(times_faster, ratio)}"
 
 
-def direction(times_faster: Spread) -> Literal["faster", "slower", "as fast"]:
-    """Return which way a ratio of speeds goes, if its interval leaves out 1 and it is not 1 when it is written.
+def direction(times_faster: Spread) -> Literal["faster", "slower", "as fast", "open"]:
+    """Return which way a ratio of speeds goes: "as fast" if its interval is within 2 % of 1, "open" if it holds 1.
 
     >>> direction(Spread(1.2, 1.1, 1.3)), direction(Spread(1.2, 0.9, 1.3)), direction(Spread(0.998, 0.997, 0.999))
-    ('faster', 'as fast', 'as fast')
+    ('faster', 'open', 'as fast')
     """
-    if ratio(times_faster.value) == ratio(1.0) or times_faster.lower <= 1 <= times_faster.upper:
+    if times_faster.lower >= 1 - _EQUAL and times_faster.upper <= 1 + _EQUAL:
         return "as fast"
+    if times_faster.lower <= 1 <= times_faster.upper:
+        return "open"
     return "faster" if times_faster.lower > 1 else "slower"
 
 
@@ -147,11 +153,11 @@ def memory(times: float) -> str:
     """Return what a ratio of two peaks means.
 
     >>> memory(0.55), memory(1.2), memory(1.001)
-    ('takes 0.55 of the memory', 'takes 1.20 times the memory', 'takes as much memory')
+    ('takes 0.55 of its memory', 'takes 1.20 times its memory', 'takes as much memory')
     """
     if ratio(times) == ratio(1.0):
         return "takes as much memory"
-    return f"takes {ratio(times)} {'of' if times < 1 else 'times'} the memory"
+    return f"takes {ratio(times)} {'of' if times < 1 else 'times'} its memory"
 
 
 def worse(value: float) -> str:
