@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from duotone.compare import ComparisonFolder, Pace, Phases, Plan, Trial, compare
+from duotone.compare import ComparisonFolder, Pace, Phases, Plan, Trial, assemble, compare
 from duotone.compare.arms.catalogue import find_arms
 from duotone.compare.comparison import _sigterm_as_interrupt
 from duotone.compare.entry import entry_of
@@ -132,6 +132,37 @@ def test_what_may_pass_is_tried_again_and_the_pace_is_kept(script: Script, path:
     assert [runs for _, runs in witness.of("paced")] == [3]
 
 
+def test_another_machine_or_task_is_not_gone_on_with(
+    script: Script, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(plan_of(), path)
+    before = {file: file.read_bytes() for file in path.rglob("*.json")}
+    folder = ComparisonFolder(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "3.0.0")
+        with pytest.raises(CompareError, match=r"was measured with torch 2.*, and here it is 3\.0\.0"):
+            compare(folder.plan(), path, resume=True)
+    assert {file: file.read_bytes() for file in path.rglob("*.json")} == before
+    folder.write_subject(replace(SUBJECT, parameters=50))
+    with pytest.raises(CompareError, match=r"task tiny is not the one that .* it has changed"):
+        compare(folder.plan(), path, resume=True)
+
+
+def test_speeds_are_of_rounds_that_were_run_together(script: Script, path: Path) -> None:
+    compare(plan_of(), path)
+    folder = ComparisonFolder(path)
+    sessions = {run.seed: run.session for run in folder.runs().values()}
+    assert len(set(sessions.values())) == 2
+    assert all(run.session == sessions[run.seed] for run in folder.runs().values())
+    for seed in sessions:
+        folder.write(replace(folder.runs()["bf16", seed], session="another"))
+    report = assemble(folder)
+    speeds = {arm.name: arm.times_faster for arm in report.arms}
+    assert speeds["bf16"] is None
+    assert speeds["fp16"] is not None
+    assert any(remark.startswith("bf16 ran at another time than fp32") for remark in report.remarks)
+
+
 def test_who_goes_on_may_ask_for_more(script: Script, path: Path) -> None:
     script.step_seconds["fp16"] = 3.0
     first = compare(plan_of(), path)
@@ -155,7 +186,7 @@ def test_fits_are_searched_once_for_arms_that_run(script: Script, path: Path) ->
     assert fits[2] is None
     script.asked.clear()
     compare(plan, path, resume=True)
-    assert script.asked == []
+    assert script.asked == [("inspect", "fp32")]
 
 
 def test_an_interrupt_before_the_pace_goes_on_with_the_trials_that_are_left(script: Script, path: Path) -> None:

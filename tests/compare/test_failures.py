@@ -15,7 +15,7 @@ from duotone.errors import ArmError, LossScaleCollapse, NonFiniteLoss, PolicyErr
         (ArmError("no lion there"), Failure("not possible", "no lion there")),
         (NonFiniteLoss("nan"), Failure("not finite", "nan")),
         (LossScaleCollapse("at its floor"), Failure("not finite", "at its floor")),
-        (PolicyError("no"), Failure("error", "no")),
+        (PolicyError("no"), Failure("not possible", "no")),
         (KeyError("x"), Failure("error", "KeyError: 'x'")),
         (ValueError(), Failure("error", "ValueError")),
         (RuntimeError("one\ntwo"), Failure("error", "RuntimeError: one")),

@@ -55,15 +55,14 @@ def compare_command(
         Path | None, typer.Option(help="A YAML file of training settings, as duotone train has it.")
     ] = None,
     margin: Annotated[
-        Any,
+        str | None,
         typer.Option(
             help="How much worse a quality may be, as a part of the baseline's. (default: 1%)",
-            parser=_fraction,
             metavar="FRACTION|N%",
         ),
     ] = None,
     confidence: Annotated[
-        Any, typer.Option(help="Of intervals and tests. (default: 95%)", parser=_fraction, metavar="FRACTION|N%")
+        str | None, typer.Option(help="Of intervals and tests. (default: 95%)", metavar="FRACTION|N%")
     ] = None,
     max_slowdown: Annotated[
         float | None, typer.Option(help="Do not train an arm that is this many times slower. (default: 10)")
@@ -96,8 +95,8 @@ def compare_command(
         "minutes": minutes,
         "device": device,
         "config": config,
-        "margin": margin,
-        "confidence": confidence,
+        "margin": None if margin is None else _fraction(margin),
+        "confidence": None if confidence is None else _fraction(confidence),
         "max_slowdown": max_slowdown,
         "fit_memory": fit_memory,
         "profile": profile or None,

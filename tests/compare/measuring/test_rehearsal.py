@@ -1,4 +1,4 @@
-"""A rehearsal trains in secret: it fails in silence, and warns of nothing."""
+"""A rehearsal fails in silence, but what is warned of in it is heard."""
 
 import warnings
 
@@ -30,6 +30,13 @@ def test_every_part_of_a_step_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_fails_is_left_to_the_real_thing() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rehearse(Arm("bf8", "duotone", "no policy", "by_duotone:build"), RunSettings(), CPU)
+    rehearse(Arm("bf8", "duotone", "no policy", "by_duotone:build"), RunSettings(), CPU)
+
+
+def test_what_is_warned_of_once_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warning(*_: object) -> None:
+        warnings.warn("said once", UserWarning, stacklevel=2)
+
+    monkeypatch.setattr(rehearsal, "Course", warning)
+    with pytest.warns(UserWarning, match="said once"):
+        rehearse(CATALOGUE["bf16"], RunSettings(), CPU)

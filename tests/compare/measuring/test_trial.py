@@ -19,6 +19,9 @@ from duotone.train import Task
 TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 
 
+NO_FOOTPRINT = Footprint(torch.device("cpu"), 0)
+
+
 class PacedCourse:
     """Takes steps that say how long they were."""
 
@@ -38,20 +41,26 @@ class PacedCourse:
 )
 def test_steps_are_timed_until_medians_are_stable(step_seconds: float, timed: int) -> None:
     course = PacedCourse(step_seconds)
-    assert len(trial.timed_steps(course)) == timed  # type: ignore[arg-type]
+    assert len(trial.timed_steps(course, NO_FOOTPRINT)) == timed  # type: ignore[arg-type]
     assert course.taken == timed + trial.WARMUP_STEPS
+
+
+def test_an_arm_that_is_too_slow_takes_no_more_steps() -> None:
+    course = PacedCourse(10.5)
+    assert len(trial.timed_steps(course, NO_FOOTPRINT, limit_seconds=10.0)) == 1  # type: ignore[arg-type]
+    assert course.taken == trial.WARMUP_STEPS
 
 
 def test_a_step_that_fails_ends_the_trial() -> None:
     with pytest.raises(WorkerFailed, match="it broke"):
-        trial.timed_steps(PacedCourse(0.1, Failure("error", "it broke")))  # type: ignore[arg-type]
+        trial.timed_steps(PacedCourse(0.1, Failure("error", "it broke")), NO_FOOTPRINT)  # type: ignore[arg-type]
 
 
 def try_tiny(arm: str, changed: dict[str, object] | None = None, profile_path: Path | None = None) -> trial.Trial:
     task, settings = Entry(CATALOGUE[arm], TINY, 0, {}).open()
     task: Task = replace(task, **(changed or {}))
     course = Course(CATALOGUE[arm], task, settings, torch.device("cpu"))
-    return trial.try_arm(course, CATALOGUE[arm], Footprint(torch.device("cpu"), 0), profile_path)
+    return trial.try_arm(course, CATALOGUE[arm], NO_FOOTPRINT, profile_path)
 
 
 @pytest.fixture

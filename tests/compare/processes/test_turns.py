@@ -28,20 +28,26 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 
 def test_turns_rotate_and_the_last_is_shorter(script: Script, tmp_path: Path) -> None:
     witness, folder = Witness(), ComparisonFolder(tmp_path)
-    train_in_turns(entries_of(*ARMS), Pace(7, 1, 3, together=True), folder, witness)
+    train_in_turns(entries_of(*ARMS), Pace(8, 1, 3, together=True), folder, witness)
     turns = [(arm, step) for arm, _, step, _, _ in witness.of("turn_ends")]
     assert turns == [
         *(("fp32", 3), ("bf16", 3), ("fp16", 3)),
         *(("bf16", 6), ("fp16", 6), ("fp32", 6)),
-        *(("fp16", 7), ("fp32", 7), ("bf16", 7)),
+        *(("fp16", 8), ("fp32", 8), ("bf16", 8)),
     ]
     # all models are there before the first turn
     assert [name for name, _ in script.asked[:4]] == ["start", "start", "start", "take"]
     runs = folder.runs()
-    assert {run.steps for run in runs.values()} == {7}
+    assert {run.steps for run in runs.values()} == {8}
     assert runs["bf16", 0].evaluation == {"loss": 0.25}
     assert runs["bf16", 0].notes == ("a note",)
     assert script.ended == 3
+
+
+def test_no_turn_is_one_step_alone_with_cold_caches(script: Script, tmp_path: Path) -> None:
+    witness = Witness()
+    train_in_turns(entries_of("fp32"), Pace(7, 1, 3, together=True), ComparisonFolder(tmp_path), witness)
+    assert [step for _, _, step, _, _ in witness.of("turn_ends")] == [3, 7]
 
 
 def test_one_that_fails_is_written_and_the_others_go_on(script: Script, tmp_path: Path) -> None:

@@ -98,7 +98,9 @@ def trials_only() -> Report:
     before = {"seeds": 0, "times_faster": None, "quality": None, "evaluation": {}, "worse_by": None, "skipped": None}
     arms = [replace(arm, **before, quality_verdict="not tested", curves=(), loss_scale=None) for arm in report.arms]
     arms[2] = _failed(arms[2], None)
-    return replace(report, pace=None, arms=tuple(arms), verdicts=(), remarks=("No run has ended yet.",))
+    return replace(
+        report, pace=None, arms=tuple(arms), verdicts=(), remarks=("No run has ended yet.",), is_complete=False
+    )
 
 
 def alone() -> Report:

@@ -104,10 +104,12 @@ def test_speed_is_taken_round_by_round(tmp_path: Path) -> None:
 
 def test_a_run_that_failed_keeps_what_it_had(report: Report) -> None:
     arm = named(report, "fp16-no-scaling")
-    assert arm.failure == Failure("not finite", "the loss is nan at step 120 (seeds 0, 1 and 2)")
+    assert arm.failure == Failure("not finite", "the loss is nan at step 120 (seed 0; seeds 1 and 2 too)")
     assert arm.times_faster is not None
     assert (arm.seeds, arm.quality, arm.skipped, arm.quality_verdict) == (0, None, None, "worse")
-    assert [len(curve.losses) for curve in arm.curves] == [24, 24, 24]
+    # the pair after the last finite one says where it broke
+    assert [len(curve.losses) for curve in arm.curves] == [25, 25, 25]
+    assert all(step == 120 and math.isnan(loss) for step, loss in (curve.losses[-1] for curve in arm.curves))
     missing = named(report, "lightning-bf16")
     assert missing.failure == SHAPES[4].failure
     assert (missing.step_seconds, missing.phases, missing.curves, missing.bytes_per_parameter) == (None, None, (), 0.0)
@@ -179,7 +181,7 @@ def test_seeds_that_failed_for_another_reason_are_not_counted_with_the_first(tmp
     folder = made_folder(tmp_path / "made", Made(shapes=(FP32, BF16)))
     for seed, kind in enumerate(("error", "out of memory", "error")):
         folder.write(replace(made_run(BF16, seed), failure=Failure(kind, "it is so")))
-    assert assemble(folder).arms[1].failure == Failure("error", "it is so (seeds 0 and 2)")
+    assert assemble(folder).arms[1].failure == Failure("error", "it is so (seed 0; seed 2 too)")
 
 
 def test_a_failure_of_the_only_seed_needs_no_seeds(tmp_path: Path) -> None:

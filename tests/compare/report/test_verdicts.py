@@ -51,7 +51,7 @@ def test_all_of_a_comparison(report: Report) -> None:
     [
         (Spread(1.72, 1.66, 1.79), "bf16 is faster than fp32 by 1.72 (1.66 to 1.79), takes"),
         (Spread(0.95, 0.92, 0.98), "bf16 is slower than fp32 by 1.05 (1.02 to 1.09), takes"),
-        (Spread(1.02, 0.99, 1.05), "bf16 is as fast as fp32: 1.02 (0.99 to 1.05), takes"),
+        (Spread(1.02, 0.99, 1.05), "bf16 is not told apart from fp32 in speed: 1.02 (0.99 to 1.05), takes"),
     ],
 )
 def test_speed(report: Report, figure: Spread, text: str) -> None:
@@ -61,8 +61,8 @@ def test_speed(report: Report, figure: Spread, text: str) -> None:
 @pytest.mark.parametrize(
     ("ratio", "text"),
     [
-        (0.55, "), takes 0.55 of the memory, and its bits_per_byte"),
-        (1.2, "), takes 1.20 times the memory, and its bits_per_byte"),
+        (0.55, "), takes 0.55 of its memory, and its bits_per_byte"),
+        (1.2, "), takes 1.20 times its memory, and its bits_per_byte"),
         (1.0, "), takes as much memory, and its bits_per_byte"),
         (None, "), and its bits_per_byte"),
     ],
@@ -116,7 +116,7 @@ def test_quality(report: Report, verdict: str, worse_by: Spread | None, text: st
 
 def test_an_arm_without_runs_has_no_sentence(report: Report) -> None:
     assert said(report, "bf16", times_faster=None, quality=None) == []
-    assert said(report, "bf16", quality=None)[-1].endswith("of the memory")
+    assert said(report, "bf16", quality=None)[-1].endswith("of its memory")
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,24 @@ def test_an_arm_without_runs_has_no_sentence(report: Report) -> None:
 )
 def test_ablations_say_what_they_show(report: Report, policy: str, verdict: str, text: str) -> None:
     changes = {"policy": policy, "quality_verdict": verdict, "quality": QUALITY}
-    (line,) = said(report, "bf16-no-masters", **changes)
+    arms = [replace(arm, **changes) if arm.name == "bf16-no-masters" else arm for arm in report.arms]
+    if "stochastic" in policy:
+        # it stands in for masters only where rounding to nearest does not do
+        nearest = next(arm for arm in report.arms if arm.name == "bf16-no-masters")
+        arms.append(replace(nearest, name="nearest", policy="bf16-true,rounding=nearest", quality_verdict="worse"))
+    (line,) = [line for line in verdicts(report.subject, report.plan, arms) if line.startswith("bf16-no-masters:")]
     assert line.startswith(f"bf16-no-masters: {verdict} (2.4012 against 2.4103): {text}")
+
+
+def test_an_ablation_teaches_nothing_without_what_it_is_an_ablation_of(report: Report) -> None:
+    (line,) = said(report, "bf16-no-masters", quality=QUALITY)
+    assert line.startswith("bf16-no-masters: its bits_per_byte is worse (2.4012")
+    stochastic = {"policy": "bf16-true,rounding=stochastic", "quality_verdict": "no worse", "quality": QUALITY}
+    (line,) = said(report, "bf16-no-masters", **stochastic)
+    assert line.startswith("bf16-no-masters: its bits_per_byte is no worse (2.4012")
+    arms = [replace(arm, quality_verdict="worse") if arm.name == "bf16" else arm for arm in report.arms]
+    (line,) = [line for line in verdicts(report.subject, report.plan, arms) if line.startswith("bf16-no-masters:")]
+    assert line.endswith("that says nothing of master weights, for it is worse with it too")
 
 
 def test_an_ablation_teaches_nothing_that_was_not_tested(report: Report) -> None:
@@ -175,7 +191,7 @@ def test_a_failed_baseline_comes_first(tmp_path: Path) -> None:
     )
     failed = replace(SHAPES[0], run_failure=failure)
     first, second, *_ = assemble(made_folder(tmp_path / "runs", Made(shapes=(failed, *SHAPES[2:4])))).verdicts
-    assert first.endswith("not enough (seeds 0, 1 and 2); it is the baseline, so no quality is tested")
+    assert first.endswith("not enough (seed 0; seeds 1 and 2 too); it is the baseline, so no quality is tested")
     assert second.startswith("bf16 is the fastest of Duotone's policies, faster than fp32 by 1.7")
 
 

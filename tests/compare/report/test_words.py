@@ -79,8 +79,10 @@ def test_a_spread_of_nan_is_one_word() -> None:
 def test_a_slower_arm_is_said_by_how_much() -> None:
     figure = Spread(0.5, 0.4, 0.8)
     assert words.speed(figure, "fp32") == "slower than fp32 by 2.00 (1.25 to 2.50)"
-    assert words.direction(Spread(1.2, 1.0, 1.3)) == "as fast"
-    assert words.direction(Spread(1.006, 1.005, 1.007)) == "faster"
+    assert words.direction(Spread(1.2, 1.0, 1.3)) == "open"
+    assert words.direction(Spread(1.025, 1.015, 1.035)) == "faster"
+    assert words.direction(Spread(1.0, 0.979, 1.02)) == "open"
+    assert words.direction(Spread(1.0, 0.98, 1.02)) == "as fast"
     assert words.direction(Spread(1.004, 1.003, 1.005)) == "as fast"
 
 

@@ -30,9 +30,11 @@ def lesson(arm: ArmResult, arms: Sequence[ArmResult]) -> str:
     if arm.policy is None:
         return ""
     mechanism = _lacks(arm.policy)
+    if not mechanism:
+        return ""
     whole = _verdict_of(arms, _whole(arm.policy))
     if arm.quality_verdict == "worse" and whole != "no worse":
-        return f"that says nothing of {mechanism}, for it is {whole} with it too" if whole == "worse" else ""
+        return f"that says nothing of {mechanism}, for it is worse with it too" if whole == "worse" else ""
     if mechanism == _STOCHASTIC and arm.quality_verdict == "no worse":
         nearest = Policy.parse(f"{_whole(arm.policy)}-true,rounding=nearest").name
         if _verdict_of(arms, nearest) != "worse":
@@ -42,7 +44,8 @@ def lesson(arm: ArmResult, arms: Sequence[ArmResult]) -> str:
 
 def _whole(text: str) -> str:
     """Return the preset that an ablation leaves a mechanism out of."""
-    return {"bfloat16": "bf16", "float16": "fp16"}[Policy.parse(text).param]
+    policy = Policy.parse(text)
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(policy.param, "fp16-mixed")
 
 
 def _verdict_of(arms: Sequence[ArmResult], policy: str) -> Verdict | None:

@@ -82,7 +82,8 @@ def _ahead(rival: ArmResult, ours: Sequence[ArmResult], baseline: str) -> Iterat
     shown = "no" if any(arm.quality_verdict == "no worse" for arm in ours) else "not known to be"
     every = f"{rival.name} is ahead of every policy of Duotone that is {shown} worse"
     best = max(ours, key=lambda arm: _speed(arm).value)
-    if _speed(rival).value > _speed(best).value:
+    # not by less than is written
+    if float(words.ratio(_speed(rival).value)) > float(words.ratio(_speed(best).value)):
         close = "" if _speed(rival).lower > _speed(best).upper else ", but by less than the intervals tell apart"
         theirs, its = (words.spread(_speed(arm), words.ratio) for arm in (rival, best))
         yield f"{every} in speed{close}: {theirs} times {baseline}'s against {its} of {best.name}"

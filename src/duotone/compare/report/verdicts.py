@@ -49,9 +49,9 @@ def rules(subject: Subject, plan: Plan) -> tuple[str, ...]:
         "independent; drawing batches is a part of a step, evaluating is not",
         f"quality: the arm's {subject.quality} ({'lower' if subject.lower_is_better else 'higher'} is better) against "
         f"{baseline}'s with the same seed, each arm by itself; no worse if the mean difference is at most the margin, "
-        f"{margin} of {baseline}'s mean, with {sure} confidence (one-sided paired t test); worse if it is above the margin with "
-        "the same confidence, or if the training did not stay finite; undecided between; tested only with two seeds "
-        "or more, and once all have ended",
+        f"{margin} of {baseline}'s mean, with {sure} confidence (one-sided paired t test); worse if it is above the "
+        "margin with the same confidence, or if the training did not stay finite; undecided between; tested only with "
+        "two seeds or more, and once all have ended",
         "memory: the peak over a few steps, alone in a process: on a CPU of the resident set above the process before "
         "the model, on a GPU of the allocator",
         "bytes per parameter: weights, tails, gradients and optimizer moments, counted tensor by tensor",
