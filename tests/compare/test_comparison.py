@@ -148,6 +148,19 @@ def test_another_machine_or_task_is_not_gone_on_with(
         compare(folder.plan(), path, resume=True)
 
 
+def test_an_edited_task_file_is_not_gone_on_with(script: Script, path: Path, tmp_path: Path) -> None:
+    task = tmp_path / "task.py"
+    task.write_text("lr = 1")
+    compare(replace(plan_of(), task=str(task)), path)
+    # by itself the path is the same, and so is all that the task says of itself
+    compare(ComparisonFolder(path).plan(), path, resume=True)
+    before = {file: file.read_bytes() for file in path.rglob("*.json")}
+    task.write_text("lr = 2")
+    with pytest.raises(CompareError, match=r"was measured with task file .*task\.py, SHA-256 \w{16}, and here it is "):
+        compare(ComparisonFolder(path).plan(), path, resume=True)
+    assert {file: file.read_bytes() for file in path.rglob("*.json")} == before
+
+
 def test_speeds_are_of_rounds_that_were_run_together(script: Script, path: Path) -> None:
     compare(plan_of(), path)
     folder = ComparisonFolder(path)

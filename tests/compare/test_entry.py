@@ -3,6 +3,7 @@
 import pickle
 import random
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -45,8 +46,17 @@ def test_a_plan_and_its_pace_decide_the_settings() -> None:
     assert pickle.loads(pickle.dumps(after)) == after
 
 
+class Pair(NamedTuple):
+    """As some loaders collate."""
+
+    x: torch.Tensor
+    name: str
+
+
 def test_a_batch_keeps_its_form_on_its_way_to_the_device() -> None:
-    batch = {"x": [torch.ones(2), (torch.zeros(1), "text")]}
+    batch = {"x": [torch.ones(2), (torch.zeros(1), "text")], "pair": Pair(torch.ones(1), "text")}
     moved = on_device(batch, torch.device("meta"))
     assert moved["x"][0].device.type == moved["x"][1][0].device.type == "meta"
     assert moved["x"][1][1] == "text"
+    assert isinstance(moved["pair"], Pair)
+    assert (moved["pair"].x.device.type, moved["pair"].name) == ("meta", "text")

@@ -5,7 +5,7 @@ import torch
 
 from duotone.compare.failures import WorkerFailed, failure_of, failure_of_death
 from duotone.compare.records import Failure
-from duotone.errors import ArmError, LossScaleCollapse, NonFiniteLoss, PolicyError
+from duotone.errors import ArmError, CompareError, LossScaleCollapse, NonFiniteLoss, PolicyError
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from duotone.errors import ArmError, LossScaleCollapse, NonFiniteLoss, PolicyErr
         (NonFiniteLoss("nan"), Failure("not finite", "nan")),
         (LossScaleCollapse("at its floor"), Failure("not finite", "at its floor")),
         (PolicyError("no"), Failure("not possible", "no")),
+        (CompareError("not here"), Failure("not possible", "not here")),
         (KeyError("x"), Failure("error", "KeyError: 'x'")),
         (ValueError(), Failure("error", "ValueError")),
         (RuntimeError("one\ntwo"), Failure("error", "RuntimeError: one")),
@@ -37,3 +38,10 @@ def test_a_killed_process_ran_out_of_memory_and_another_end_is_an_error() -> Non
     assert failure_of_death(-9, "log").kind == "out of memory"
     assert failure_of_death(-11, "log") == Failure("error", "its process ended with SIGSEGV; what it printed is in log")
     assert "exit code 0" in failure_of_death(0, "log").reason
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"]
+)
+def test_libraries_of_a_gpu_without_memory_are_recognised(text: str) -> None:
+    assert failure_of(RuntimeError(text)) == Failure("out of memory", text)

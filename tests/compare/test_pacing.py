@@ -42,6 +42,11 @@ def test_steps_that_were_asked_for_are_taken() -> None:
     assert (pace.steps, pace.warmup_steps) == (2800, 100)
 
 
+@pytest.mark.parametrize(("steps", "warmup_steps"), [(70, 17), (399, 99), (400, 100), (1000, 100), (2, 0)])
+def test_a_warmup_is_the_tasks_own_or_a_quarter(steps: int, warmup_steps: int) -> None:
+    assert pace_of(plan_of(steps=steps), SUBJECT, trials_of(0.1, 0.1), ROOMY).warmup_steps == warmup_steps
+
+
 def test_a_warmup_that_was_asked_for_is_kept() -> None:
     assert pace_of(plan_of(steps=70, settings={"warmup_steps": 30}), SUBJECT, trials_of(1, 1), ROOMY).warmup_steps == 30
     assert pace_of(plan_of(steps=20, settings={"warmup_steps": 30}), SUBJECT, trials_of(1, 1), ROOMY).warmup_steps == 20

@@ -47,3 +47,14 @@ def test_an_environment_names_the_cpu_with_its_16_bit_products(tmp_path: Path, m
     assert lines["cpu"] == "Some CPU: fast (avx512_bf16, amx_bf16)"
     assert (lines["memory"], lines["gpu"], lines["torch"]) == ("16 GB", "H100", torch.__version__)
     assert all(isinstance(line, str) for line in lines.values())
+
+
+def test_an_environment_tells_a_task_file_from_an_edited_one(tmp_path: Path) -> None:
+    task, here = tmp_path / "task.py", Surroundings("cpu", None, None)
+    lines = []
+    for text in ("lr = 1", "lr = 2", "lr = 1"):
+        task.write_text(text)
+        lines.append(describe(here, str(task))["task file"])
+    assert lines[0] == lines[2] != lines[1]
+    assert lines[0].startswith(f"{task}, SHA-256 ")
+    assert "task file" not in describe(here, "stdlib-text")

@@ -22,6 +22,7 @@ from .made_records import (
     SUBJECT,
     TURN_STEPS,
     Made,
+    made_fit,
     made_folder,
     made_plan,
     made_run,
@@ -102,6 +103,21 @@ def test_speed_is_taken_round_by_round(tmp_path: Path) -> None:
     assert figure.value == pytest.approx(statistics.median(every), rel=1e-12)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_a_seed_of_another_session_has_no_part_in_the_speed(tmp_path: Path, together: bool) -> None:
+    folder = made_folder(tmp_path / "made", Made(shapes=(FP32, BF16), together=together))
+    before = assemble(folder).arms[1].times_faster
+    run = made_run(BF16, 1)
+    quick = tuple(replace(turn, step=turn.step / 10) for turn in run.turns)
+    folder.write(replace(run, turns=quick, session="later"))
+    figure = assemble(folder).arms[1].times_faster
+    assert before is not None
+    assert figure is not None
+    # arms that ran one after the other have no session in common, and every seed counts
+    assert (figure.upper < 2) == together
+    assert (figure.lower, figure.upper) != (before.lower, before.upper)
+
+
 def test_a_run_that_failed_keeps_what_it_had(report: Report) -> None:
     arm = named(report, "fp16-no-scaling")
     assert arm.failure == Failure("not finite", "the loss is nan at step 120 (seed 0; seeds 1 and 2 too)")
@@ -175,6 +191,8 @@ def test_one_failed_run_of_three_is_told_with_its_seed(tmp_path: Path, kind: str
     assert arm.quality is not None
     assert arm.quality_verdict == ("worse" if kind == "not finite" else "not tested")
     assert (arm.worse_by is None) == (kind == "not finite")
+    # another end is no divergence, and its curve just ends
+    assert [math.isnan(curve.losses[-1][1]) for curve in arm.curves] == [False, kind == "not finite", False]
 
 
 def test_seeds_that_failed_for_another_reason_are_not_counted_with_the_first(tmp_path: Path) -> None:
@@ -235,3 +253,9 @@ def test_notes_of_trial_and_runs_come_once(tmp_path: Path) -> None:
     folder.write(replace(made_trial(BF16), notes=("a", "b")))
     folder.write(replace(made_run(BF16, 0), notes=("b", "c", "a")))
     assert assemble(folder).arms[1].notes == ("a", "b", "c")
+
+
+def test_the_remark_of_a_search_is_a_note(tmp_path: Path) -> None:
+    folder = made_folder(tmp_path / "made", Made(shapes=(FP32, BF16), fits=True))
+    folder.write(replace(made_fit(BF16), remark="88 samples fit; more were not tried"))
+    assert [arm.notes for arm in assemble(folder).arms] == [(), ("88 samples fit; more were not tried",)]

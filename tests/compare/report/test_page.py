@@ -94,6 +94,21 @@ def test_figures_are_written_out(pages: dict[str, str]) -> None:
     assert "scale 2¹⁴" in Reader(pages["usual"]).words
 
 
+@pytest.mark.parametrize(
+    ("environment", "machine"),
+    [
+        ({"device": "cuda", "gpu": "H100", "cpu": "Example 9000"}, "H100"),
+        ({"device": "cpu", "cpu": "Example 9000"}, "Example 9000"),
+        ({"device": "cpu"}, "cpu"),
+    ],
+)
+def test_the_line_below_the_title_names_the_processor(environment: dict[str, str], machine: str) -> None:
+    text = page(replace(STATES["alone"](), environment=environment))
+    facts = re.search(r'<p class="facts">.*</p>', text)
+    assert facts is not None
+    assert Reader(facts[0]).words[-1] == machine
+
+
 @pytest.mark.parametrize("state", STATES)
 def test_nothing_comes_from_elsewhere(pages: dict[str, str], state: str) -> None:
     reader = Reader(pages[state])
@@ -160,6 +175,8 @@ def test_charts_of_what_there_is_and_no_others(pages: dict[str, str]) -> None:
     assert not {*pair, "loss-scale"} & ids["trials_only"]
     assert not {"memory", "loss-scale"} & ids["alone"]
     assert "There is no verdict yet." in Reader(pages["trials_only"]).words
+    finished = replace(STATES["trials_only"](), is_complete=True)
+    assert "There is nothing to compare." in Reader(page(finished)).words
     assert "not measured yet" in Reader(pages["trials_only"]).words
 
 

@@ -69,6 +69,34 @@ def test_a_faster_peer_is_named(report: Report) -> None:
     close = {"times_faster": Spread(1.8, 1.75, 1.85)}
     _, line = ranked(report, {"bf16": {"times_faster": FAST}, "torch-amp-bf16": close})
     assert "in speed, but by less than the intervals tell apart: 1.80" in line
+    # written, it is the same
+    same = {"times_faster": Spread(1.724, 1.7, 1.8)}
+    assert len(ranked(report, {"bf16": {"times_faster": FAST}, "torch-amp-bf16": same})) == 1
+
+
+def test_a_policy_whose_quality_is_open_is_named_only_if_it_is_shown_to_be_faster(report: Report) -> None:
+    slow = {"times_faster": Spread(0.95, 0.92, 0.98)}
+    around = {"quality_verdict": "undecided", "times_faster": Spread(1.1, 0.97, 1.2)}
+    changes = {"bf16": around, "fp16": slow, "torch-amp-bf16": slow}
+    assert len(ranked(report, changes)) == 1
+    changes["bf16"] = {"quality_verdict": "undecided", "times_faster": Spread(1.1, 0.99, 1.2)}
+    assert ranked(report, changes)[1].startswith("bf16 is faster than that, but whether its bits_per_byte is worse")
+
+
+def test_a_peer_ahead_of_policies_that_no_test_has_passed(report: Report) -> None:
+    changes = {arm.name: {"quality_verdict": "not tested"} for arm in report.arms}
+    peer = {"quality_verdict": "not tested", "times_faster": Spread(9.0, 8.9, 9.1)}
+    _, line = ranked(report, {**changes, "torch-amp-bf16": peer})
+    assert line.startswith("torch-amp-bf16 is ahead of every policy of Duotone that is not known to be worse in speed")
+
+
+@pytest.mark.parametrize(("peak_memory_bytes", "lines"), [(98_000_000, 1), (97_999_999, 2)])
+def test_peaks_within_2_percent_say_nothing(report: Report, peak_memory_bytes: int, lines: int) -> None:
+    changes = {
+        "bf16": {"peak_memory_bytes": 100_000_000},
+        "torch-amp-bf16": {"peak_memory_bytes": peak_memory_bytes},
+    }
+    assert len(ranked(report, changes)) == lines
 
 
 @pytest.mark.parametrize("verdict", ["worse", "undecided"])

@@ -123,3 +123,21 @@ def test_largest_batches_that_are_not_found_yet(tmp_path: Path) -> None:
     assert remarks(folder) == ("the largest micro-batch of bf16 is not found yet",)
     folder.write(made_fit(BF16))
     assert remarks(folder) == ()
+
+
+def test_seeds_that_ran_at_another_time_than_the_baseline(tmp_path: Path) -> None:
+    folder = whole(made_folder(tmp_path / "made", TWO))
+    folder.write(replace(made_run(BF16, 1), session="later"))
+    assert remarks(folder) == (
+        "bf16 ran at another time than fp32 with some seeds, after an interruption: those rounds have no part in how "
+        "many times faster it is",
+    )
+    folder.write(replace(made_run(FP32, 1), session="later"))
+    assert remarks(folder) == ()
+
+
+def test_arms_that_ran_one_after_the_other_are_not_said_to_be_apart(tmp_path: Path) -> None:
+    folder = whole(made_folder(tmp_path / "made", replace(TWO, together=False)))
+    folder.write(replace(made_run(BF16, 1), session="later"))
+    (remark,) = remarks(folder)
+    assert remark.startswith("arms ran one after the other")
