@@ -92,7 +92,8 @@ def test_a_comparison_from_start_to_show_and_diff(duotone):
     assert f"{folder}/report.html" in output
     for word in ("fp32", "bf16", "wide", "Verdicts", "with 95 %"):
         assert word in output
-    assert max(map(len, output.replace("\n- ", "\n  ").splitlines())) <= 120
+    # lines of what happens are not broken, so that they can be searched; what came of it fits a terminal
+    assert max(map(len, output[output.index("verdict") : output.index("page, with charts")].splitlines())) <= 80
     results = json.loads((folder / "report.json").read_text())
     assert [arm["name"] for arm in results["arms"]] == ["fp32", "bf16", "optimi-kahan", "wide"]
     assert results["arms"][1]["seeds"] == 2
