@@ -11,9 +11,10 @@ import torch
 
 from duotone.compare.arms.catalogue import CATALOGUE, find_arms
 from duotone.compare.entry import Entry, entry_of
-from duotone.compare.measuring.batches import endless_batches, on_device
+from duotone.compare.measuring.batches import endless_batches
 from duotone.compare.plan import Pace, Plan
 from duotone.errors import TaskError
+from duotone.train.task import on_device
 
 TINY = str(Path(__file__).with_name("tiny_task.py"))
 

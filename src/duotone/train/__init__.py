@@ -2,6 +2,7 @@
 
 from duotone.train.interruption import Interruption, print_at_once, stop_on_signal
 from duotone.train.metrics import Metrics, Summary, as_json
+from duotone.train.optimizer import optimizer_of
 from duotone.train.ranks import Alone, Group, Ranks, open_ranks
 from duotone.train.run_folder import RunFolder, next_free_folder
 from duotone.train.settings import RunSettings, find_device, read_config, resolve_settings
@@ -27,6 +28,7 @@ __all__ = [
     "find_task",
     "next_free_folder",
     "open_ranks",
+    "optimizer_of",
     "print_at_once",
     "read_config",
     "resolve_settings",

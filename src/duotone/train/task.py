@@ -145,6 +145,46 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with all its tensors on a device.
+
+    >>> on_device({"x": [torch.ones(2), "a name"]}, torch.device("meta"))["x"][0].device
+    device(type='meta')
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: on_device(item, device) for key, item in batch.items()}
+    if isinstance(batch, list | tuple):
+        items = [on_device(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    return batch
+
+
+def check_loss(task: Task, loss: object) -> None:
+    """Raise unless what a task's `loss` returned can be trained on.
+
+    Raises:
+        TaskError: it is no tensor of one element.
+    """
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise TaskError(f"the loss of task {task.name!r} is {got}; it must be a tensor of one element")
+
+
+def check_evaluation(task: Task, figures: Mapping[str, float]) -> None:
+    """Raise unless what a task's `evaluate` returned holds its quality.
+
+    Raises:
+        TaskError: it does not.
+    """
+    if task.quality not in figures:
+        raise TaskError(
+            f"task {task.name!r} evaluates {', '.join(figures) or 'nothing'}, but its quality is {task.quality!r}; "
+            "return that figure too, or name another as `quality`"
+        )
+
+
 def load_task_file(path: str | Path) -> Task:
     """Run a Python file that defines `task()`, and return what `task()` returns.
 

@@ -10,10 +10,10 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from torch import Tensor
 import duotone.torch as dt
 from duotone.errors import CheckpointError, DuotoneWarning, NonFiniteLoss, TaskError
 from duotone.train.metrics import Metrics, Summary
+from duotone.train.optimizer import optimizer_of
 from duotone.train.ranks import Alone, Ranks
 from duotone.train.run_folder import RunFolder, step_of
 from duotone.train.schedule import WarmupCosine
 from duotone.train.settings import RunSettings
 from duotone.train.spread import spread
-from duotone.train.task import Batch, Task
+from duotone.train.task import Batch, Task, check_evaluation, check_loss, on_device
 
 
 class Trainer:
@@ -67,7 +68,7 @@ class Trainer:
         self.device = self.ranks.device(settings.device)
         self.model = dt.cast(self.ranks.send(task.model.to(self.device)), settings.policy)
         self._spread = spread(self.model, mode)
-        self.optimizer = _optimizer(self.model, settings)
+        self.optimizer = optimizer_of(self.model, settings)
         self.scaler = dt.LossScaler(settings.policy)
         self.schedule = WarmupCosine(
             self.optimizer,
@@ -212,10 +213,8 @@ class Trainer:
         started = time.perf_counter()
         for left in reversed(range(self.settings.micro_batches)):
             batch = next(batches)
-            loss = self._spread.loss(self.task.loss, _to_device(batch, self.device), is_last=left == 0)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TaskError(f"the loss of task {self.task.name!r} is {got}; it must be a tensor of one element")
+            loss = self._spread.loss(self.task.loss, on_device(batch, self.device), is_last=left == 0)
+            check_loss(self.task, loss)
             self.scaler.backward(loss / self.settings.micro_batches)
             self._losses += loss.detach().float().reshape(())
             self._losses_added += 1
@@ -258,11 +257,7 @@ class Trainer:
         own = {name: float(value) for name, value in self._spread.evaluate(self.task.evaluate).items()}
         # the same data on every rank, but what a rank rounds may depend on its machine
         figures = self.ranks.gather(own)[0]
-        if self.task.quality not in figures:
-            raise TaskError(
-                f"task {self.task.name!r} evaluates {', '.join(figures) or 'nothing'}, but its quality is "
-                f"{self.task.quality!r}; return that figure too, or name another as `quality`"
-            )
+        check_evaluation(self.task, figures)
         return figures
 
     def _restore_losses(self, losses: Tensor, added: list[int]) -> None:
@@ -300,33 +295,6 @@ class Trainer:
 
 def _listed(parts: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-
-
-def _optimizer(model: torch.nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
-    common: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "seed": settings.seed,
-        "backend": settings.backend,
-    }
-    match settings.optimizer:
-        case "adamw":
-            return dt.AdamW(model.parameters(), betas=settings.betas, **common)
-        case "lion":
-            return dt.Lion(model.parameters(), betas=settings.betas, **common)
-        case "sgd":
-            return dt.SGD(model.parameters(), momentum=settings.momentum, **common)
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(item, device) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        items = [_to_device(item, device) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
 
 
 def _peak_memory_bytes(device: torch.device) -> int | None:

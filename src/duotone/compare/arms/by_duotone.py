@@ -3,14 +3,13 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import duotone.torch as dt
 from duotone.compare.arms.cosine import cosine_schedule
 from duotone.compare.arms.stepper import Assignment, Taken
 from duotone.errors import ArmError
-from duotone.train import RunSettings
+from duotone.train import optimizer_of
 
 
 class DuotoneStepper:
@@ -23,7 +22,7 @@ class DuotoneStepper:
 
     def __init__(self, assignment: Assignment, policy: str) -> None:
         self.model = dt.cast(assignment.task.model.to(assignment.device), policy)
-        self.optimizer = _optimizer(self.model, assignment.settings)
+        self.optimizer = optimizer_of(self.model, assignment.settings)
         self._task, self._settings = assignment.task, assignment.settings
         self._schedule = cosine_schedule(self.optimizer, assignment.settings)
         self._scaler = dt.LossScaler(policy)
@@ -56,19 +55,3 @@ def build(assignment: Assignment) -> DuotoneStepper:
     if assignment.arm.policy is None:
         raise ArmError(f'arm "{assignment.arm.name}" has no policy; give it one, such as bf16')
     return DuotoneStepper(assignment, assignment.arm.policy)
-
-
-def _optimizer(model: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
-    common: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "seed": settings.seed,
-        "backend": settings.backend,
-    }
-    match settings.optimizer:
-        case "adamw":
-            return dt.AdamW(model.parameters(), betas=settings.betas, **common)
-        case "lion":
-            return dt.Lion(model.parameters(), betas=settings.betas, **common)
-        case "sgd":
-            return dt.SGD(model.parameters(), momentum=settings.momentum, **common)

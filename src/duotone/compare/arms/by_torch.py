@@ -17,14 +17,27 @@ from duotone.compare.arms.stepper import Assignment, Taken
 
 
 class PlainStepper:
-    """Trains a model in the dtype it has, with any optimizer: `backward`, `clip_grad_norm_`, `step`.
+    """Trains a model with any optimizer: `backward`, `clip_grad_norm_`, `step`.
 
     Attributes:
         model: on its device already.
         optimizer: of its parameters.
+
+    Args:
+        assignment: what it is built for.
+        model: as above.
+        optimizer: as above.
+        autocast: the dtype that forward passes are cast to; None for the dtype the model has.
     """
 
-    def __init__(self, assignment: Assignment, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        assignment: Assignment,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self._autocast, self._device = autocast, assignment.device
         self.model = model
         self.optimizer = optimizer
         self._task, self._settings = assignment.task, assignment.settings
@@ -32,7 +45,8 @@ class PlainStepper:
 
     def forward(self, batch: Any) -> Tensor:
         """Return the loss."""
-        return self._task.loss(self.model, batch) / self._settings.micro_batches
+        with self.evaluating():
+            return self._task.loss(self.model, batch) / self._settings.micro_batches
 
     def backward(self, loss: Tensor) -> None:
         """Add its gradients."""
@@ -48,25 +62,25 @@ class PlainStepper:
         return Taken(skipped=False, loss_scale=1.0)
 
     def evaluating(self) -> AbstractContextManager[Any]:
-        """Return a context that does nothing."""
-        return nullcontext()
+        """Return autocast, or a context that does nothing."""
+        return nullcontext() if self._autocast is None else torch.autocast(self._device.type, self._autocast)
 
 
-class AmpStepper:
-    """Trains FP32 weights under `torch.autocast`, in FP16 with `torch.amp.GradScaler`.
+class ScaledStepper:
+    """Trains FP32 weights under FP16 autocast, with `torch.amp.GradScaler`.
 
     Attributes:
         model: as the task gave it.
         optimizer: torch's, fused.
     """
 
-    def __init__(self, assignment: Assignment, dtype: torch.dtype) -> None:
+    def __init__(self, assignment: Assignment) -> None:
         self.model = assignment.task.model.to(assignment.device)
         self.optimizer = fused_optimizer(self.model, assignment.settings)
         self._task, self._settings = assignment.task, assignment.settings
         self._schedule = cosine_schedule(self.optimizer, assignment.settings)
-        self._dtype, self._device = dtype, assignment.device
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=dtype == torch.float16)
+        self._device = assignment.device
+        self._scaler = torch.amp.GradScaler(self._device.type)
         self._one = torch.ones((), device=self._device)
 
     def forward(self, batch: Any) -> Tensor:
@@ -80,8 +94,6 @@ class AmpStepper:
 
     def update(self) -> Taken:
         """Unscale, clip, step, update the scale, advance the schedule."""
-        if not self._scaler.is_enabled():
-            return self._plain_update()
         # a product with the scale tells it without waiting for the device, as get_scale() would
         before = self._scaler.scale(self._one)
         if self._settings.clip_norm is not None:
@@ -93,17 +105,9 @@ class AmpStepper:
         self.optimizer.zero_grad()
         return Taken(skipped=self._scaler.scale(self._one) < before, loss_scale=before)
 
-    def _plain_update(self) -> Taken:
-        if self._settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.clip_norm)
-        self.optimizer.step()
-        self._schedule.step()
-        self.optimizer.zero_grad()
-        return Taken(skipped=False, loss_scale=1.0)
-
     def evaluating(self) -> AbstractContextManager[Any]:
         """Return autocast."""
-        return torch.autocast(self._device.type, self._dtype)
+        return torch.autocast(self._device.type, torch.float16)
 
 
 def fp32(assignment: Assignment) -> PlainStepper:
@@ -112,11 +116,12 @@ def fp32(assignment: Assignment) -> PlainStepper:
     return PlainStepper(assignment, model, fused_optimizer(model, assignment.settings))
 
 
-def amp_bf16(assignment: Assignment) -> AmpStepper:
+def amp_bf16(assignment: Assignment) -> PlainStepper:
     """Return what trains under BF16 autocast."""
-    return AmpStepper(assignment, torch.bfloat16)
+    model = assignment.task.model.to(assignment.device)
+    return PlainStepper(assignment, model, fused_optimizer(model, assignment.settings), torch.bfloat16)
 
 
-def amp_fp16(assignment: Assignment) -> AmpStepper:
+def amp_fp16(assignment: Assignment) -> ScaledStepper:
     """Return what trains under FP16 autocast, with a scaled loss."""
-    return AmpStepper(assignment, torch.float16)
+    return ScaledStepper(assignment)

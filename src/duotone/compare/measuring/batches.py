@@ -3,10 +3,9 @@
 Epoch `e` comes from a generator of its own, seeded with `seed * 2^32 + e`, as in `duotone.train.Trainer`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from duotone.errors import TaskError
 from duotone.train import Task
@@ -33,15 +32,3 @@ def endless_batches(task: Task, seed: int) -> Iterator[Batch]:
         if is_empty:
             raise TaskError(f"the data set of task {task.name!r} is empty: an epoch yields no batch")
         epoch += 1
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch with all its tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: on_device(item, device) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        items = [on_device(item, device) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch

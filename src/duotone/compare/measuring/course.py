@@ -19,12 +19,13 @@ from duotone.compare.arms.build import build
 from duotone.compare.arms.catalogue import Arm
 from duotone.compare.arms.stepper import Assignment, Stepper
 from duotone.compare.failures import failure_of
-from duotone.compare.measuring.batches import endless_batches, on_device
+from duotone.compare.measuring.batches import endless_batches
 from duotone.compare.measuring.clock import StepClock
 from duotone.compare.measuring.turn import Step, Turn
 from duotone.compare.records import Failure
 from duotone.errors import TaskError
 from duotone.train import RunSettings, Task
+from duotone.train.task import check_evaluation, check_loss, on_device
 
 
 class Course:
@@ -98,11 +99,7 @@ class Course:
         """
         with self.stepper.evaluating():
             figures = {name: float(value) for name, value in self.task.evaluate(self.stepper.model).items()}
-        if self.task.quality not in figures:
-            raise TaskError(
-                f"task {self.task.name!r} evaluates {', '.join(figures) or 'nothing'}, but its quality is "
-                f"{self.task.quality!r}; return that figure too, or name another as `quality`"
-            )
+        check_evaluation(self.task, figures)
         return figures
 
     def batch(self) -> Any:
@@ -118,9 +115,7 @@ class Course:
             self._clock.lap("")
             loss = self.stepper.forward(batch)
             self._clock.lap("forward")
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise TaskError(f"the loss of task {self.task.name!r} is {got}; it must be a tensor of one element")
+            check_loss(self.task, loss)
             self.stepper.backward(loss)
             self._clock.lap("backward")
             losses.append(loss.detach())
