@@ -34,7 +34,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.torch.kernels import Backend
-from duotone.torch.master import ensure_tail, read_master, write_master
+from duotone.torch.parameters.masters import ensure_tail, read_master, write_master
 
 # a step reads weight, tail, gradient (twice) and two FP32 moments, and writes all but the gradient
 BYTES_PER_PARAMETER = 28

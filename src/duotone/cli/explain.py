@@ -12,7 +12,7 @@ from duotone.errors import TaskError
 if TYPE_CHECKING:
     import torch
 
-    from duotone.torch.explain import Explanation
+    from duotone.torch.explanation import Explanation
     from duotone.train import RunSettings, Task
 
 
@@ -62,7 +62,7 @@ def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "
 
     import duotone.torch as dt
     from duotone.torch.casting.nested import map_tensors
-    from duotone.torch.explain import explain
+    from duotone.torch.explanation import explain
 
     model = dt.cast(task.model.to(device), settings.policy)
     # the first batch of a run with this seed, as the trainer draws it

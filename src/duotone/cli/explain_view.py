@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from duotone.torch.explain.explanation import OUTSIDE, Cast, Explanation
-from duotone.torch.explain.plain_text import header
-from duotone.torch.explain.siblings import Siblings, casts_of_groups, group_siblings
-from duotone.torch.explain.wording import count, label, labels, size
+from duotone.torch.explanation.explanation import OUTSIDE, Cast, Explanation
+from duotone.torch.explanation.plain_text import header
+from duotone.torch.explanation.siblings import Siblings, casts_of_groups, group_siblings
+from duotone.torch.explanation.wording import count, label, labels, size
 
 _MOST = 12
 _MOST_OPERATIONS = 20

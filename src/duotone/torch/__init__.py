@@ -13,19 +13,19 @@ from duotone.torch.casting.autocast import autocast
 from duotone.torch.casting.cast import cast, policy_of, uncast
 from duotone.torch.casting.keep_float32 import keep_float32
 from duotone.torch.casting.own_rules import op_rule, op_rules
-from duotone.torch.checkpoint.contents import load_checkpoint, save_checkpoint
-from duotone.torch.checkpoint.folder import verify_checkpoint
-from duotone.torch.checkpoint.place import list_checkpoints, remove_checkpoint, remove_leftovers
+from duotone.torch.checkpoints.contents import load_checkpoint, save_checkpoint
+from duotone.torch.checkpoints.folder import verify_checkpoint
+from duotone.torch.checkpoints.place import list_checkpoints, remove_checkpoint, remove_leftovers
+from duotone.torch.conversion import Prepared, prepare
 from duotone.torch.distributed.data_parallel import data_parallel
 from duotone.torch.distributed.fully_shard import fully_shard
-from duotone.torch.explain import Explanation, explain, saved_for_backward
-from duotone.torch.master import load_master_weights, master_weights
-from duotone.torch.memory import Memory, memory
+from duotone.torch.explanation import Explanation, explain, saved_for_backward
+from duotone.torch.memory_use import Memory, memory
 from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
-from duotone.torch.prepare import Prepared, prepare
+from duotone.torch.parameters.masters import load_master_weights, master_weights
 from duotone.torch.scaling.grad_scaler import GradScaler
 from duotone.torch.scaling.loss_scaler import LossScaler
-from duotone.torch.step import StepReport, step
+from duotone.torch.scaling.step import StepReport, step
 
 __all__ = [
     "SGD",

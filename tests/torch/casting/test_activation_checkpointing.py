@@ -20,7 +20,7 @@ from duotone.torch.casting.activation_checkpointing import (
     checkpointed_forward_of,
 )
 from duotone.torch.casting.cast_forward import CastForward
-from duotone.torch.master import read_master
+from duotone.torch.parameters.masters import read_master
 
 POLICIES = [None, "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "bf16; blocks.1: param=fp32,compute=fp32"]
 TOKENS = torch.arange(26).view(2, 13) % 13

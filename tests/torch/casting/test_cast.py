@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
-from duotone.torch.master import read_master, rounding_of, tail_of
+from duotone.torch.parameters.masters import read_master, rounding_of, tail_of
 
 
 class Mixed(nn.Module):

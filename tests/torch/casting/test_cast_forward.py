@@ -11,7 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import duotone.torch as dt
-from duotone.torch.master import read_master, tail_of
+from duotone.torch.parameters.masters import read_master, tail_of
 
 PRECISIONS = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
 

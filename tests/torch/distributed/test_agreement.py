@@ -13,7 +13,7 @@ import duotone.torch as dt
 from duotone.errors import LossScaleCollapse
 from duotone.torch.distributed.agreement import Agreement, SharedBy, note_ranks
 from duotone.torch.kernels import grad_stats
-from duotone.torch.shards import local
+from duotone.torch.parameters.shards import local
 
 
 def read(_, grads):

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.join import Join
 import duotone.torch as dt
 from duotone.errors import OptimizerError, PolicyError
 from duotone.torch.distributed.agreement import Agreement
-from duotone.torch.master import read_master
+from duotone.torch.parameters.masters import read_master
 
 
 class Net(nn.Module):

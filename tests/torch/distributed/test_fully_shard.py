@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError, PolicyError
-from duotone.torch import shards
-from duotone.torch.master import name_of, reduce_dtype_of, rounding_of, state_dtype_of, tail_of
+from duotone.torch.parameters import shards
+from duotone.torch.parameters.masters import name_of, reduce_dtype_of, rounding_of, state_dtype_of, tail_of
 
 
 class Tagger(nn.Module):

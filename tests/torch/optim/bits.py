@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duotone.torch.master import read_master
+from duotone.torch.parameters.masters import read_master
 
 
 def bits_of(value: Any) -> Any:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duotone.torch.master import ensure_tail, read_master, write_master
+from duotone.torch.parameters.masters import ensure_tail, read_master, write_master
 
 SHAPES = ((5, 7), (), (0, 3), (33,))
 

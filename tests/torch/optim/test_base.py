@@ -12,7 +12,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.master import read_master, set_storage, tail_of
+from duotone.torch.parameters.masters import read_master, set_storage, tail_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ADAMW = partial(dt.AdamW, lr=0.01)

@@ -12,8 +12,8 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.master import set_storage
 from duotone.torch.optim.gathering import Gathering
+from duotone.torch.parameters.masters import set_storage
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.master import ensure_tail, read_master, set_storage, tail_of, write_master
+from duotone.torch.parameters.masters import ensure_tail, read_master, set_storage, tail_of, write_master
 
 from .bits import bits_of, everything_of
 from .other_optimizers import FUSED, KINDS, Failing

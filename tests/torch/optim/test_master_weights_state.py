@@ -11,7 +11,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError, OptimizerError
-from duotone.torch.master import tail_of, write_master
+from duotone.torch.parameters.masters import tail_of, write_master
 
 from .bits import everything_of
 from .other_optimizers import KINDS

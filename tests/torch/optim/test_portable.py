@@ -9,7 +9,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError
-from duotone.torch.master import tail_of
+from duotone.torch.parameters.masters import tail_of
 
 from .bits import bits_of, everything_of
 from .other_optimizers import KINDS

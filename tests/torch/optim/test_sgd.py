@@ -6,7 +6,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError
-from duotone.torch.master import read_master
+from duotone.torch.parameters.masters import read_master
 
 SETTINGS = [
     {"lr": 0.05},

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError
-from duotone.torch import shards
-from duotone.torch.master import read_master, tail_of
+from duotone.torch.parameters import shards
+from duotone.torch.parameters.masters import read_master, tail_of
 
 # on three ranks: two rows and one, one row each or none, one rank alone, 14 rows and 12
 SHAPES = ((5, 6), (2,), (1, 7), (40, 3))

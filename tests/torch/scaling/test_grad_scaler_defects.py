@@ -10,7 +10,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, LossScaleCollapse, OptimizerError
-from duotone.torch.shards import local
+from duotone.torch.parameters.shards import local
 
 BOTH = (torch.amp.GradScaler, dt.GradScaler)
 

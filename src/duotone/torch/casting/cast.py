@@ -19,8 +19,8 @@ from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, che
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.keep_float32 import is_kept_in_float32
 from duotone.torch.casting.residence import Residence, SettleWhenShaped, is_castable, is_lazy, plan, settle
-from duotone.torch.master import set_name
-from duotone.torch.shards import is_shard, is_sharded
+from duotone.torch.parameters.masters import set_name
+from duotone.torch.parameters.shards import is_shard, is_sharded
 
 Module = TypeVar("Module", bound=nn.Module)
 

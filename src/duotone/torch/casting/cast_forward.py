@@ -21,7 +21,7 @@ from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
 from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import Region
-from duotone.torch.master import (
+from duotone.torch.parameters.masters import (
     is_synchronised,
     name_of,
     order_of,

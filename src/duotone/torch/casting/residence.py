@@ -16,7 +16,14 @@ from torch.nn.parameter import UninitializedParameter
 from duotone.errors import PolicyError
 from duotone.policy import ClassNames, Policy
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.master import beyond_range, read_master, set_reduce_dtype, set_state_dtype, set_storage, tail_of
+from duotone.torch.parameters.masters import (
+    beyond_range,
+    read_master,
+    set_reduce_dtype,
+    set_state_dtype,
+    set_storage,
+    tail_of,
+)
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)

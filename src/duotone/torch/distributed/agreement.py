@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from duotone.errors import OptimizerError
-from duotone.torch.shards import is_shard, local, shards_among
+from duotone.torch.parameters.shards import is_shard, local, shards_among
 
 _RANKS = "duotone_ranks"
 

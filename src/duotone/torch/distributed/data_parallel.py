@@ -18,8 +18,8 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.agreement import note_ranks
 from duotone.torch.distributed.fitness import CAST_DTYPES, check_cast, check_one_dtype
-from duotone.torch.master import reduce_dtype_of, tail_of
-from duotone.torch.shards import is_shard
+from duotone.torch.parameters.masters import reduce_dtype_of, tail_of
+from duotone.torch.parameters.shards import is_shard
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel

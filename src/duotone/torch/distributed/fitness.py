@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import PolicyError
-from duotone.torch.master import reduce_dtype_of
+from duotone.torch.parameters.masters import reduce_dtype_of
 
 CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

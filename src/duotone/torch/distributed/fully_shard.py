@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.fitness import check_cast, check_one_dtype
-from duotone.torch.master import is_replaced, name_of, notes_of, reduce_dtype_of, replace_by, tail_of
-from duotone.torch.shards import is_sharded
+from duotone.torch.parameters.masters import is_replaced, name_of, notes_of, reduce_dtype_of, replace_by, tail_of
+from duotone.torch.parameters.shards import is_sharded
 
 Modules = TypeVar("Modules", bound=nn.Module | Sequence[nn.Module])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Backend
-from duotone.torch.master import check_in_place, check_not_flattened, ensure_tail, needs_tail, tail_of
+from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail, needs_tail, tail_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
-from duotone.torch import kernels, shards
-from duotone.torch.master import check_in_place, needs_tail, rounding_of, set_state_dtype, set_storage, state_dtype_of
+from duotone.torch import kernels
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
 from duotone.torch.optim.gathering import Gathering, numbered
 from duotone.torch.optim.portable import (
@@ -20,6 +19,15 @@ from duotone.torch.optim.portable import (
     portable_state,
     settings_from_portable,
     state_from_portable,
+)
+from duotone.torch.parameters import shards
+from duotone.torch.parameters.masters import (
+    check_in_place,
+    needs_tail,
+    rounding_of,
+    set_state_dtype,
+    set_storage,
+    state_dtype_of,
 )
 
 # what is kept for a parameter besides tensors of its shape

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from duotone.torch import kernels
-from duotone.torch.master import storage_changes
-from duotone.torch.shards import gradient_part, is_shard, local, place_of
+from duotone.torch.parameters.masters import storage_changes
+from duotone.torch.parameters.shards import gradient_part, is_shard, local, place_of
 
 Gathered = dict[torch.device, list[kernels.Operand]]
 

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from duotone.errors import OptimizerError
-from duotone.torch import shards
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.uncompiled import uncompiled
-from duotone.torch.master import check_in_place, needs_tail, read_master, rounding_of, set_storage, tail_of
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
 from duotone.torch.optim.gathering import numbered
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
 from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
+from duotone.torch.parameters import shards
+from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master, rounding_of, set_storage, tail_of
 
 # what is kept here beside the wrapped optimizer's state
 _KEPT = ("tail", "rounding_step")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duotone.torch.shards import cut, is_shard
+from duotone.torch.parameters.shards import cut, is_shard
 
 
 def copy_state(value: Any, device: torch.device | None = None, param: Tensor | None = None) -> Any:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
-from duotone.torch.master import state_dtype_of
 from duotone.torch.optim.base import MasterOptimizer, check_parameters
+from duotone.torch.parameters.masters import state_dtype_of
 
 _SHARED = ("param_groups", "state", "defaults")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from duotone.errors import LossScaleCollapse, NonFiniteLoss
 from duotone.loss_scale import LossScale
 from duotone.torch.distributed.agreement import Agreement
-from duotone.torch.master import name_of, order_of
-from duotone.torch.shards import local
+from duotone.torch.parameters.masters import name_of, order_of
+from duotone.torch.parameters.shards import local
 
 _SHOWN = 3
 

@@ -19,10 +19,10 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from duotone.errors import LossScaleError, OptimizerError
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.optim import MasterOptimizer
+from duotone.torch.parameters.shards import local
 from duotone.torch.scaling.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
+from duotone.torch.scaling.step import lacks_momentum
 from duotone.torch.scaling.unscale import narrow, unscale_
-from duotone.torch.shards import local
-from duotone.torch.step import lacks_momentum
 
 # those of torch whose fused kernels write FP16 weights, rounded, without a master
 _FUSED_IN_TORCH = (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)

@@ -16,9 +16,9 @@ from duotone.loss_scale import LossScale, LossScaleState, init_state, select, up
 from duotone.policy import Policy
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.scaling.losses import Losses
+from duotone.torch.scaling.step import StepReport, find_gradients, read_gradients, step
 from duotone.torch.scaling.unscale import narrow, unscale_
 from duotone.torch.scaling.watch import Outcome, Watch
-from duotone.torch.step import StepReport, find_gradients, read_gradients, step
 
 # calibration from 2^16 to the floor takes 16 skipped steps, and a growth into overflow one; this many is no accident
 PATIENCE = 50
@@ -192,7 +192,7 @@ class LossScaler:
         scheduler: Any = None,
         closure: Callable[[], Any] | None = None,
     ) -> StepReport:
-        """Step optimizers with the gradients of the losses scaled since the last step; see `duotone.torch.step`.
+        """Step optimizers with the gradients of the losses scaled since the last step; see `StepReport`.
 
         Raises:
             LossScaleError: a scale is in use, and no loss was scaled since the last step.
@@ -211,7 +211,7 @@ class LossScaler:
     def begin_step(
         self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device, agreement: Agreement
     ) -> Tensor:
-        """Return the scale that the gradients carry, FP32, 0-d, on `device`; for `duotone.torch.step` to call."""
+        """Return the scale that the gradients carry, FP32, 0-d, on `device`; for the step to call."""
         self._check_scaled()
         if not self._unscaled.keys() <= set(map(id, optimizers)):
             raise LossScaleError(
@@ -225,16 +225,16 @@ class LossScaler:
         return self.loss_scale
 
     def found_inf_before(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Return what `unscale_` found, bool, 0-d, or None; for `duotone.torch.step` to call."""
+        """Return what `unscale_` found, bool, 0-d, or None; for the step to call."""
         unscaled = self._unscaled.get(id(optimizer))
         return None if unscaled is None else unscaled.found_inf
 
     def loss_is_not_finite(self, device: torch.device) -> Tensor:
-        """Return whether a loss since the last step was Inf or NaN, bool, 0-d; for `duotone.torch.step` to call."""
+        """Return whether a loss since the last step was Inf or NaN, bool, 0-d; for the step to call."""
         return self._losses.is_bad(device)
 
     def no_step(self, agreement: Agreement) -> Tensor:
-        """Forget the losses that left no gradient behind, and return the scale; for `duotone.torch.step` to call.
+        """Forget the losses that left no gradient behind, and return the scale; for the step to call.
 
         Gradients in which `unscale_` found an Inf or a NaN, and that were let go since, move the scale all the same.
         """
@@ -252,7 +252,7 @@ class LossScaler:
         loss_is_not_finite: Tensor | None,
         scheduler: Any,
     ) -> None:
-        """Let the scale react to a step: once, after every optimizer; for `duotone.torch.step` to call.
+        """Let the scale react to a step: once, after every optimizer; for the step to call.
 
         Args:
             optimizers: all of them.

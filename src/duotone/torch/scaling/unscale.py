@@ -7,7 +7,7 @@ scale is what keeps them from underflowing in FP16; after the step they get thei
 import torch
 from torch import Tensor
 
-from duotone.torch.shards import local
+from duotone.torch.parameters.shards import local
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""Where the bytes of a model in training are, by role."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from duotone.torch.parameters.masters import tail_of
+from duotone.torch.parameters.shards import local, reshard
+
+# states that may have a parameter's shape, and are no moments all the same
+_COUNTERS = ("step", "beta_products")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by role, activations apart; where parameters are sharded, those of this rank's parts.
+
+    Attributes:
+        parameters: how many elements trainable parameters have.
+        weights_bytes: resident trainable weights.
+        tails_bytes: what the weights lack to be the FP32 masters.
+        gradients_bytes: one gradient for every trainable parameter, in the dtype it accumulates in.
+        moments_bytes: the optimizer's state of the parameters' shapes: its moments, and what else it keeps for each
+            weight, such as the compensation of a Kahan summation.
+        other_bytes: frozen weights, buffers, and step counts.
+    """
+
+    parameters: int
+    weights_bytes: int
+    tails_bytes: int
+    gradients_bytes: int
+    moments_bytes: int
+    other_bytes: int
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Bytes of weight, tail, gradient and moments per trainable parameter; 0 without any."""
+        total = self.weights_bytes + self.tails_bytes + self.gradients_bytes + self.moments_bytes
+        return total / self.parameters if self.parameters else 0.0
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Memory:
+    """Count the bytes of weights, tails, gradients and optimizer state; exact, since it adds up tensors.
+
+    A tensor that wraps others, such as a quantized one, counts as those do, whatever dtype it passes for; what several
+    of them share counts once.
+
+    Gradients are counted as they are after a backward pass, whether they are there now or not; moments exist from
+    the optimizer's first step on. What `fully_shard` has gathered for a forward pass is freed, and not counted.
+
+    Args:
+        model: a model, cast or not; tied parameters count once.
+        optimizer: its optimizer, Duotone's, torch's or another's.
+
+    >>> import duotone.torch as dt
+    >>> model = dt.cast(nn.Linear(8, 8), "bf16")
+    >>> optimizer = dt.AdamW(model.parameters())
+    >>> model(torch.ones(1, 8)).sum().backward()
+    >>> optimizer.step()
+    >>> memory(model, optimizer).bytes_per_parameter
+    14.0
+    """
+    reshard(model)
+    counted = dict.fromkeys(("weights", "tails", "gradients", "moments", "other"), 0)
+    seen: dict[int, Tensor] = {}
+    parameters = 0
+    for param in model.parameters():
+        if not param.requires_grad:
+            counted["other"] += _size(param, seen)
+            continue
+        parameters += local(param).numel()
+        counted["weights"] += _size(param, seen)
+        counted["gradients"] += _size(param.grad, seen) if param.grad is not None else _gradient_size(param)
+        tail = tail_of(param)
+        counted["tails"] += 0 if tail is None else _size(tail, seen)
+        for name, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
+            if not isinstance(value, Tensor) or name == "tail":
+                continue
+            is_moment = value.shape == param.shape and name not in _COUNTERS
+            counted["moments" if is_moment else "other"] += _size(value, seen)
+    counted["other"] += sum(_size(buffer, seen) for buffer in model.buffers())
+    return Memory(parameters=parameters, **{f"{role}_bytes": size for role, size in counted.items()})
+
+
+def _size(tensor: Tensor, seen: dict[int, Tensor]) -> int:
+    """Return the bytes of a tensor; those of wrapped tensors, noted in `seen` by identity, only the first time."""
+    tensor = local(tensor)
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.numel() * tensor.element_size()
+    size = 0
+    for name in tensor.__tensor_flatten__()[0]:
+        inner = getattr(tensor, name)
+        if id(inner) not in seen:
+            # held, so that nothing else gets its identity
+            seen[id(inner)] = inner
+            size += _size(inner, seen)
+    return size
+
+
+def _gradient_size(param: Tensor) -> int:
+    return local(param).numel() * (param.grad_dtype or param.dtype).itemsize
