@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # where make evidence leaves its comparisons, records and pages
 EVIDENCE ?= comparisons/evidence
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# a process of one thread for each core; those of one file run in one process, which starts what they share once
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: train compare test test-slow soak soak-ranks check format bench evidence clean
+.PHONY: train compare test test-slow test-gpu soak soak-ranks check format bench evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -15,10 +17,13 @@ compare: $(VENV)/.installed  ## the default task in FP32, under torch.amp, and u
 	$(BIN)/duotone compare
 
 test: $(VENV)/.installed-test  ## the tests, README's examples and every docstring's among them
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu tests/torch
 
 soak: $(VENV)/.installed-test  ## kill training runs 50 times, resume them, compare every bit; about ten minutes
 	$(BIN)/python benchmarks/soak.py

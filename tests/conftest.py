@@ -1,5 +1,6 @@
-"""What all tests share: several ranks at once."""
+"""What all tests share: one thread a process, a kernel cache of the checkout's own, several ranks at once."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -11,6 +12,16 @@ from typing import Any
 import pytest
 
 _WORKER = Path(__file__).with_name("rank_worker.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what this process and all that it starts read: threads, and where compiled kernels and fonts are kept."""
+    if config.getoption("numprocesses", None):
+        # torch's threads spin: with more of them than cores everything takes many times as long
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not hasattr(config, "workerinput"):
+        # never the user's own: a test must neither find kernels there nor leave any
+        os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "xdg")
 
 
 class Ranks:

@@ -80,7 +80,7 @@ def test_against_the_cast_by_hand(name):
         check(name, torch.float32, dtype, "cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 @EVERY
 def test_on_a_gpu(name):
     kind = KINDS[CALLS[name].name]

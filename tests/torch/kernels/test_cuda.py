@@ -21,7 +21,6 @@ from duotone.torch.kernels.cuda import launch, settings, upload  # noqa: E402
 # how many cases each file has, at least
 CASES = {"cuda_formats.py": 12, "cuda_grid.py": 278}
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.parametrize("name", ["cuda_formats.py", pytest.param("cuda_grid.py", marks=pytest.mark.slow)])
@@ -147,7 +146,7 @@ FORMS = (
 )
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_a_step_never_waits_for_the_device():
     operands = on_gpu(*FORMS)
     one, lr = torch.ones((), device="cuda"), torch.tensor(0.1, device="cuda")
@@ -165,7 +164,7 @@ def test_a_step_never_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("seen", [False, True], ids=["table made in the capture", "table made before"])
 def test_a_captured_step_is_the_eager_one_with_a_changing_learning_rate(seen):
     eager = on_gpu(*FORMS)
@@ -200,7 +199,7 @@ def test_a_captured_step_is_the_eager_one_with_a_changing_learning_rate(seen):
         del trash
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_the_reference_on_the_gpu_has_the_same_bits():
     operands = on_gpu(*FORMS)
     others = copy_of(operands)
