@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from duotone.torch.casting.nested import cast_floating, map_tensors
+from duotone.torch.casting.nested import cast_floating, map_tensors, tensors_in
 
 ONE = torch.ones(2)
 
@@ -111,3 +111,44 @@ def test_a_dict_that_refuses_updates_is_filled_all_the_same():
     got = cast_floating(Locked(x=torch.ones(1)), torch.bfloat16)
     assert type(got) is Locked
     assert got["x"].dtype == torch.bfloat16
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+
+
+@dataclass
+class ModelOutput(OrderedDict):
+    """A dataclass that is a dict as well, as the transformers library returns it."""
+
+    x: Any = None
+    y: Any = None
+
+    def __post_init__(self) -> None:
+        self["x"] = self.x
+
+
+FORMS = {
+    "dict": lambda x: {"x": x, "again": x},
+    "OrderedDict": lambda x: OrderedDict(x=x, count=3),
+    "tuple": lambda x: (x, (x, 2)),
+    "list": lambda x: [x, [x + 1]],
+    "named tuple": lambda x: Pair(x, None),
+    "frozen dataclass": Output,
+    "slotted dataclass": Slotted,
+    "derived field": Derived,
+    "model output": ModelOutput,
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_form_of_result_compiles_whole(form):
+    def run(x: torch.Tensor) -> Any:
+        return cast_floating(form(x), torch.bfloat16)
+
+    torch.compiler.reset()
+    got, expected = torch.compile(run, backend="eager", fullgraph=True)(ONE), run(ONE)
+    assert type(got) is type(expected)
+    assert repr(got) == repr(expected)
+    assert [tensor.dtype for tensor in tensors_in(got)] == [torch.bfloat16] * len(tensors_in(expected))

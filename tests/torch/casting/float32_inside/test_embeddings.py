@@ -191,3 +191,15 @@ def test_places_in_int32():
     model = dt.cast(torch.nn.Embedding(1000, 4), "bf16")
     model(torch.tensor([1, 2, 2], dtype=torch.int32)).sum().backward()
     assert model.weight.grad[:4, 0].tolist() == [0.0, 1.0, 2.0, 0.0]
+
+
+@HALVES
+def test_a_compiled_lookup_has_its_gradient(dtype):
+    # torch 2.11's compiler gave zeros
+    def look_up(weight: Tensor) -> Tensor:
+        return inside(F.embedding, torch.tensor([[1, 2]]), weight)
+
+    torch.compiler.reset()
+    compiled = torch.compile(look_up, backend="aot_eager", fullgraph=True)
+    (grad,) = torch.autograd.grad(compiled(weight := torch.ones(4, 2, dtype=dtype, requires_grad=True)).sum(), weight)
+    assert grad.tolist() == [[0, 0], [1, 1], [1, 1], [0, 0]]

@@ -68,7 +68,9 @@ class _Lookup(Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, dtype: torch.dtype
     ) -> Tensor:
-        return torch.embedding(weight, indices).to(dtype)
+        rows = torch.embedding(weight, indices)
+        # torch 2.11's compiler loses the gradient of a function that ends in a cast to the dtype that is there
+        return rows if rows.dtype == dtype else rows.to(dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
