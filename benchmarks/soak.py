@@ -125,7 +125,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, the oldest first."""
-        return dt.list_checkpoints(self.folder / "checkpoints")
+        return dt.checkpoints.list_all(self.folder / "checkpoints")
 
     def leftovers(self) -> list[Path]:
         """Return what writers left beside the checkpoints, or are writing."""
@@ -263,7 +263,7 @@ def _content(path: Path) -> Any:
 
 def _is_intact(path: Path) -> bool:
     try:
-        dt.verify_checkpoint(path)
+        dt.checkpoints.verify(path)
     except CheckpointError:
         return False
     return True

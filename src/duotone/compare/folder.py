@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from duotone import durable_files
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Fit, Run, Trial, fit_from_json, run_from_json, to_json, trial_from_json
 from duotone.compare.subject import Subject
 from duotone.errors import CompareError, TaskError
-from duotone.train import durable_text
 
 Value = TypeVar("Value")
 
@@ -145,7 +145,7 @@ class ComparisonFolder:
         """Write one of the report's files, whole or not at all, and return where it is."""
         path = self.path / name
         with self._writing(path):
-            durable_text.replace_text(path, text)
+            durable_files.replace_text(path, text)
         return path
 
     def _records(self, kind: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[Value]:
@@ -155,8 +155,8 @@ class ComparisonFolder:
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         path = self.path / name
         with self._writing(path):
-            durable_text.make_folder(path.parent)
-            durable_text.replace_text(path, json.dumps(content, indent=1) + "\n")
+            durable_files.make_folder(path.parent)
+            durable_files.replace_text(path, json.dumps(content, indent=1) + "\n")
 
     def _read(self, name: str, read: Callable[[Mapping[str, Any]], Value]) -> Value:
         path = self.path / name

@@ -8,14 +8,13 @@ scaler = dt.LossScaler("fp16")
 """
 
 from duotone.policy import Policy, Rule
+from duotone.torch import checkpoints
 from duotone.torch.casting.activation_checkpointing import checkpoint_activations
 from duotone.torch.casting.autocast import autocast
 from duotone.torch.casting.cast import cast, policy_of, uncast
 from duotone.torch.casting.keep_float32 import keep_float32
 from duotone.torch.casting.own_rules import op_rule, op_rules
 from duotone.torch.checkpoints.contents import load_checkpoint, save_checkpoint
-from duotone.torch.checkpoints.folder import verify_checkpoint
-from duotone.torch.checkpoints.place import list_checkpoints, remove_checkpoint, remove_leftovers
 from duotone.torch.conversion import Prepared, prepare
 from duotone.torch.distributed.data_parallel import data_parallel
 from duotone.torch.distributed.fully_shard import fully_shard
@@ -43,11 +42,11 @@ __all__ = [
     "autocast",
     "cast",
     "checkpoint_activations",
+    "checkpoints",
     "data_parallel",
     "explain",
     "fully_shard",
     "keep_float32",
-    "list_checkpoints",
     "load_checkpoint",
     "load_master_weights",
     "master_weights",
@@ -56,11 +55,8 @@ __all__ = [
     "op_rules",
     "policy_of",
     "prepare",
-    "remove_checkpoint",
-    "remove_leftovers",
     "save_checkpoint",
     "saved_for_backward",
     "step",
     "uncast",
-    "verify_checkpoint",
 ]

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duotone.torch as dt
+from duotone.durable_files import append_line, flush, make_folder, partial_path, replace_text
 from duotone.errors import CheckpointError, TaskError
 from duotone.policy import Policy
-from duotone.train.durable_text import append_line, flush, make_folder, partial_path, replace_text
 from duotone.train.settings import RunSettings, read_config, resolve_settings
 
 _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
@@ -104,7 +104,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, intact or not, the newest first."""
-        found = dt.list_checkpoints(self.path / "checkpoints")
+        found = dt.checkpoints.list_all(self.path / "checkpoints")
         return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of, reverse=True)
 
     def find_checkpoint(self, which: Literal["latest", "latest-valid"]) -> tuple[Path, list[str]]:
@@ -119,7 +119,7 @@ class RunFolder:
         broken: list[str] = []
         for path in self.checkpoints():
             try:
-                dt.verify_checkpoint(path)
+                dt.checkpoints.verify(path)
             except CheckpointError as error:
                 broken.append(f"{path.name} ({error.damage or error})")
                 continue
@@ -141,11 +141,11 @@ class RunFolder:
         kept = [path for path in found if step_of(path) <= step][:keep]
         for path in found:
             if path not in kept:
-                dt.remove_checkpoint(path)
+                dt.checkpoints.remove(path)
 
     def remove_leftovers(self) -> None:
         """Remove what a process that died in writing or removing a checkpoint left of it."""
-        dt.remove_leftovers(self.path / "checkpoints")
+        dt.checkpoints.remove_leftovers(self.path / "checkpoints")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
         """Add one line to the metrics.

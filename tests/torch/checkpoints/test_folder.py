@@ -8,7 +8,7 @@ import torch
 
 from duotone.errors import CheckpointError
 from duotone.torch.checkpoints import folder as checkpoint_folder
-from duotone.torch.checkpoints.folder import read_folder, verify_checkpoint, write_folder
+from duotone.torch.checkpoints.folder import read_folder, verify, write_folder
 
 SHARED = torch.arange(6, dtype=torch.int16)
 CONTENTS = {
@@ -65,11 +65,11 @@ def test_every_changed_byte_is_noticed(tmp_path, name):
         if name == "manifest.json" and json_or_none(bytes(damaged)) == json.loads(intact):
             continue
         path.write_bytes(damaged)
-        for look in (read_folder, verify_checkpoint):
+        for look in (read_folder, verify):
             with pytest.raises(CheckpointError, match="use another checkpoint"):
                 look(tmp_path / "folder")
     path.write_bytes(intact)
-    verify_checkpoint(tmp_path / "folder")
+    verify(tmp_path / "folder")
     assert read_folder(tmp_path / "folder")["step"] == 123
 
 

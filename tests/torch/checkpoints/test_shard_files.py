@@ -19,7 +19,7 @@ import duotone.torch as dt
 from duotone.errors import CheckpointError
 from duotone.torch.checkpoints import folder as checkpoint_folder
 from duotone.torch.checkpoints import shard_files
-from duotone.torch.checkpoints.folder import read_folder, verify_checkpoint
+from duotone.torch.checkpoints.folder import read_folder, verify
 from duotone.torch.distributed.fully_shard import fully_shard
 from duotone.torch.parameters.shards import is_shard, local
 
@@ -224,7 +224,7 @@ def test_any_number_of_ranks_goes_on_from_what_any_number_saved(ranks, tmp_path,
     expected = [result[0] for result in saved[0]]
     assert expected[0]["embed.weight"].any()
     check_folder(tmp_path / "two" / "bf16", 2)
-    verify_checkpoint(tmp_path / "two" / "bf16")
+    verify(tmp_path / "two" / "bf16")
     with pytest.raises(CheckpointError, match="holds parts of tensors that several ranks saved"):
         read_folder(tmp_path / "two" / "bf16")
 
@@ -249,8 +249,8 @@ def test_any_number_of_ranks_goes_on_from_what_any_number_saved(ranks, tmp_path,
         raise AssertionError("loading a checkpoint must not unpickle anything")
 
     with monkeypatch.context() as patch:
-        for place, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
-            patch.setattr(place, name, executed)
+        for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
+            patch.setattr(module, name, executed)
         on_one = load_and_save(tmp_path / "three", tmp_path / "one", "plain", CASES)
     assert all(same(got, want) for (got, _), want in zip(on_one, expected, strict=True))
     check_folder(tmp_path / "one" / "fp32", 0)
@@ -286,16 +286,16 @@ def failing_writes(path: Path) -> tuple[dict[str, str], bool]:
     train(parts, 1)
     save(path, parts, step=1)
     messages = {}
-    for rank, place, name in (
+    for rank, module, name in (
         (1, FileSystem, "create_stream"),
         (1, shard_files, "flush"),
         (0, shard_files, "partial_folder"),
         (0, checkpoint_folder, "save_file"),
-        (0, checkpoint_folder, "move_into_place"),
+        (0, checkpoint_folder, "replace_folder"),
     ):
         with pytest.MonkeyPatch.context() as patch:
             if dist.get_rank() == rank:
-                patch.setattr(place, name, full_disk)
+                patch.setattr(module, name, full_disk)
             messages[name] = message_of(lambda: save(path, parts, step=2))
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
@@ -322,7 +322,7 @@ def test_a_failing_write_on_one_rank_is_raised_on_all_and_leaves_the_old_checkpo
     assert intact_there
     wanted = f"cannot write the checkpoint {tmp_path / 'folder' / 'last'}: No space left on device (on rank %d)"
     failing = {"create_stream": 1, "flush": 1} | dict.fromkeys(
-        ("partial_folder", "save_file", "move_into_place", "replicated"), 0
+        ("partial_folder", "save_file", "replace_folder", "replicated"), 0
     )
     assert {name: first[name] for name in failing} == {name: wanted % rank for name, rank in failing.items()}
     assert "rank 0 does not see tensors-00002-of-00002.safetensors, which other ranks wrote" in first["elsewhere"]

@@ -1,8 +1,8 @@
 """A folder of tensors and JSON that is written whole or not at all, and read only if nothing in it has changed.
 
 `tensors.safetensors` holds the tensors, each once; `manifest.json` holds everything else, with `{"$tensor": name}`
-where a tensor stands, the SHA-256 of the tensor file, and its own. Reading it executes nothing. Format version 2 has
-besides files of the parts that ranks hold of tensors, which `shard_files` writes and reads.
+for each tensor, the SHA-256 of the tensor file, and its own. Reading it executes nothing. Format version 2 also has
+files of the parts that ranks hold of tensors, which `shard_files` writes and reads.
 """
 
 import json
@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from duotone.durable_files import flush
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoints.place import MANIFEST, TENSORS, flush, move_into_place, partial_folder, standing
+from duotone.torch.checkpoints.atomic_folder import MANIFEST, TENSORS, partial_folder, replace_folder, resolve
 from duotone.torch.parameters.shards import is_shard
 
 FORMAT_VERSION = 1
@@ -27,49 +28,49 @@ FORMAT_VERSION = 1
 SHARDED_VERSION = 2
 _SHARDS = "shards_sha256"
 _TENSOR_KEY, _PAIRS_KEY = "$tensor", "$pairs"
-_SYSTEMS_WORDS = re.compile(r"([^:]+) \(os error \d+\)")
+_SYSTEM_MESSAGE = re.compile(r"([^:]+) \(os error \d+\)")
 
 
 def write_folder(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write nested contents beside their place, flush them to the disk, and rename them into place.
+    """Write nested contents into a partial folder, flush it to the disk, and rename it to `path`.
 
-    A process that dies on the way, at any moment, leaves what was at `path` for `read_folder` to find, or the new one.
+    Wherever the process dies, `read_folder` finds the old checkpoint or the new one.
 
     Args:
-        path: the folder; a checkpoint that is there is replaced in the end, anything else refused.
+        path: the folder. A checkpoint at this path is replaced last; anything else at it is refused.
         contents: dicts, lists and tuples (which come back as lists) of tensors and JSON values.
 
     Raises:
-        CheckpointError: something in `contents` is neither, something else is at `path`, or writing failed; what was
-            at `path` is untouched.
+        CheckpointError: `contents` holds something else, something else than a checkpoint is at `path`, or writing
+            failed; what was at `path` is untouched.
     """
     with write_errors(path), partial_folder(path) as partial:
         complete_folder(partial, path, contents, {})
 
 
 def complete_folder(partial: Path, path: Path, contents: Mapping[str, Any], shards: Mapping[str, str]) -> None:
-    """Write what a partial folder lacks, and move it into place.
+    """Write tensors and manifest into a partial folder, and rename it to `path`.
 
     Args:
-        partial: of `place.partial_folder`.
-        path: its place.
+        partial: of `atomic_folder.partial_folder`.
+        path: where it belongs.
         contents: as in `write_folder`; DTensors are left to the files of their parts.
         shards: the names of those files, which are in `partial` and flushed, and their SHA-256.
     """
     packed, tensors = pack(contents)
-    save_file(_apart({name: tensor for name, tensor in tensors.items() if not is_shard(tensor)}), partial / TENSORS)
+    save_file(_separate({name: tensor for name, tensor in tensors.items() if not is_shard(tensor)}), partial / TENSORS)
     version = {"format_version": SHARDED_VERSION if shards else FORMAT_VERSION}
     digests = {"tensors_sha256": file_sha256(partial / TENSORS), **({_SHARDS: dict(shards)} if shards else {})}
     manifest = {**version, **digests, **packed}
     text = json.dumps({"manifest_sha256": json_sha256(manifest), "manifest": manifest}, indent=1)
     (partial / MANIFEST).write_text(text, encoding="utf-8")
     flush(partial / TENSORS, partial / MANIFEST, partial)
-    move_into_place(partial, path)
+    replace_folder(partial, path)
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Raise what goes wrong in writing the checkpoint at `path` as a CheckpointError."""
+    """Raise errors of the disk and of safetensors as a CheckpointError about the checkpoint at `path`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -86,19 +87,19 @@ def reason_of(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    # safetensors puts the system's words in its own
-    words = _SYSTEMS_WORDS.search(str(error))
-    return words[1].strip() if words else str(error)
+    # safetensors puts the system's message inside its own
+    message = _SYSTEM_MESSAGE.search(str(error))
+    return message[1].strip() if message else str(error)
 
 
 def read_folder(path: Path) -> dict[str, Any]:
     """Return the contents that `write_folder` wrote, tensors on the CPU.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed, or holds parts of tensors; or another process has
-            put a new checkpoint in the place of this one meanwhile.
+        CheckpointError: a file is missing, cut short or changed, or holds parts of tensors; or another process
+            replaced the checkpoint meanwhile.
     """
-    path = standing(path)
+    path = resolve(path)
     manifest = read_manifest(path)
     if is_sharded(manifest):
         raise CheckpointError(f"{path} holds parts of tensors that several ranks saved; read it with load_checkpoint")
@@ -111,17 +112,17 @@ def read_folder(path: Path) -> dict[str, Any]:
     return unpack(manifest, tensors)
 
 
-def verify_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Raise unless a checkpoint is as it was written; every byte is read, nothing is loaded.
+def verify(path: str | os.PathLike[str]) -> None:
+    """Raise unless a checkpoint is as it was written. Every byte is read, nothing is loaded.
 
     Raises:
         CheckpointError: a file is missing, cut short or changed; its `damage` says which.
 
-    >>> verify_checkpoint("no/such/folder")
+    >>> verify("no/such/folder")
     Traceback (most recent call last):
     duotone.errors.CheckpointError: no checkpoint at no/such/folder: No such file or directory
     """
-    path = standing(Path(path))
+    path = resolve(Path(path))
     check_files(path, file_digests(read_manifest(path)))
 
 
@@ -131,7 +132,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, cut short or changed, or of another format version.
     """
-    path = standing(path)
+    path = resolve(path)
     try:
         content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         manifest = content["manifest"]
@@ -172,7 +173,7 @@ def check_files(path: Path, digests: Mapping[str, str]) -> None:
     """Raise unless files of a folder have these SHA-256.
 
     Raises:
-        CheckpointError: one has not, or cannot be read.
+        CheckpointError: one has another, or cannot be read.
     """
     for name, digest in digests.items():
         file = path / name
@@ -190,7 +191,7 @@ def check_files(path: Path, digests: Mapping[str, str]) -> None:
 
 
 def check_unchanged(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise unless a folder has the manifest that was read from it: what was read since may be of two checkpoints.
+    """Raise unless a folder still has the manifest that was read from it; else the tensors may be of two checkpoints.
 
     Raises:
         CheckpointError: it has another, or none.
@@ -228,11 +229,11 @@ def tensor_names(packed: Any) -> set[str]:
 
 
 def _pack(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return `value` as JSON; each tensor goes into `tensors` under the first name it is met by."""
+    """Return `value` as JSON; each tensor goes into `tensors` once, under its first name."""
     if isinstance(value, Tensor):
-        known = next((first for first, tensor in tensors.items() if tensor is value), name)
-        tensors[known] = value
-        return {_TENSOR_KEY: known}
+        first = next((known for known, tensor in tensors.items() if tensor is value), name)
+        tensors[first] = value
+        return {_TENSOR_KEY: first}
     if isinstance(value, Mapping):
         items = {key: _pack(f"{name}.{key}", item, tensors) for key, item in value.items()}
         # JSON would turn the whole numbers that optimizers use as keys into text
@@ -257,7 +258,7 @@ def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors contiguous on the CPU, none sharing memory with another: safetensors refuses that."""
     seen: set[int] = set()
     copies = {}

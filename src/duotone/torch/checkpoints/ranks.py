@@ -101,7 +101,7 @@ def _message(error: BaseException) -> str:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _joined(failed: dict[int, str], size: int) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.durable_files import flush
 from duotone.errors import CheckpointError
+from duotone.torch.checkpoints.atomic_folder import partial_folder, resolve
 from duotone.torch.checkpoints.folder import (
     check_files,
     check_unchanged,
@@ -30,7 +32,6 @@ from duotone.torch.checkpoints.folder import (
     unpack,
     write_errors,
 )
-from duotone.torch.checkpoints.place import flush, partial_folder, standing
 from duotone.torch.checkpoints.ranks import Ranks
 from duotone.torch.parameters.shards import is_shard
 
@@ -78,7 +79,7 @@ def read_folder(
     Raises:
         CheckpointError: a file is missing, cut short, changed, or replaced meanwhile; on every rank.
     """
-    path = standing(path)
+    path = resolve(path)
     manifest = ranks.agree(lambda: read_manifest(path))
     digests = file_digests(manifest)
     ranks.check_same(json_sha256(manifest), f"checkpoint at {path}")

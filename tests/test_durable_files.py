@@ -1,4 +1,4 @@
-"""Text files stay whole whatever happens while they are written."""
+"""Files stay whole whatever happens while they are written."""
 
 import errno
 import io
@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from duotone.train.durable_text import append_line, make_folder, replace_text
+from duotone.durable_files import append_line, make_folder, replace_text
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -80,7 +80,7 @@ def test_half_a_line_is_taken_back(tmp_path, monkeypatch):
 
 def test_each_new_folder_is_flushed(tmp_path, monkeypatch):
     flushed = []
-    monkeypatch.setattr("duotone.train.durable_text.flush", flushed.append)
+    monkeypatch.setattr("duotone.durable_files.flush", lambda *paths: flushed.extend(paths))
     make_folder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     assert set(flushed) == {tmp_path, tmp_path / "a"}

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from duotone.errors import CheckpointError
-from duotone.torch import list_checkpoints, remove_checkpoint, remove_leftovers, verify_checkpoint
+from duotone.torch.checkpoints import atomic_folder, list_all, remove, remove_leftovers, verify
 from duotone.torch.checkpoints import folder as checkpoint_folder
-from duotone.torch.checkpoints import place
+from duotone.torch.checkpoints.atomic_folder import partial_folder
 from duotone.torch.checkpoints.folder import read_folder, write_folder
-from duotone.torch.checkpoints.place import partial_folder
 
 from ...dying import Death, fail_at
 
@@ -47,9 +46,9 @@ def test_a_death_at_any_moment_leaves_a_checkpoint(tmp_path, monkeypatch, replac
         if not died:
             break
         if replaces or path.exists():
-            verify_checkpoint(path)
+            verify(path)
             seen.add(read_folder(path)["step"])
-            assert path in list_checkpoints(parent)
+            assert path in list_all(parent)
         left |= {name.split(".")[-1].split("-")[0] for name in names_in(parent) if name.startswith(".")}
         # what the dead left is cleared by whoever writes next, except the only thing that stands for "folder"
         write_folder(parent / "other", contents(4))
@@ -71,12 +70,12 @@ def test_a_death_while_removing_leaves_all_or_nothing(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             died = fail_at(patch, number, CHANGES + REMOVALS, Death)
             with suppress(Death):
-                remove_checkpoint(parent / "folder")
+                remove(parent / "folder")
         if not died:
             break
-        for path in list_checkpoints(parent):
-            verify_checkpoint(path)
-        outcomes.add(len(list_checkpoints(parent)))
+        for path in list_all(parent):
+            verify(path)
+        outcomes.add(len(list_all(parent)))
         write_folder(parent / "other", contents(2))
         assert set(names_in(parent)) <= set(NAMES)
     assert outcomes == {1, 2}
@@ -92,8 +91,8 @@ def test_what_stepped_aside_can_be_removed(tmp_path, monkeypatch):
             write_folder(path, contents(2))
     assert not path.exists()
     assert read_folder(path)["step"] == 1
-    remove_checkpoint(path)
-    assert list_checkpoints(tmp_path) == []
+    remove(path)
+    assert list_all(tmp_path) == []
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         read_folder(path)
 
@@ -114,7 +113,7 @@ def test_a_full_disk_at_any_moment_leaves_what_was_there(tmp_path, monkeypatch):
         if not failed:
             break
         assert message in ("", f"cannot write the checkpoint {path}: No space left on device")
-        verify_checkpoint(path)
+        verify(path)
         outcomes.setdefault((read_folder(path)["step"], bool(message)), []).append(*failed)
         assert [name for name in names_in(parent) if "replaced" not in name] == ["folder"]
     assert outcomes == {
@@ -138,7 +137,7 @@ def test_a_living_writer_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "while it is locked"])
 def test_a_new_folder_that_another_writer_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch, moment):
-    lock, opened, rmtree = place._lock, os.open, shutil.rmtree
+    lock, opened, rmtree = atomic_folder._lock, os.open, shutil.rmtree
     others = []
 
     def clean_once() -> None:
@@ -168,7 +167,7 @@ def test_a_new_folder_that_another_writer_takes_for_a_leftover_is_made_again(tmp
     if moment == "before it is opened":
         monkeypatch.setattr(os, "open", late_open)
     else:
-        monkeypatch.setattr(place, "_lock", late_lock if moment == "before it is locked" else lock_beside)
+        monkeypatch.setattr(atomic_folder, "_lock", late_lock if moment == "before it is locked" else lock_beside)
     write_folder(tmp_path / "folder", contents(1))
     assert others
     assert read_folder(tmp_path / "folder")["step"] == 1
@@ -221,7 +220,7 @@ def test_a_file_in_the_way(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*file: Not a directory"):
         write_folder(tmp_path / "file", contents(1))
     with pytest.raises(CheckpointError, match=r"cannot remove the checkpoint .*file: Not a directory"):
-        remove_checkpoint(tmp_path / "file")
+        remove(tmp_path / "file")
     assert names_in(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "x"
 
@@ -232,7 +231,7 @@ def test_a_folder_of_something_else_is_neither_replaced_nor_removed(tmp_path, ow
     # one of them is named as a file of a checkpoint is, and one is a checkpoint in the folder
     write_folder(path / own, contents(1))
     (path / "more").write_text("x")
-    for change in (lambda: write_folder(path, contents(2)), lambda: remove_checkpoint(path)):
+    for change in (lambda: write_folder(path, contents(2)), lambda: remove(path)):
         with pytest.raises(CheckpointError, match='runs is no checkpoint, for it holds "'):
             change()
     assert names_in(tmp_path) == ["runs"]
@@ -265,7 +264,7 @@ def test_a_link_is_followed(tmp_path):
     (disk / "real").rename(disk / (".real.replaced-" + "0" * 32))
     assert read_folder(link)["step"] == 2
     with pytest.raises(CheckpointError, match="last: it is a link; remove what it points to"):
-        remove_checkpoint(link)
+        remove(link)
     assert names_in(tmp_path) == ["disk", "last"]
 
 
@@ -277,7 +276,7 @@ def test_a_checkpoint_has_a_name(tmp_path, monkeypatch, path):
 
 
 def test_a_name_that_is_too_long_or_has_a_line_break(tmp_path):
-    for action in (read_folder, verify_checkpoint):
+    for action in (read_folder, verify):
         with pytest.raises(CheckpointError, match=r"no checkpoint at .*: File name too long"):
             action(tmp_path / ("n" * 300))
     leftover = tmp_path / (".a\nb.partial-" + "0" * 32)

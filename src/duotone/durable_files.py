@@ -1,6 +1,6 @@
-"""Text files that a crash cannot leave half-written: replaced as a whole, or longer by whole lines.
+"""Files and folders that a crash cannot leave half-written: a text is replaced as a whole, a log grows by whole lines.
 
-A file is written beside its place, flushed to the disk and renamed; whoever opens it finds the old text or the new.
+A text is written beside its place, flushed to the disk and renamed; whoever opens it reads the old text or the new.
 """
 
 import os
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in a folder that is there.
+    """Write a file whole or not at all, in a folder that exists.
 
     Raises:
-        OSError: it could not be written; what was there is untouched, and nothing half-written stays.
+        OSError: it could not be written; the old text is untouched, and nothing half-written stays.
     """
     partial = partial_path(path)
     try:
@@ -25,7 +25,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, or to none yet; it is on the disk after the next `flush`.
+    """Add a line to a file, which is made if there is none; the line is on the disk after the next `flush`.
 
     Raises:
         OSError: it could not be written; no part of it stays.
@@ -43,30 +43,30 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, and have each new one's entry on the disk.
+    """Make a folder and its parents, and flush the entry of each new one to the disk.
 
     Raises:
         OSError: one of them cannot be made.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        flush(folder.parent)
+    flush(*(folder.parent for folder in missing))
 
 
 def partial_path(path: Path) -> Path:
-    """Return where a file is written before it takes its place; the next write goes over what a crash left there."""
+    """Return where a text is written before it is renamed; the next write goes over what a crash left there."""
     return path.with_name(f".{path.name}.partial")
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk.
+def flush(*paths: Path) -> None:
+    """Wait until files, or the entries of folders, are on the disk.
 
     Raises:
-        OSError: it is not there, or the disk fails.
+        OSError: one does not exist, or the disk fails.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
