@@ -85,12 +85,16 @@ ALLOWED = {
         "duotone.torch.optim",
         "duotone.torch.parameters",
     ),
-    "duotone.torch.distributed.agreement": ("duotone.errors", "duotone.torch.parameters.shards"),
+    "duotone.torch.distributed.agreement": (
+        "duotone.errors",
+        "duotone.torch.parameters.shards",
+        "duotone.torch.parameters.storage",
+    ),
     "duotone.torch.scaling.step": (
         "duotone.errors",
         "duotone.torch.distributed.agreement",
         "duotone.torch.kernels",
-        "duotone.torch.parameters.masters",
+        "duotone.torch.parameters",
         "duotone.torch.optim",
         "duotone.torch.scaling.watch",
     ),

@@ -6,7 +6,8 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError, PolicyError
-from duotone.torch.parameters.masters import read_master, tail_of
+from duotone.torch.parameters.masters import read_master
+from duotone.torch.parameters.storage import storage_of
 
 KINDS = [
     (torch.optim.AdamW, dt.AdamW, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.2}),
@@ -68,7 +69,7 @@ def test_settings_groups_and_state_are_taken_over(theirs, ours, settings):
         assert not {"foreach", "fused", "amsgrad", "capturable"} & group.keys()
     for param, master in zip(model.parameters(), masters, strict=True):
         assert torch.equal(read_master(param), master)
-        assert prepared.state[param]["tail"] is tail_of(param)
+        assert prepared.state[param]["tail"] is storage_of(param).tail
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             assert (name in prepared.state[param]) == (name in optimizer.state[param])
             if name in optimizer.state[param]:
@@ -94,7 +95,7 @@ def test_an_optimizer_with_masters_is_kept(policy):
     optimizer.step()
     # it found the tail that the cast left, and the master moved by exactly lr
     assert torch.equal(read_master(model.weight), before - 0.5)
-    assert (tail_of(model.weight) is None) == (policy == "bf16-mixed")
+    assert (storage_of(model.weight).tail is None) == (policy == "bf16-mixed")
 
 
 def test_other_optimizers_are_kept_where_weights_are_float32():
@@ -133,7 +134,7 @@ def test_any_other_optimizer_is_wrapped_with_groups_and_state(kind, settings, po
     assert [group["lr"] for group in prepared.optimizer.param_groups] == [0.05, 0.01]
     for index, (param, master) in enumerate(zip(model.parameters(), masters, strict=True)):
         assert torch.equal(read_master(param), master)
-        assert (tail_of(param) is not None) == (param.dtype != torch.float32)
+        assert (storage_of(param).tail is not None) == (param.dtype != torch.float32)
         for name, value in state.get(index, {}).items():
             assert optimizer.state[param][name] is value
             assert value.dtype == torch.float32
@@ -151,7 +152,7 @@ def test_a_wrapped_optimizer_is_kept(policy):
     model(X).square().mean().backward()
     wrapped.step()
     assert not torch.equal(read_master(model[0].weight), before)
-    assert tail_of(model[0].weight).any()
+    assert storage_of(model[0].weight).tail.any()
 
 
 @pytest.mark.parametrize(("kind", "name"), [(torch.optim.AdamW, "exp_avg"), (torch.optim.SGD, "momentum_buffer")])

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from duotone.torch.parameters.masters import tail_of
 from duotone.torch.parameters.shards import local, reshard
+from duotone.torch.parameters.storage import storage_of
 
 # states that may have a parameter's shape, and are no moments all the same
 _COUNTERS = ("step", "beta_products")
@@ -73,7 +73,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         parameters += local(param).numel()
         counted["weights"] += _size(param, seen)
         counted["gradients"] += _size(param.grad, seen) if param.grad is not None else _gradient_size(param)
-        tail = tail_of(param)
+        tail = storage_of(param).tail
         counted["tails"] += 0 if tail is None else _size(tail, seen)
         for name, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
             if not isinstance(value, Tensor) or name == "tail":

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
-from duotone.torch.parameters.masters import read_master, rounding_of, tail_of
+from duotone.torch.parameters.masters import read_master
+from duotone.torch.parameters.storage import storage_of
 
 
 class Mixed(nn.Module):
@@ -45,7 +46,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 def snapshot(model: nn.Module) -> list[object]:
     """Return everything that a cast may change, so that two of them compare equal only if nothing did."""
     params = list(model.named_parameters(remove_duplicate=False))
-    dtypes = [(name, p.dtype, p.grad_dtype, rounding_of(p), id(tail_of(p))) for name, p in params]
+    dtypes = [(name, p.dtype, p.grad_dtype, storage_of(p).rounding, id(storage_of(p).tail)) for name, p in params]
     forwards = [id(cast_forward_of(module)) for module in model.modules()]
     bits = [(name, value.cpu().numpy().tobytes()) for name, value in dt.master_weights(model).items()]
     return [dtypes, forwards, bits]
@@ -73,10 +74,10 @@ def test_who_is_cast_and_who_has_a_tail(model, policy, dtype):
     assert model.head.weight is model.embed.weight
     for param in (model.embed.weight, *model.blocks.parameters()):
         assert (param.dtype, param.grad_dtype) == (dtype, dtype)
-        assert tail_of(param).dtype == torch.int16
+        assert storage_of(param).tail.dtype == torch.int16
     for param in model.frozen.parameters():
         assert param.dtype == dtype
-        assert tail_of(param) is None
+        assert storage_of(param).tail is None
     untouched = ("wide", "turning", "counts", "table", "norm")
     for name, value in model.state_dict().items():
         if name.startswith(untouched):
@@ -110,18 +111,18 @@ def test_going_on_to_another_policy_starts_from_the_masters(way):
     for policy in ["bf16", *way]:
         dt.cast(model, policy)
     assert all(torch.equal(model.get_parameter(name), before[name]) for name in before)
-    assert all(tail_of(param) is None for param in model.parameters())
+    assert all(storage_of(param).tail is None for param in model.parameters())
 
 
 def test_a_policy_without_masters_gives_the_tails_up():
     model = dt.cast(nn.Linear(8, 8), "bf16")
     weight = model.weight.detach().clone()
     dt.cast(model, "bf16-true,rounding=stochastic")
-    assert tail_of(model.weight) is None
-    assert rounding_of(model.weight) == "stochastic"
+    assert storage_of(model.weight).tail is None
+    assert storage_of(model.weight).rounding == "stochastic"
     assert torch.equal(model.weight, weight)
     dt.cast(model, "bf16")
-    assert rounding_of(model.weight) is None
+    assert storage_of(model.weight).rounding is None
     assert torch.equal(read_master(model.weight), weight.float())
 
 
@@ -139,14 +140,14 @@ def test_what_is_unfrozen_later_gets_its_tail():
     model = nn.Linear(2, 1).requires_grad_(False)
     dt.cast(model, "bf16").requires_grad_(True)
     dt.cast(model, "bf16")
-    assert tail_of(model.weight) is not None
+    assert storage_of(model.weight).tail is not None
 
 
 def test_rules_by_path(model):
     dt.cast(model, "bf16; blocks.1: param=float32,compute=float32; head: grad=float32; embed: grad=float32")
     assert model.blocks[0].weight.dtype == torch.bfloat16
     assert model.blocks[1].weight.dtype == torch.float32
-    assert tail_of(model.blocks[1].weight) is None
+    assert storage_of(model.blocks[1].weight).tail is None
     assert model.embed.weight.grad_dtype == torch.float32
     assert dt.policy_of(model.blocks[1]).name == "fp32"
 
@@ -210,7 +211,7 @@ def test_norms_keep_float32_parameters(kind):
     model = dt.cast(nn.Sequential(nn.Linear(4, 4), NORMS[kind]()), "bf16")
     linear, norm = model
     assert {param.dtype for param in linear.parameters()} == {torch.bfloat16}
-    assert {(param.dtype, param.grad_dtype, tail_of(param)) for param in norm.parameters()} == {
+    assert {(param.dtype, param.grad_dtype, storage_of(param).tail) for param in norm.parameters()} == {
         (torch.float32, torch.float32, None)
     }
 
@@ -220,7 +221,7 @@ def test_a_rule_for_a_norm_itself_goes_before_that(pattern):
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     dt.cast(model, f"bf16; {pattern}: param=bfloat16")
     assert model[1].weight.dtype == torch.bfloat16
-    assert tail_of(model[1].weight) is not None
+    assert storage_of(model[1].weight).tail is not None
     # one for what is around it does not
     dt.cast(nn.Sequential(model), "bf16; 0: param=bfloat16")
     assert model[1].weight.dtype == torch.float32
@@ -254,7 +255,7 @@ def test_uncast_gives_everything_back(model, policy):
         assert param.dtype == before[name].dtype, name
         if param.requires_grad or param.dtype != torch.float32:
             assert torch.equal(param, before[name]), name
-        assert tail_of(param) is None
+        assert storage_of(param).tail is None
         assert param.grad is None or param.grad.dtype == param.dtype
     assert all("forward" not in vars(module) for module in model.modules())
     assert dt.policy_of(model) is None

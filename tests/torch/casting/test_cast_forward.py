@@ -11,7 +11,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import duotone.torch as dt
-from duotone.torch.parameters.masters import read_master, tail_of
+from duotone.torch.parameters.masters import read_master
+from duotone.torch.parameters.storage import storage_of
 
 PRECISIONS = [("bf16", torch.bfloat16), ("fp16", torch.float16)]
 
@@ -205,7 +206,7 @@ def test_a_copy_is_whole_and_its_own(policy, way):
         assert ours is not theirs
         assert ours.grad_dtype == theirs.grad_dtype
         assert torch.equal(read_master(ours), read_master(theirs))
-        assert tail_of(ours) is None or tail_of(ours) is not tail_of(theirs)
+        assert storage_of(ours).tail is None or storage_of(ours).tail is not storage_of(theirs).tail
     trained = [param for param in other.parameters() if param.requires_grad]
     before = {name: master.clone() for name, master in dt.master_weights(other).items()}
     gradients(model.requires_grad_(True))

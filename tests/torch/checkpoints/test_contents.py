@@ -11,7 +11,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import CheckpointError
 from duotone.torch.checkpoints.contents import read_policy
-from duotone.torch.parameters.masters import tail_of
+from duotone.torch.parameters.storage import storage_of
 
 
 class Tied(nn.Module):
@@ -164,7 +164,7 @@ def test_another_policy_is_refused_unless_converting(tmp_path, saved, wanted):
     assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
     for param in other[0].parameters():
         needs = param.requires_grad and param.dtype == torch.bfloat16
-        assert (tail_of(param) is not None) == needs
+        assert (storage_of(param).tail is not None) == needs
     train(other, 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError, PolicyError
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.masters import name_of, reduce_dtype_of, rounding_of, state_dtype_of, tail_of
+from duotone.torch.parameters.storage import storage_of
 
 
 class Tagger(nn.Module):
@@ -110,8 +110,8 @@ def uneven(policy: str, mesh_shape: tuple[int, ...], dimension: int | None) -> l
     dt.cast(module, policy)
     before = dt.master_weights(module)
     old = dict(module.named_parameters())
-    notes = {name: (rounding_of(p), state_dtype_of(p), reduce_dtype_of(p), name_of(p)) for name, p in old.items()}
-    has_tail = {name: tail_of(param) is not None for name, param in old.items()}
+    records = {name: storage_of(param) for name, param in old.items()}
+    has_tail = {name: storage_of(param).tail is not None for name, param in old.items()}
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("copies", "parts")[-len(mesh_shape) :])
     asked: list[Any] = []
 
@@ -123,9 +123,9 @@ def uneven(policy: str, mesh_shape: tuple[int, ...], dimension: int | None) -> l
     found: list[Any] = [] if len(asked) == len(set(asked)) else ["asked twice"]
     param: Any
     for name, param in module.named_parameters():
-        now = (rounding_of(param), state_dtype_of(param), reduce_dtype_of(param), name_of(param))
-        tail: Any = tail_of(param)
-        if now != notes[name] or (tail is not None) != has_tail[name]:
+        now = storage_of(param)
+        tail: Any = storage_of(param).tail
+        if now != records[name] or (tail is not None) != has_tail[name]:
             found.append((name, now))
         if tail is not None and (
             (tail.placements, tail.device_mesh) != (param.placements, param.device_mesh)

@@ -12,7 +12,8 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.parameters.masters import read_master, set_storage, tail_of
+from duotone.torch.parameters.masters import read_master
+from duotone.torch.parameters.storage import Storage, set_storage, storage_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ADAMW = partial(dt.AdamW, lr=0.01)
@@ -126,7 +127,7 @@ def test_a_weight_frozen_at_the_cast_is_its_own_first_master(train, same_bits, m
     optimizer = make(model.parameters())
     train(optimizer, range(2))
     assert same_bits(model.weight.float(), whole)
-    assert tail_of(model.weight) is None
+    assert storage_of(model.weight).tail is None
     model.weight.requires_grad_(True)
     model.bias.requires_grad_(False)
     bias = read_master(model.bias)
@@ -154,7 +155,7 @@ def test_stochastic_rounding_follows_seed_step_and_parameter(train):
     def run(seed: int, steps: int) -> list[nn.Parameter]:
         parameters = [nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2)]
         for parameter in parameters:
-            set_storage(parameter, None, Rounding.STOCHASTIC)
+            set_storage(parameter, Storage(rounding=Rounding.STOCHASTIC))
         # the same gradient everywhere, so that random bits alone tell elements apart
         optimizer = dt.SGD(parameters, lr=2.0**-9, seed=seed)
         for _ in range(steps):

@@ -13,7 +13,7 @@ import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
 from duotone.torch.optim.gathering import Gathering
-from duotone.torch.parameters.masters import set_storage
+from duotone.torch.parameters.storage import Storage, set_storage
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -313,7 +313,7 @@ def test_another_order_is_noticed():
     def run(fresh: bool) -> torch.Tensor:
         weights = [nn.Parameter(torch.ones(500, dtype=torch.bfloat16)) for _ in range(2)]
         for weight in weights:
-            set_storage(weight, None, Rounding.STOCHASTIC)
+            set_storage(weight, Storage(rounding=Rounding.STOCHASTIC))
         optimizer = dt.SGD(weights, lr=2.0**-9)
         weights[0].grad = torch.ones(500, dtype=torch.bfloat16)
         optimizer.step()
@@ -329,11 +329,11 @@ def test_another_order_is_noticed():
 def test_another_rounding_is_noticed(train):
     def run(rounding: Rounding) -> torch.Tensor:
         weight = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
-        set_storage(weight, None, Rounding.NEAREST)
+        set_storage(weight, Storage(rounding=Rounding.NEAREST))
         optimizer = dt.SGD([weight], lr=2.0**-9)
         weight.grad = torch.ones_like(weight)
         optimizer.step()
-        set_storage(weight, None, rounding)
+        set_storage(weight, Storage(rounding=rounding))
         optimizer.step()
         return weight
 

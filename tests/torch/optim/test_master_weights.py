@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.parameters.masters import ensure_tail, read_master, set_storage, tail_of, write_master
+from duotone.torch.parameters.masters import ensure_tail, read_master, write_master
+from duotone.torch.parameters.storage import Storage, set_storage, storage_of
 
 from .bits import bits_of, everything_of
 from .other_optimizers import FUSED, KINDS, Failing
@@ -72,7 +73,7 @@ def test_it_is_the_optimizer_on_float32_weights(give_gradients, same_bits, kind,
 
 
 def ensure_address(weight: Tensor) -> int | None:
-    tail = tail_of(weight)
+    tail = storage_of(weight).tail
     return None if tail is None else tail.data_ptr()
 
 
@@ -208,7 +209,7 @@ def test_stochastic_rounding_is_that_of_our_own_optimizers(train, same_bits, lay
         weights = [torch.ones(20, 30, dtype=dtype), torch.ones(7, 3, dtype=dtype)]
         made = [nn.Parameter(weight.t() if layout == "transposed" else weight) for weight in weights]
         for weight in made:
-            set_storage(weight, None, Rounding.STOCHASTIC)
+            set_storage(weight, Storage(rounding=Rounding.STOCHASTIC))
         return made
 
     def run(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -227,11 +228,11 @@ def test_stochastic_rounding_is_that_of_our_own_optimizers(train, same_bits, lay
 
 def test_named_plain_rounding_rounds_to_nearest(train, same_bits):
     weight, wide = nn.Parameter(torch.ones(50, dtype=torch.bfloat16)), nn.Parameter(torch.ones(50))
-    set_storage(weight, None, Rounding.NEAREST)
+    set_storage(weight, Storage(rounding=Rounding.NEAREST))
     train(dt.MasterWeights(torch.optim.SGD([weight], lr=0.1)), range(1))
     train(torch.optim.SGD([wide], lr=0.1), range(1))
     assert same_bits(weight, wide.bfloat16())
-    assert tail_of(weight) is None
+    assert storage_of(weight).tail is None
 
 
 def test_freezing_is_followed(train, same_bits):
@@ -243,7 +244,7 @@ def test_freezing_is_followed(train, same_bits):
     optimizer = dt.MasterWeights(torch.optim.NAdam(model.parameters()))
     train(optimizer, range(2))
     assert same_bits(model.weight.float(), whole)
-    assert tail_of(model.weight) is None
+    assert storage_of(model.weight).tail is None
     model.weight.requires_grad_(True)
     model.bias.requires_grad_(False)
     model.bias.grad, bias = None, read_master(model.bias)
@@ -382,7 +383,7 @@ def test_groups_can_be_added(train):
     optimizer.add_param_group({"params": [second], "lr": 1e-4})
     assert [group["lr"] for group in optimizer.optimizer.param_groups] == [1e-3, 1e-4]
     train(optimizer, range(2))
-    assert tail_of(second).any()
+    assert storage_of(second).tail.any()
     with pytest.raises(OptimizerError, match=r"cannot update a parameter in torch\.float64"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1).double())]})
     assert len(optimizer.param_groups) == 2

@@ -11,7 +11,8 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError, OptimizerError
-from duotone.torch.parameters.masters import tail_of, write_master
+from duotone.torch.parameters.masters import write_master
+from duotone.torch.parameters.storage import storage_of
 
 from .bits import everything_of
 from .other_optimizers import KINDS
@@ -252,7 +253,7 @@ def test_a_checkpoint_is_converted(tmp_path, saved, wanted):
     assert all(torch.equal(masters[name], master) for name, master in dt.master_weights(parts[0]).items())
     for one, two in zip(parts[0].parameters(), other[0].parameters(), strict=True):
         assert torch.equal(parts[1].state[one]["exp_avg"], other[1].state[two]["exp_avg"])
-        assert (tail_of(two) is not None) == (wanted == "bf16")
+        assert (storage_of(two).tail is not None) == (wanted == "bf16")
     train_model(other, 1)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError
-from duotone.torch.parameters.masters import tail_of
+from duotone.torch.parameters.storage import storage_of
 
 from .bits import bits_of, everything_of
 from .other_optimizers import KINDS
@@ -222,10 +222,10 @@ def test_what_never_stepped_has_no_state(train):
     assert optimizer.portable_state_dict()["state"] == {}
     # and loading none begins anew, tails and masters as they were
     train(optimizer, range(2))
-    masters, tail = bits_of(dt.master_weights(model)), tail_of(model.weight)
+    masters, tail = bits_of(dt.master_weights(model)), storage_of(model.weight).tail
     optimizer.load_portable_state_dict(torch.optim.AdamW(linear().parameters()).state_dict())
     assert optimizer.state[model.weight].keys() == {"tail"}
-    assert optimizer.state[model.weight]["tail"] is tail is tail_of(model.weight)
+    assert optimizer.state[model.weight]["tail"] is tail is storage_of(model.weight).tail
     assert bits_of(dt.master_weights(model)) == masters
 
 
@@ -237,7 +237,7 @@ def test_a_tail_that_only_the_optimizer_holds_stays(train, make):
     masters = bits_of(dt.master_weights(model))
     # torch copies a parameter without what is noted on it
     copied, optimizer = copy.deepcopy((model, optimizer))
-    assert tail_of(copied.weight) is None
+    assert storage_of(copied.weight).tail is None
     optimizer.load_portable_state_dict(torch.optim.AdamW(linear().parameters()).state_dict())
     assert bits_of(dt.master_weights(copied)) == masters
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.masters import read_master, tail_of
+from duotone.torch.parameters.masters import read_master
+from duotone.torch.parameters.storage import storage_of
 
 # on three ranks: two rows and one, one row each or none, one rank alone, 14 rows and 12
 SHAPES = ((5, 6), (2,), (1, 7), (40, 3))
@@ -170,7 +171,7 @@ def go_on(name: str, policy: str) -> list[str]:
         for kind, other in (("resumed", again[number]), ("copied", twins[number])):
             if not shards.local(read_master(param)).equal(shards.local(read_master(other))):
                 found.append(f"{kind} {number}")
-            tail = tail_of(other)
+            tail = storage_of(other).tail
             if not shards.is_shard(other) or (tail is not None and not shards.is_shard(tail)):
                 found.append(f"{kind} {number} is whole")
     return found

@@ -9,16 +9,8 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.parameters.masters import (
-    beyond_range,
-    ensure_tail,
-    needs_tail,
-    read_master,
-    rounding_of,
-    set_storage,
-    tail_of,
-    write_master,
-)
+from duotone.torch.parameters.masters import beyond_range, ensure_tail, needs_tail, read_master, write_master
+from duotone.torch.parameters.storage import Storage, set_storage, storage_of
 
 SPLIT = [torch.bfloat16, torch.float16]
 
@@ -36,7 +28,7 @@ def test_what_is_written_is_read_back(dtype, shape, same_bits):
     write_master(parameter, master)
     assert same_bits(read_master(parameter), master)
     assert torch.equal(parameter, master.to(dtype))
-    assert tail_of(parameter) is tail
+    assert storage_of(parameter).tail is tail
     assert parameter.requires_grad
     assert not read_master(parameter).requires_grad
 
@@ -45,7 +37,7 @@ def test_a_parameter_without_a_tail_is_its_own_master():
     whole, rounded = parameter_in(torch.float32), parameter_in(torch.bfloat16)
     for parameter in (whole, rounded):
         write_master(parameter, torch.full((3,), 0.1))
-        assert tail_of(parameter) is None
+        assert storage_of(parameter).tail is None
     assert torch.equal(read_master(whole), torch.full((3,), 0.1))
     assert torch.equal(read_master(rounded), torch.full((3,), 0.1).bfloat16().float())
 
@@ -60,9 +52,9 @@ def test_a_master_is_a_new_tensor(dtype):
 def test_who_needs_a_tail():
     assert [needs_tail(parameter_in(dtype)) for dtype in (torch.float32, *SPLIT)] == [False, True, True]
     without_master = parameter_in(torch.bfloat16)
-    set_storage(without_master, None, Rounding.STOCHASTIC)
+    set_storage(without_master, Storage(rounding=Rounding.STOCHASTIC))
     assert not needs_tail(without_master)
-    assert rounding_of(without_master) == Rounding.STOCHASTIC
+    assert storage_of(without_master).rounding == Rounding.STOCHASTIC
 
 
 def test_the_waiting_tail_comes_before_a_given_one_and_that_before_zeros():
@@ -70,9 +62,9 @@ def test_the_waiting_tail_comes_before_a_given_one_and_that_before_zeros():
     first = ensure_tail(parameter)
     assert torch.equal(first, torch.zeros(3, dtype=torch.int16))
     assert ensure_tail(parameter, given) is first
-    set_storage(parameter, None, None)
+    set_storage(parameter, Storage())
     assert ensure_tail(parameter, given) is given
-    assert tail_of(parameter) is given
+    assert storage_of(parameter).tail is given
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,7 @@ def test_the_optimizer_of_the_same_model_holds_the_same_tails():
     model = dt.cast(nn.Linear(2, 1), "bf16")
     optimizer = dt.AdamW(model.parameters())
     for parameter in model.parameters():
-        assert optimizer.state[parameter]["tail"] is tail_of(parameter)
+        assert optimizer.state[parameter]["tail"] is storage_of(parameter).tail
     assert dt.master_weights(model, optimizer).keys() == {"weight", "bias"}
 
 
@@ -141,19 +133,19 @@ def test_tails_that_are_not_the_models_are_named():
 @pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16-mixed", "bf16-true,rounding=nearest"])
 def test_masters_that_are_loaded_are_read_back(policy, same_bits):
     model, other = dt.cast(Mixed(), policy), dt.cast(Mixed(), policy)
-    tails = [tail_of(param) for param in other.parameters()]
+    tails = [storage_of(param).tail for param in other.parameters()]
     masters = {name: master * 1.01 + 0.5 for name, master in dt.master_weights(model).items()}
     dt.load_master_weights(model, masters)
     for name, param in model.named_parameters():
         if param.is_floating_point():
-            rounded = masters[name] if tail_of(param) is not None else masters[name].to(param.dtype).float()
+            rounded = masters[name] if storage_of(param).tail is not None else masters[name].to(param.dtype).float()
             assert same_bits(read_master(param), rounded)
             assert torch.equal(param, masters[name].to(param.dtype))
     # what master_weights returned is loaded without a loss into a model of the same policy
     dt.load_master_weights(other, dt.master_weights(model))
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert all(a is b for a, b in zip(tails, (tail_of(param) for param in other.parameters()), strict=True))
+    assert all(a is b for a, b in zip(tails, (storage_of(param).tail for param in other.parameters()), strict=True))
     assert model.head.weight is model.embedding.weight
 
 

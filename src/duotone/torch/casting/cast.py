@@ -1,12 +1,12 @@
 """Puts a module into its policy: resident weights in `param`, arithmetic in `compute`, results in `output`.
 
 Weights change their dtype in place and keep every bit: what a 16-bit weight cannot hold waits on it as its tail. They
-are cast once, here, and not in every forward pass. How each is kept stands in `residence`, what happens in a forward
-pass in `cast_forward`. Running statistics and other buffers stay as they are.
+are cast once, here, and not in every forward pass. How each is stored is planned in `storage_plan`, what happens in a
+forward pass stands in `cast_forward`. Running statistics and other buffers stay as they are.
 """
 
-import dataclasses
 import warnings
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -18,9 +18,9 @@ from duotone.policy import ClassNames, Policy, Rule
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.keep_float32 import is_kept_in_float32
-from duotone.torch.casting.residence import Residence, SettleWhenShaped, is_castable, is_lazy, plan, settle
-from duotone.torch.parameters.masters import set_name
+from duotone.torch.casting.storage_plan import ApplyWhenShaped, apply, in_float32, is_castable, is_lazy, plan
 from duotone.torch.parameters.shards import is_shard, is_sharded
+from duotone.torch.parameters.storage import set_storage, storage_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -57,18 +57,18 @@ def cast(model: Module, policy: Policy | str) -> Module:
     classes = _class_names(model)
     policy = _with_marks(model, Policy.parse(policy))
     _check(model, policy, classes)
-    residences = plan(model, policy, classes)
-    if not residences and any(param.dtype == torch.float64 for param in model.parameters()):
+    planned = plan(model, policy, classes)
+    if not planned and any(param.dtype == torch.float64 for param in model.parameters()):
         warnings.warn(
             f"no parameter of this {type(model).__name__} was cast, for they are FP64; call model.float() first",
             DuotoneWarning,
             stacklevel=2,
         )
     _remove_forwards(model)
-    for param, residence in residences.items():
-        settle(param, residence)
+    for param, storage in planned.items():
+        apply(param, storage)
     for order, (name, param) in enumerate(model.named_parameters()):
-        set_name(param, name, order)
+        set_storage(param, replace(storage_of(param), name=name, order=order))
     for path, module in model.named_modules():
         forward = _forward_for(module, path, policy, classes)
         if forward is not None:
@@ -95,7 +95,7 @@ def uncast(model: Module) -> Module:
         _remove_forwards(model)
         for param in model.parameters():
             if is_castable(param):
-                settle(param, Residence())
+                apply(param, in_float32(param))
         _flatten_recurrent_weights(model)
     return model
 
@@ -145,7 +145,7 @@ def _with_marks(model: nn.Module, policy: Policy) -> Policy:
         raise PolicyError(f'keep_float32 marks all of this {type(model).__name__}; cast it to policy "fp32"')
     roles = (("param", "float32"), ("compute", "float32"), ("output", "float32"))
     kept = tuple(Rule(path, roles) for path in marked)
-    return dataclasses.replace(policy, rules=policy.rules + tuple(rule for rule in kept if rule not in policy.rules))
+    return replace(policy, rules=policy.rules + tuple(rule for rule in kept if rule not in policy.rules))
 
 
 def _check(model: nn.Module, policy: Policy, classes: ClassNames) -> None:
@@ -201,7 +201,7 @@ def _compute_formats(policy: Policy) -> set[str | None]:
 def _forward_for(module: nn.Module, path: str, policy: Policy, classes: ClassNames) -> CastForward | None:
     effective = policy.for_module(path, classes)
     around = policy.for_module(path.rpartition(".")[0], classes)
-    pending = SettleWhenShaped(path, policy, classes) if is_lazy(module) else None
+    pending = ApplyWhenShaped(path, policy, classes) if is_lazy(module) else None
     # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
     inputs = torch_dtype(effective.compute) if effective.param == effective.compute else None
     if path == "":

@@ -21,19 +21,7 @@ from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
 from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import Region
-from duotone.torch.parameters.masters import (
-    is_synchronised,
-    name_of,
-    order_of,
-    reduce_dtype_of,
-    rounding_of,
-    set_name,
-    set_reduce_dtype,
-    set_state_dtype,
-    set_storage,
-    state_dtype_of,
-    tail_of,
-)
+from duotone.torch.parameters.storage import set_storage, storage_of
 
 
 class CastForward:
@@ -112,27 +100,29 @@ class CastForward:
         copied = object.__new__(CastForward)
         memo[id(self)] = copied
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        # torch copies a parameter without what is noted on it; a module's parameters are copied before its forward
+        # torch copies a parameter without its attributes; a module's parameters are copied before its forward
         for param in self._module.parameters():
             twin = memo.get(id(param))
             if isinstance(twin, Tensor):
-                set_storage(twin, copy.deepcopy(tail_of(param), memo), rounding_of(param))
-                set_state_dtype(twin, state_dtype_of(param))
-                set_reduce_dtype(twin, reduce_dtype_of(param) or torch.float32)
-                set_name(twin, name_of(param) or "", order_of(param))
+                set_storage(twin, copy.deepcopy(storage_of(param), memo))
                 if param.is_floating_point():
                     twin.grad_dtype = param.grad_dtype
         return copied
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch pickles a parameter with what is noted on it, but without the dtype of its gradient
+        # torch pickles a parameter with its attributes, but without the dtype of its gradient
         params = self._module.parameters() if self._output is not None else ()
-        return {**self.__dict__, "_grad_dtypes": [(p, p.grad_dtype) for p in params if p.is_floating_point()]}
+        return {**self.__dict__, "grad_dtypes": [(p, p.grad_dtype) for p in params if p.is_floating_point()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for param, grad_dtype in state.pop("_grad_dtypes"):
-            param.grad_dtype = grad_dtype
+        if "grad_dtypes" not in state:
+            raise PolicyError(
+                "this model was pickled by an earlier version of Duotone, which kept its masters in another way; save "
+                "it with that version's save_checkpoint, and load that"
+            )
         self.__dict__.update(state)
+        for param, grad_dtype in self.__dict__.pop("grad_dtypes"):
+            param.grad_dtype = grad_dtype
 
     def install(self) -> None:
         """Put this in front of the module's forward, but inside of what recomputes activations."""
@@ -158,8 +148,9 @@ def _say_if_masters_differ(module: nn.Module) -> bool:
     around = nn.parallel.DistributedDataParallel._active_ddp_module
     if around is None:
         return False
-    params = (param for param in module.parameters() if param.requires_grad and tail_of(param) is not None)
-    if torch.distributed.get_world_size(around.process_group) > 1 and not all(map(is_synchronised, params)):
+    params = (param for param in module.parameters() if param.requires_grad)
+    drift = any(storage.tail is not None and storage.ranks is None for storage in map(storage_of, params))
+    if drift and torch.distributed.get_world_size(around.process_group) > 1:
         warnings.warn(
             "torch's DistributedDataParallel is around a cast model: it sends weights to the other ranks, but not the "
             "rest of their FP32 masters, so that ranks drift apart unless all were seeded alike, and it sums gradients "

@@ -27,11 +27,10 @@ from duotone.torch.parameters.masters import (
     beyond_range,
     has_lost_tail,
     needs_tail,
-    state_dtype_of,
-    tail_of,
     write_master,
 )
 from duotone.torch.parameters.shards import is_shard, like, local, reshard
+from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.loss_scaler import LossScaler
 
 # what an optimizer keeps for a parameter because of its policy
@@ -219,7 +218,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _tails(model: nn.Module) -> dict[str, Tensor]:
-    tails = {name: tail_of(param) for name, param in model.named_parameters()}
+    tails = {name: storage_of(param).tail for name, param in model.named_parameters()}
     return {name: tail for name, tail in tails.items() if tail is not None}
 
 
@@ -342,7 +341,7 @@ def _converted(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
         kept = {key: value for key, value in state_dict["state"].get(index, {}).items() if key not in _OF_POLICY}
         if "wrapped" not in own["duotone"]:
             kept = {
-                key: value.to(state_dtype_of(param)) if _is_moment(value, param) else value
+                key: value.to(storage_of(param).state) if _is_moment(value, param) else value
                 for key, value in kept.items()
             }
         if kept and needs_tail(param):
@@ -364,6 +363,6 @@ def _restore_model(contents: Mapping[str, Any], model: nn.Module, converting: bo
                 write_master(target, _saved_master(contents, name))
                 continue
             target.copy_(value)
-            own_tail = tail_of(target)
+            own_tail = storage_of(target).tail
             if own_tail is not None:
                 own_tail.zero_() if tail is None else own_tail.copy_(tail)

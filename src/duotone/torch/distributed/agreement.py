@@ -7,6 +7,7 @@ on all ranks already; the ranks that are noted on their parameters agree on what
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.parameters.shards import is_shard, local, shards_among
-
-_RANKS = "duotone_ranks"
+from duotone.torch.parameters.storage import set_storage, storage_of
 
 
 class SharedBy:
@@ -100,7 +100,7 @@ class Agreement:
         self._meshes.sort(key=lambda mesh: mesh.size())
         several = dist.get_world_size() > 1
         if group is None and not self._meshes and params and several:
-            note: SharedBy | None = getattr(params[0], _RANKS, None)
+            note: SharedBy | None = storage_of(params[0]).ranks
             if note is not None and note.group is not None:
                 note.check_joint()
                 group = note.group
@@ -160,7 +160,7 @@ class Agreement:
 
 def note_ranks(param: Tensor, group: Any, wrapper: Any = None) -> None:
     """Note on a parameter which process group holds copies of it, and what keeps them the same."""
-    setattr(param, _RANKS, SharedBy(group, wrapper))
+    set_storage(param, replace(storage_of(param), ranks=SharedBy(group, wrapper)))
 
 
 def _exchanged(group: Any, parts: Tensor, copies: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:

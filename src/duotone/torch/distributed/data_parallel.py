@@ -18,8 +18,8 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.agreement import note_ranks
 from duotone.torch.distributed.fitness import CAST_DTYPES, check_cast, check_one_dtype
-from duotone.torch.parameters.masters import reduce_dtype_of, tail_of
 from duotone.torch.parameters.shards import is_shard
+from duotone.torch.parameters.storage import storage_of
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -105,7 +105,7 @@ def _reduce_dtype(model: nn.Module) -> torch.dtype:
     """Return the dtype that a model's policy reduces in, once all its parameters are found fit."""
     found: dict[torch.dtype, str] = {}
     for name, param in model.named_parameters():
-        reduce = reduce_dtype_of(param)
+        reduce = storage_of(param).reduce
         if is_shard(param):
             raise PolicyError(f'parameter "{name}" is sharded already; use fully_shard or data_parallel, not both')
         check_cast(name, param, "data_parallel")
@@ -125,7 +125,7 @@ def _send_tails(model: nn.Module, group: Any) -> None:
     """Give every rank the tails of the first, as torch does with the weights that they belong to."""
     source = dist.get_global_rank(group, 0)
     for param in model.parameters():
-        tail = tail_of(param)
+        tail = storage_of(param).tail
         if tail is not None:
             # not every backend sends 16-bit integers
             sent = tail.contiguous()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import PolicyError
-from duotone.torch.parameters.masters import reduce_dtype_of
+from duotone.torch.parameters.storage import storage_of
 
 CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,7 +15,7 @@ def check_cast(name: str, param: Tensor, verb: str) -> None:
     Raises:
         PolicyError: it has not.
     """
-    if param.dtype in CAST_DTYPES and reduce_dtype_of(param) is None:
+    if param.dtype in CAST_DTYPES and storage_of(param).reduce is None:
         raise PolicyError(
             f'parameter "{name}" was never cast; call duotone.torch.cast(model, policy) on the whole model before '
             f'{verb}, policy "fp32" included'

@@ -1,15 +1,16 @@
 """torch's `fully_shard` for modules of a cast model: weights stay 16-bit, and masters keep every bit.
 
-Torch replaces parameters by DTensors. What the cast has noted on them goes along; tails are cut by torch too, as frozen
+Torch replaces parameters by DTensors. Their records go along; tails are cut by torch too, as frozen
 parameters of a module of their own, so that they are cut as the weights are, whatever the mesh and the placement. No
 dtype changes on the way: 16 bits are gathered, gradients are reduced in the policy's `reduce` and rounded once.
 
 A group of torch's has one dtype. So parts of a module that are kept otherwise than the rest, norms in FP32 for
 instance, become groups of their own, one for each dtype. Left out: gradients in another dtype than their weights, and
-models on the meta device, since what is noted on a DTensor does not survive its materialisation.
+models on the meta device, since a DTensor's record does not survive its materialisation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.fitness import check_cast, check_one_dtype
-from duotone.torch.parameters.masters import is_replaced, name_of, notes_of, reduce_dtype_of, replace_by, tail_of
 from duotone.torch.parameters.shards import is_sharded
+from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
 Modules = TypeVar("Modules", bound=nn.Module | Sequence[nn.Module])
 
@@ -102,20 +103,23 @@ def fully_shard(
 
 
 def _shard(module: Any, places: list[_Place], kept: _Kept | None, options: dict[str, Any]) -> None:
-    """Have torch shard one group, and bring what is noted on its parameters to their successors."""
+    """Have torch shard one group, and give the records of its parameters to their successors."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.fsdp import fully_shard as torchs
 
     reduce = None if kept is None or kept.reduce is None else torch.promote_types(kept.dtype, kept.reduce)
     torchs(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False), **options)
     replaced = {place.param: place.owner._parameters[place.name] for place in places}
-    replaced = {param: new for param, new in replaced.items() if new is not param and not is_replaced(param)}
-    tails = {param: tail for param in replaced if (tail := tail_of(param)) is not None}
+    replaced = {param: new for param, new in replaced.items() if new is not param and not storage_of(param).is_replaced}
+    tails = {param: tail for param in replaced if (tail := storage_of(param).tail) is not None}
     cut_tails = dict(zip(tails, _cut(tails, options), strict=True))
     for param, new in replaced.items():
         assert new is not None
-        notes = notes_of(param)
-        replace_by(param, new, {**notes, "duotone_tail": cut_tails[param]} if param in cut_tails else notes)
+        set_storage(new, storage_of(param))
+        set_tail(new, cut_tails.get(param))
+        # the successor has the tail
+        set_tail(param, None)
+        set_storage(param, replace(storage_of(param), is_replaced=True))
 
 
 def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Tensor]:
@@ -147,13 +151,13 @@ def _groups(roots: list[nn.Module], ignored: set[nn.Parameter]) -> tuple[_Kept |
         sizes: dict[_Kept, int] = {}
         for param in {place.param: None for place in _places(modules, set())}:
             if param.is_floating_point() and param not in ignored:
-                kept = _Kept(param.dtype, reduce_dtype_of(param))
+                kept = _Kept(param.dtype, storage_of(param).reduce)
                 sizes[kept] = sizes.get(kept, 0) + param.numel()
         return sizes
 
     def own(module: nn.Module) -> set[_Kept]:
         params = [param for param in module.parameters(recurse=False) if param not in ignored]
-        return {_Kept(param.dtype, reduce_dtype_of(param)) for param in params if param.is_floating_point()}
+        return {_Kept(param.dtype, storage_of(param).reduce) for param in params if param.is_floating_point()}
 
     sizes = kept_in(roots)
     of_roots = set().union(*map(own, roots))
@@ -202,8 +206,8 @@ def _has_no_forward(module: nn.Module) -> bool:
 
 def _check(place: _Place) -> None:
     owner, name, param = place
-    name = name_of(param) or name
-    if is_replaced(param):
+    name = storage_of(param).name or name
+    if storage_of(param).is_replaced:
         raise PolicyError(
             f'parameter "{name}" of a {type(owner).__name__} is tied to one that is sharded already; shard both '
             "modules together: fully_shard([first, second])"
@@ -211,7 +215,7 @@ def _check(place: _Place) -> None:
     check_cast(name, param, "fully_shard")
     if param.is_meta:
         raise PolicyError(
-            f'parameter "{name}" is on the meta device, and what is noted on it, its tail for instance, would not '
+            f'parameter "{name}" is on the meta device, and its record, with its tail, would not '
             "survive its materialisation; call model.to_empty(device=...) and set the weights before fully_shard"
         )
     instead = (

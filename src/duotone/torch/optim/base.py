@@ -13,7 +13,8 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Backend
-from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail, needs_tail, tail_of
+from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail, needs_tail
+from duotone.torch.parameters.storage import storage_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,7 +102,7 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         state = self._kept_for(param)
         if needs_tail(param):
             held = state.get("tail")
-            if held is None or held is not tail_of(param) or held.device != param.device:
+            if held is None or held is not storage_of(param).tail or held.device != param.device:
                 state["tail"] = ensure_tail(param, held)
         else:
             state.pop("tail", None)
@@ -114,7 +115,7 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
     def _take_tails(self) -> None:
         """Take the tails that a step would take: a cast since the last one may have made others."""
         for param, _ in self._parameters():
-            if param.requires_grad or tail_of(param) is not None:
+            if param.requires_grad or storage_of(param).tail is not None:
                 self._take_tail(param)
 
     def _marks(self) -> dict[str, Any]:

@@ -21,14 +21,8 @@ from duotone.torch.optim.portable import (
     state_from_portable,
 )
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.masters import (
-    check_in_place,
-    needs_tail,
-    rounding_of,
-    set_state_dtype,
-    set_storage,
-    state_dtype_of,
-)
+from duotone.torch.parameters.masters import check_in_place, needs_tail
+from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
 # what is kept for a parameter besides tensors of its shape
 _COUNTERS = ("step", "beta_products")
@@ -130,7 +124,7 @@ class FusedOptimizer(MasterOptimizer):
 
     def _new_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Return the state of a parameter before its first update, the tail apart."""
-        moments = {name: torch.zeros_like(param, dtype=state_dtype_of(param), requires_grad=False) for name in names}
+        moments = {name: torch.zeros_like(param, dtype=storage_of(param).state, requires_grad=False) for name in names}
         return {"step": torch.zeros((), dtype=torch.int64, device=param.device), **moments}
 
     def _state_of(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
@@ -159,7 +153,7 @@ class FusedOptimizer(MasterOptimizer):
         self._replace(groups, states)
         for param, _ in self._parameters():
             if "tail" in self.state.get(param, {}):
-                set_storage(param, self.state[param]["tail"], None)
+                set_tail(param, self.state[param]["tail"])
 
     def portable_state_dict(self) -> dict[str, Any]:
         """Return a state dict that the torch optimizer of the same update loads, for FP32 weights.
@@ -272,7 +266,7 @@ class FusedOptimizer(MasterOptimizer):
     def _needed_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Return a parameter's whole state, without memory."""
         meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        set_state_dtype(meta, state_dtype_of(param))
+        set_storage(meta, storage_of(param))
         needed = self._new_state(meta, self._moment_names(group))
         if needs_tail(param):
             needed["tail"] = torch.empty_like(meta, dtype=torch.int16)
@@ -308,7 +302,7 @@ def _check_shapes(param: Tensor, index: int, tensors: Mapping[str, Tensor | None
         if tensor is not None and tensor.shape != param.shape:
             raise OptimizerError(
                 f"parameter {index} has shape {tuple(param.shape)}, but its {name} has {tuple(tensor.shape)}; a "
-                "parameter that changes its shape needs an optimizer of its own, or its state (and duotone_tail) "
+                "parameter that changes its shape needs an optimizer of its own, or its state (and tail) "
                 "removed or changed along with it"
             )
 
@@ -330,7 +324,7 @@ def _check_dtypes(index: int, moments: tuple[Tensor, ...], step: Tensor, product
 def _rounding(param: Tensor) -> kernels.Rounding:
     if param.dtype not in kernels.SPLIT_DTYPES:
         return kernels.Rounding.NEAREST
-    return rounding_of(param) or kernels.Rounding.NEAREST
+    return storage_of(param).rounding or kernels.Rounding.NEAREST
 
 
 def _moved(before: torch.device, now: torch.device) -> OptimizerError:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from duotone.torch import kernels
-from duotone.torch.parameters.masters import storage_changes
 from duotone.torch.parameters.shards import gradient_part, is_shard, local, place_of
+from duotone.torch.parameters.storage import storage_changes
 
 Gathered = dict[torch.device, list[kernels.Operand]]
 

@@ -31,7 +31,8 @@ from duotone.torch.optim.portable import check_same_kind, check_same_state, keep
 from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master, rounding_of, set_storage, tail_of
+from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master
+from duotone.torch.parameters.storage import other_attributes, set_tail, storage_of
 
 # what is kept here beside the wrapped optimizer's state
 _KEPT = ("tail", "rounding_step")
@@ -169,7 +170,7 @@ class MasterWeights(MasterOptimizer):
                 name: copy_state(loaded[name], param.device, param) for name in _KEPT if name in loaded
             }
             if "tail" in loaded:
-                set_storage(param, self._kept[param]["tail"], None)
+                set_tail(param, self._kept[param]["tail"])
 
     def portable_state_dict(self) -> dict[str, Any]:
         """Return a copy of the wrapped optimizer's own state dict, which it loads unwrapped, for FP32 weights.
@@ -213,7 +214,7 @@ class MasterWeights(MasterOptimizer):
 
     def _take_tail(self, param: Tensor) -> dict[str, Any]:
         kept = super()._take_tail(param)
-        if param.dtype in SPLIT_DTYPES and rounding_of(param) == Rounding.STOCHASTIC:
+        if param.dtype in SPLIT_DTYPES and storage_of(param).rounding == Rounding.STOCHASTIC:
             step = kept.get("rounding_step", torch.zeros((), dtype=torch.int64))
             kept["rounding_step"] = step.to(param.device)
         else:
@@ -241,10 +242,9 @@ class MasterWeights(MasterOptimizer):
         self._take_tail(param)
         master = dense(param.detach()) if param.dtype == torch.float32 else read_master(param)
         stand_in = nn.Parameter(master, requires_grad=param.requires_grad)
-        # some optimizers look for what their users noted on a parameter
-        for name, note in vars(param).items():
-            if not name.startswith("duotone_"):
-                setattr(stand_in, name, note)
+        # some optimizers look for what their users set on a parameter
+        for name, value in other_attributes(param).items():
+            setattr(stand_in, name, value)
         # fused kernels go through memory, so it lies as the master does
         grad = torch.empty_like(shards.local(master)).copy_(shards.gradient_part(param).detach())
         if grad_multiplier is not None:
@@ -284,7 +284,7 @@ class MasterWeights(MasterOptimizer):
             del inner.grad_scale, inner.found_inf
 
     def _write(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
-        resident, master, tail = shards.local(param), shards.local(master), tail_of(param)
+        resident, master, tail = shards.local(param), shards.local(master), storage_of(param).tail
         if param.dtype == torch.float32:
             # it was not dense, or the optimizer put a new tensor in its place
             if master.data_ptr() != resident.data_ptr():
@@ -294,7 +294,7 @@ class MasterWeights(MasterOptimizer):
         if tail is not None:
             weight, new_tail = encode(master, param.dtype)
             _write_unless(found_inf, shards.local(tail), new_tail)
-        elif rounding_of(param) == Rounding.STOCHASTIC:
+        elif storage_of(param).rounding == Rounding.STOCHASTIC:
             weight = self._rounded(param, master, index, found_inf)
         else:
             weight = master.to(param.dtype)
@@ -335,7 +335,7 @@ class MasterWeights(MasterOptimizer):
             needed["tail"] = torch.empty_like(meta, dtype=torch.int16)
         if (
             param.dtype in SPLIT_DTYPES
-            and rounding_of(param) == Rounding.STOCHASTIC
+            and storage_of(param).rounding == Rounding.STOCHASTIC
             and (param.requires_grad or loaded)
         ):
             needed["rounding_step"] = torch.zeros((), dtype=torch.int64, device="meta")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.optim.base import MasterOptimizer, check_parameters
-from duotone.torch.parameters.masters import state_dtype_of
+from duotone.torch.parameters.storage import storage_of
 
 _SHARED = ("param_groups", "state", "defaults")
 
@@ -42,7 +42,7 @@ def check_moments(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) ->
         OptimizerError: one asks for another dtype.
     """
     for param in params:
-        dtype = state_dtype_of(param)
+        dtype = storage_of(param).state
         if dtype != torch.float32:
             raise OptimizerError(
                 f"the policy keeps moments in {dtype}, but {type(optimizer).__name__} in MasterWeights keeps them in "

@@ -5,105 +5,18 @@ nothing is stored twice and neither can go stale. A parameter without a tail is 
 16-bit under a policy without masters. Of a DTensor, each rank keeps the tail of its own part, as a DTensor cut alike.
 """
 
-from collections import deque
 from collections.abc import Mapping
-from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duotone.errors import OptimizerError, nearest_names
-from duotone.torch.kernels import SPLIT_DTYPES, Rounding, decode, encode
+from duotone.torch.kernels import SPLIT_DTYPES, decode, encode
 from duotone.torch.parameters import shards
+from duotone.torch.parameters.storage import NO_STORAGE, set_tail, storage_of
 
-_TAIL = "duotone_tail"
-_ROUNDING = "duotone_rounding"
-_STATE = "duotone_state"
-_NAME = "duotone_name"
-_REDUCE = "duotone_reduce"
-_REPLACED = "duotone_replaced"
-_RANKS = "duotone_ranks"
 # the smallest magnitude that rounds to Inf in FP16
 _FP16_OVERFLOW = 65520.0
-# counts calls of `set_storage`, so that asking thousands of parameters for their tails can be spared
-_counter = count(1)
-_changes: deque[int] = deque([0], maxlen=1)
-
-
-def tail_of(param: Tensor) -> Tensor | None:
-    """Return the int16 tail that belongs to a parameter, or None if it has none."""
-    return getattr(param, _TAIL, None)
-
-
-def rounding_of(param: Tensor) -> Rounding | None:
-    """Return how a 16-bit parameter without a master is rounded, or None if it is to have a master."""
-    return getattr(param, _ROUNDING, None)
-
-
-def state_dtype_of(param: Tensor) -> torch.dtype:
-    """Return the dtype of the moments that an optimizer keeps for a parameter; FP32 if no policy says otherwise."""
-    return getattr(param, _STATE, torch.float32)
-
-
-def name_of(param: Tensor) -> str | None:
-    """Return the name that a parameter has in the model that was cast, or None if no one has noted it."""
-    return getattr(param, _NAME, (None, 0))[0]
-
-
-def order_of(param: Tensor) -> int:
-    """Return how many parameters of the model that was cast come before a parameter; 0 if no one has noted it."""
-    return getattr(param, _NAME, (None, 0))[1]
-
-
-def set_storage(param: Tensor, tail: Tensor | None, rounding: Rounding | None) -> None:
-    """Note on a parameter which tail it has, or by which rounding it does without."""
-    _changes.append(next(_counter))
-    setattr(param, _TAIL, tail)
-    setattr(param, _ROUNDING, rounding)
-
-
-def storage_changes() -> int:
-    """Return a number that is another one once `set_storage` has been called for any parameter."""
-    return _changes[-1]
-
-
-def set_state_dtype(param: Tensor, dtype: torch.dtype) -> None:
-    """Note on a parameter which dtype its moments are to have."""
-    setattr(param, _STATE, dtype)
-
-
-def reduce_dtype_of(param: Tensor) -> torch.dtype | None:
-    """Return the dtype in which ranks reduce a parameter's gradient; None if no policy was ever told."""
-    return getattr(param, _REDUCE, None)
-
-
-def set_reduce_dtype(param: Tensor, dtype: torch.dtype) -> None:
-    """Note on a parameter in which dtype ranks reduce its gradient."""
-    setattr(param, _REDUCE, dtype)
-
-
-def notes_of(param: Tensor) -> dict[str, Any]:
-    """Return everything that Duotone has noted on a parameter, by attribute."""
-    return {name: note for name, note in vars(param).items() if name.startswith("duotone_")}
-
-
-def replace_by(param: Tensor, new: Tensor, notes: Mapping[str, Any]) -> None:
-    """Give notes to the parameter that takes another's place in a model; the old one remembers that it was replaced."""
-    for name, note in notes.items():
-        setattr(new, name, note)
-    set_storage(param, None, None)
-    setattr(param, _REPLACED, True)
-
-
-def is_replaced(param: Tensor) -> bool:
-    """Return whether another parameter has taken this one's place in its model."""
-    return hasattr(param, _REPLACED)
-
-
-def is_synchronised(param: Tensor) -> bool:
-    """Return whether `data_parallel` keeps copies of a parameter on several ranks the same, its master included."""
-    return hasattr(param, _RANKS)
 
 
 def check_in_place(param: Tensor) -> None:
@@ -112,7 +25,7 @@ def check_in_place(param: Tensor) -> None:
     Raises:
         OptimizerError: it has, so that updates of this one would reach no model.
     """
-    if is_replaced(param):
+    if storage_of(param).is_replaced:
         raise OptimizerError(
             "the optimizer was built from parameters that fully_shard has replaced since, so it would update nothing; "
             "build it after fully_shard, from the model's parameters"
@@ -132,14 +45,9 @@ def check_not_flattened(param: Tensor) -> None:
         )
 
 
-def set_name(param: Tensor, name: str, order: int) -> None:
-    """Note on a parameter which name it has in its model, and how many come before it, for messages."""
-    setattr(param, _NAME, (name, order))
-
-
 def needs_tail(param: Tensor) -> bool:
     """Return whether a parameter must have a tail before it is updated: 16-bit, and not told to do without."""
-    return param.dtype in SPLIT_DTYPES and rounding_of(param) is None
+    return param.dtype in SPLIT_DTYPES and storage_of(param).rounding is None
 
 
 def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
@@ -150,7 +58,7 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     Raises:
         OptimizerError: a DTensor was made from a parameter without taking its tail along.
     """
-    waiting = tail_of(param)
+    waiting = storage_of(param).tail
     tail = waiting if waiting is not None else tail
     if tail is None:
         _check_not_lost(param)
@@ -158,13 +66,13 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     if tail is None or (tail.is_meta and not param.is_meta):
         tail = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
     tail = tail.to(param.device)
-    set_storage(param, tail, None)
+    set_tail(param, tail)
     return tail
 
 
 def has_lost_tail(param: Tensor) -> bool:
     """Return whether a 16-bit DTensor was made from a parameter without taking along what was noted on it."""
-    return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and not hasattr(param, _TAIL)
+    return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and storage_of(param) is NO_STORAGE
 
 
 def _check_not_lost(param: Tensor) -> None:
@@ -186,7 +94,7 @@ def read_master(param: Tensor) -> Tensor:
     (0.10009765625, 0.10000000149011612)
     """
     with torch.no_grad():
-        tail = tail_of(param)
+        tail = storage_of(param).tail
         weight = shards.local(param.detach())
         if tail is None:
             return shards.like(weight.to(torch.float32, copy=True), param)
@@ -201,7 +109,7 @@ def write_master(param: Tensor, master: Tensor) -> None:
         master: FP32, the parameter's shape, any device. For a DTensor: one that is cut alike, or the whole.
     """
     with torch.no_grad():
-        tail = tail_of(param)
+        tail = storage_of(param).tail
         resident, master = shards.local(param), shards.local(shards.cut(master, param))
         if tail is None:
             resident.copy_(master)
@@ -213,7 +121,7 @@ def write_master(param: Tensor, master: Tensor) -> None:
             torch.autograd.graph.increment_version(param)
 
 
-def beyond_range(master: Tensor, dtype: torch.dtype) -> float | None:
+def beyond_range(master: Tensor, dtype: torch.dtype | None) -> float | None:
     """Return the largest finite magnitude in `master` if it would become Inf as a weight in `dtype`, else None.
 
     Only FP16 counts: a BF16 weight that rounds to Inf still has its master. Of a DTensor, this rank's part is read.
@@ -259,7 +167,7 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         held = optimizer.state.get(param, {}).get("tail") if optimizer is not None else None
         if held is None:
             _check_not_lost(param)
-        elif held is not tail_of(param):
+        elif held is not storage_of(param).tail:
             raise OptimizerError(
                 f'the optimizer holds a tail for "{name}" that is not the model\'s; '
                 "build the optimizer from this model's parameters"

@@ -13,8 +13,8 @@ from torch import Tensor
 from duotone.errors import LossScaleCollapse, NonFiniteLoss
 from duotone.loss_scale import LossScale
 from duotone.torch.distributed.agreement import Agreement
-from duotone.torch.parameters.masters import name_of, order_of
 from duotone.torch.parameters.shards import local
+from duotone.torch.parameters.storage import storage_of
 
 _SHOWN = 3
 
@@ -43,9 +43,9 @@ def non_finite_gradients(
         given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
         for index, param in enumerate(params):
             place = given[index] if len(given) == len(params) else f"parameter {index} {tuple(param.shape)}"
-            named.append((name_of(param) or place, param))
-    if all(name_of(param) for _, param in named):
-        named.sort(key=lambda each: order_of(each[1]))
+            named.append((storage_of(param).name or place, param))
+    if all(storage_of(param).name for _, param in named):
+        named.sort(key=lambda each: storage_of(each[1]).order)
     flags = torch.tensor([param.grad is not None and not _is_finite(param.grad) for _, param in named])
     if agreement is not None and named:
         flags = agreement.any(flags.to(local(named[0][1]).device))

@@ -19,7 +19,8 @@ from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.optim import MasterOptimizer
-from duotone.torch.parameters.masters import check_in_place, needs_tail, rounding_of
+from duotone.torch.parameters.masters import check_in_place, needs_tail
+from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.watch import places_of
 
 _grad_of = attrgetter("grad")
@@ -286,7 +287,7 @@ def _backend(optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> kernels.B
 
 def _check_foreign(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
     for param in params:
-        if needs_tail(param) or rounding_of(param) == kernels.Rounding.STOCHASTIC:
+        if needs_tail(param) or storage_of(param).rounding == kernels.Rounding.STOCHASTIC:
             inner = getattr(optimizer, "optimizer", None)
             if isinstance(inner, MasterOptimizer):
                 raise OptimizerError(

@@ -1,0 +1,127 @@
+"""Plans how each parameter of a cast model is stored, and carries the plan out.
+
+A plan is made for the whole model, and checked, before the first parameter changes. Parameters of torch's norms stay
+FP32: there are few of them, kernels take them beside 16-bit data, and small updates to numbers near 1 are what 16 bits
+lose first. A rule that sets `param` for a norm itself, by its path or its type, goes before that.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
+
+from duotone.errors import PolicyError
+from duotone.policy import ClassNames, Policy
+from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
+from duotone.torch.parameters.masters import beyond_range, read_master
+from duotone.torch.parameters.storage import Storage, set_storage, set_tail, storage_of
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_CASTABLE = (torch.float32, *SPLIT_DTYPES)
+_FLOAT32: dict[str, Any] = {
+    "param": torch.float32,
+    "grad": torch.float32,
+    "reduce": torch.float32,
+    "state": torch.float32,
+    "rounding": None,
+}
+
+
+def plan(model: nn.Module, policy: Policy, classes: ClassNames) -> dict[nn.Parameter, Storage]:
+    """Return how every parameter that a policy concerns is to be stored. Tails are made when the plan is applied.
+
+    Raises:
+        PolicyError: rules disagree on a tied parameter, or a weight is too large for FP16.
+    """
+    plans: dict[nn.Parameter, tuple[str, Storage]] = {}
+    for path, module in model.named_modules():
+        for full_name, param, storage in _planned(module, path, policy, classes):
+            other_name, other = plans.setdefault(param, (full_name, storage))
+            if other != storage:
+                raise PolicyError(
+                    f'"{other_name}" and "{full_name}" are one tied parameter, but it would be kept in {other.param} '
+                    f"and {storage.param}; write a rule that covers both"
+                )
+            _check_range(full_name, param, storage)
+    return {param: storage for param, (_, storage) in plans.items()}
+
+
+def in_float32(param: nn.Parameter) -> Storage:
+    """Return how a parameter is stored as an FP32 weight."""
+    return replace(storage_of(param), **_FLOAT32)
+
+
+def apply(param: nn.Parameter, storage: Storage) -> None:
+    """Store a parameter as planned, in place; its FP32 master stays what it is, bit for bit."""
+    assert storage.param is not None
+    tail = storage_of(param).tail
+    # one that was frozen since keeps the tail that it has
+    is_split = storage.param in SPLIT_DTYPES and storage.rounding is None
+    has_tail = is_split and (param.requires_grad or tail is not None)
+    grad, param.grad = param.grad, None
+    if param.dtype != storage.param or has_tail != (tail is not None):
+        weight, tail = read_master(param), None
+        if storage.param in SPLIT_DTYPES:
+            weight, tail = encode(weight, storage.param)
+        param.data = weight
+    param.grad_dtype = storage.grad
+    param.grad = None if grad is None else grad.to(storage.grad)
+    set_storage(param, storage)
+    set_tail(param, tail if has_tail else None)
+
+
+@dataclass(frozen=True)
+class ApplyWhenShaped:
+    """Stores the parameters of a lazily shaped module as planned once they have a shape."""
+
+    path: str
+    policy: Policy
+    classes: ClassNames
+
+    def __call__(self, module: nn.Module) -> None:
+        for full_name, param, storage in _planned(module, self.path, self.policy, self.classes):
+            _check_range(full_name, param, storage)
+            apply(param, storage)
+
+
+def is_lazy(module: nn.Module) -> bool:
+    """Return whether a module has parameters without a shape."""
+    return any(isinstance(param, UninitializedParameter) for param in module.parameters(recurse=False))
+
+
+def is_castable(param: nn.Parameter) -> bool:
+    """Return whether a policy concerns a parameter: one in FP32, BF16 or FP16 that has a shape."""
+    return param.dtype in _CASTABLE and not isinstance(param, UninitializedParameter)
+
+
+def _planned(
+    module: nn.Module, path: str, policy: Policy, classes: ClassNames
+) -> Iterator[tuple[str, nn.Parameter, Storage]]:
+    dtypes = _dtypes(module, path, policy, classes)
+    for name, param in module.named_parameters(recurse=False):
+        if is_castable(param):
+            yield f"{path}.{name}" if path else name, param, replace(storage_of(param), **dtypes)
+
+
+def _dtypes(module: nn.Module, path: str, policy: Policy, classes: ClassNames) -> dict[str, Any]:
+    """Return what a policy says about the records of a module's own parameters, by field."""
+    effective = policy.for_module(path, classes)
+    dtypes = {role: getattr(torch, getattr(effective, role)) for role in ("param", "grad", "reduce", "state")}
+    says_param = any(rule.matches(path, classes) and "param" in dict(rule.roles) for rule in policy.rules)
+    if isinstance(module, NORMS) and not says_param:
+        return {**_FLOAT32, "reduce": dtypes["reduce"], "state": dtypes["state"]}
+    has_no_master = effective.param != "float32" and effective.master is None
+    return {**dtypes, "rounding": Rounding(effective.rounding) if has_no_master else None}
+
+
+def _check_range(name: str, param: nn.Parameter, storage: Storage) -> None:
+    largest = beyond_range(read_master(param), storage.param)
+    if largest is not None:
+        raise PolicyError(
+            f'parameter "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or keep '
+            "its module in FP32 by a rule: param=float32,compute=float32"
+        )
