@@ -16,7 +16,8 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 def test_an_example_learns_under_every_preset(path, policy):
     torch.manual_seed(0)
     task = load_task_file(path)
-    trainer = Trainer(task, resolve_settings(dict(task.settings), {"policy": policy}))
+    # enough to see that it learns; how well is for whoever runs it
+    trainer = Trainer(task, resolve_settings(dict(task.settings), {"policy": policy, "steps": 100}))
     before = trainer.summary().evaluation[task.quality]
     list(trainer.run())
     after = trainer.summary().evaluation[task.quality]

@@ -278,7 +278,7 @@ class WithModule(WithFunction):
 
 
 @POLICIES
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("kind", [WithFunction, WithBlock, WithModule])
 def test_parts_in_float32_compile_whole(kind, backend, policy, same_bits):
     torch.compiler.reset()

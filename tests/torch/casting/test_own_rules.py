@@ -188,7 +188,7 @@ def with_an_unlisted_function(hidden: Tensor) -> Tensor:
 
 
 @POLICIES
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("function", [with_own_rules, with_a_listed_function, with_an_unlisted_function])
 def test_rules_of_ones_own_compile_whole(function, backend, policy, same_bits):
     class Model(nn.Module):

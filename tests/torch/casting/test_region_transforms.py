@@ -38,7 +38,7 @@ class OneOfEach(nn.Module):
 
 
 @HALVES
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiled_whole_it_gives_the_same_bits(backend, dtype, same_bits):
     torch.compiler.reset()
     module = OneOfEach(dtype)

@@ -16,7 +16,17 @@ from duotone.torch.kernels.philox import philox4x32
 from duotone.torch.kernels.reference import CHUNK
 from duotone.torch.kernels.round_stochastically import round_stochastically
 
-from .grid import MOMENTS, OPERATIONS, SETTINGS, adversarial_grads, copy_of, differing, every_case, make_operand
+from .grid import (
+    MOMENTS,
+    OPERATIONS,
+    SETTINGS,
+    adversarial_grads,
+    copy_of,
+    differing,
+    every_case,
+    make_operand,
+    pairs_of_cases,
+)
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SPLIT = ("bfloat16+tail", torch.bfloat16, 2, torch.float32)
@@ -80,7 +90,16 @@ def step_and_compare(optimizer, operands, steps, settings=None):
         assert not differences(operands[1], operands[0])
 
 
-@pytest.mark.parametrize(("optimizer", "form", "grad", "moment"), list(every_case()))
+COLUMNS = ("optimizer", "form", "grad", "moment")
+
+
+@pytest.mark.parametrize(COLUMNS, pairs_of_cases())
+def test_every_pair_of_forms(optimizer, form, grad, moment):
+    test_every_form(optimizer, form, grad, moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(COLUMNS, [case for case in every_case() if case not in pairs_of_cases()])
 def test_every_form(optimizer, form, grad, moment):
     # from the first step on; a whole tile and a part of one, or, since tiles take time, a part of one
     numel = 520 if grad == torch.float32 else 300

@@ -39,6 +39,20 @@ def every_case() -> Iterator[tuple[str, str, torch.dtype, torch.dtype]]:
             yield name, form, grad, moment
 
 
+def pairs_of_cases() -> list[tuple[str, str, torch.dtype, torch.dtype]]:
+    """Return cases in which every two values of different columns that go together come together at least once."""
+
+    def pairs_in(case: tuple) -> set[tuple]:
+        return set(itertools.combinations(enumerate(case), 2))
+
+    chosen, cases = [], list(every_case())
+    missing = set().union(*map(pairs_in, cases))
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs_in(case) & missing)))
+        missing -= pairs_in(chosen[-1])
+    return chosen
+
+
 def adversarial_masters(numel: int, seed: int) -> Tensor:
     """Return FP32 values of every exponent, at ties of both 16-bit formats, at powers of two and at the ends."""
     generator = np.random.default_rng(seed)

@@ -19,6 +19,7 @@ from .grid import (
     differing,
     every_case,
     make_operand,
+    pairs_of_cases,
     step_both,
 )
 
@@ -39,7 +40,16 @@ def grads_for(operands, step: int):
     return [adversarial_grads(operand.weight.numel(), operand.number + 100 * step) for operand in operands]
 
 
-@pytest.mark.parametrize(("optimizer", "form", "grad", "moment"), list(every_case()))
+COLUMNS = ("optimizer", "form", "grad", "moment")
+
+
+@pytest.mark.parametrize(COLUMNS, pairs_of_cases())
+def test_every_pair_of_forms_in_every_bit(optimizer, form, grad, moment):
+    test_every_form_in_every_bit(optimizer, form, grad, moment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(COLUMNS, [case for case in every_case() if case not in pairs_of_cases()])
 def test_every_form_in_every_bit(optimizer, form, grad, moment):
     operands = pair(1000, 7, 0, 1, 3001, form=(form, grad, MOMENTS[optimizer], moment))
     for step in range(3):
