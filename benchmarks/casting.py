@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 
 import duotone.torch as dt
+from duotone.torch.watching import saved_for_backward
 from duotone.train.tasks.gpt import GPT, GPTConfig
 
 SECONDS = 60.0
@@ -115,7 +116,7 @@ def saved_activations(device: str) -> dict[str, float]:
             if arm.endswith("checkpointed"):
                 dt.checkpoint_activations(model, "*")
             x = torch.randn(*tokens, channels, device=device, requires_grad=True)
-            with around(), dt.saved_for_backward(model.parameters()) as saved:
+            with around(), saved_for_backward(model.parameters()) as saved:
                 model(x)
             saved_bytes.append(saved.total_activation_bytes)
         result[arm] = (saved_bytes[1] - saved_bytes[0]) / (tokens[0] * tokens[1] * channels)

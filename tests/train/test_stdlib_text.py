@@ -11,6 +11,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import TaskError
+from duotone.torch.watching import saved_for_backward
 from duotone.train.tasks import corpus
 from duotone.train.tasks.gpt import GPT, GPTConfig, rotary_angles, rotate
 from duotone.train.tasks.stdlib_text import EPOCH_BATCHES, SIZES, Size, judged_loss, stdlib_text, text_task, window_loss
@@ -263,7 +264,7 @@ def test_sixteen_bit_logits_are_never_kept_in_float32():
     # below 4 MiB of FP32 they are kept so, which is quicker
     windows = torch.randint(256, (600, 9), dtype=torch.uint8)
     logits = 600 * 8 * 256
-    with dt.saved_for_backward(model.parameters()) as saved:
+    with saved_for_backward(model.parameters()) as saved:
         window_loss(model, windows)
     assert saved.activation_bytes["bfloat16"] >= 2 * logits
     assert saved.activation_bytes["float32"] < logits

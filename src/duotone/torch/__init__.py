@@ -18,7 +18,7 @@ from duotone.torch.checkpoints.contents import load_checkpoint, save_checkpoint
 from duotone.torch.conversion import Prepared, prepare
 from duotone.torch.distributed.data_parallel import data_parallel
 from duotone.torch.distributed.fully_shard import fully_shard
-from duotone.torch.explanation import Explanation, explain, saved_for_backward
+from duotone.torch.explanation import explain
 from duotone.torch.memory_use import Memory, memory
 from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
 from duotone.torch.parameters.masters import load_master_weights, master_weights
@@ -29,7 +29,6 @@ from duotone.torch.scaling.step import StepReport, step
 __all__ = [
     "SGD",
     "AdamW",
-    "Explanation",
     "GradScaler",
     "Lion",
     "LossScaler",
@@ -56,7 +55,6 @@ __all__ = [
     "policy_of",
     "prepare",
     "save_checkpoint",
-    "saved_for_backward",
     "step",
     "uncast",
 ]

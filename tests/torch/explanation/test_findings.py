@@ -113,7 +113,7 @@ def test_products_in_float32():
             return F.linear(y.float(), model.last.weight.float()).to(y.dtype)
 
     finding = the_only(explained(between), "ran in FP32")
-    assert finding.startswith("1 matrix product (linear) ran in FP32 in the model at ")
+    assert finding.startswith("1 product (linear) ran in FP32 in the model at ")
     assert "test_findings.py:" in finding
 
 
@@ -164,8 +164,8 @@ def test_the_share_of_float32_in_what_is_saved():
     assert not any("of what is saved" in each for each in explained(between).findings)
     found = explain(dt.cast(Model(between), "bf16"), torch.ones(320, WIDTH))
     finding = the_only(found, "of what is saved for backward")
-    total = sum(found.saved_activation_bytes.values())
-    assert f"FP32 is {found.saved_activation_bytes['float32'] / total:.0%}" in finding
+    total = sum(found.saved_for_backward.activation_bytes.values())
+    assert f"FP32 is {found.saved_for_backward.activation_bytes['float32'] / total:.0%}" in finding
     assert "the largest parts: the model (81.9 kB)" in finding
 
 
@@ -208,7 +208,7 @@ def test_what_a_rule_by_type_keeps_in_float32_is_meant(rule):
     model = dt.cast(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1)), f"bf16; {rule}")
     found = explain(model, torch.ones(3000, WIDTH))
     assert {each.policy for each in found.modules if each.type == "Linear"} == {"fp32"}
-    assert found.saved_activation_bytes["float32"] > 500_000
+    assert found.saved_for_backward.activation_bytes["float32"] > 500_000
     assert not blamed(found)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import duotone.torch as dt
 from duotone.errors import DuotoneError
 from duotone.torch.explanation import Cast, Explanation, explain
-from duotone.torch.explanation.explanation import OUTSIDE
+from duotone.torch.explanation.records import OUTSIDE
 
 HERE = Path(__file__).name
 
@@ -57,8 +57,8 @@ def test_a_models_own_cast_is_told_from_an_inserted_one(policy):
     upcast = only_cast(found, by="model", to_dtype="float32")
     assert (upcast.from_dtype, upcast.calls, upcast.result_bytes) == (narrow, 1, 4 * 8 * 4)
     assert (upcast.operation, upcast.module) == ("float", "")
-    assert upcast.place is not None
-    assert upcast.place.endswith(place)
+    assert upcast.source_line is not None
+    assert upcast.source_line.endswith(place)
     downcast = only_cast(found, by="model", to_dtype=narrow)
     assert (downcast.operation, downcast.result_bytes) == ("to", 4 * 8 * 2)
     # the result leaves in FP32, by the policy
@@ -150,7 +150,7 @@ def test_shared_modules_named_inputs_and_nested_outputs():
     assert {each.shape for each in found.outputs} == {(1, 2, 5), (1, 2, 8)}
     assert {each.computed_dtype for each in found.outputs} == {"bfloat16"}
     # the tied weight, as the head's, and the linear layer's
-    assert found.saved_parameter_bytes["bfloat16"] == 2 * (5 * 8 + 8 * 8)
+    assert found.saved_for_backward.parameter_bytes["bfloat16"] == 2 * (5 * 8 + 8 * 8)
 
 
 def test_saved_bytes_belong_to_the_innermost_module():
@@ -167,8 +167,8 @@ def test_saved_bytes_belong_to_the_innermost_module():
     saved = {each.path: each.saved_bytes for each in found.modules}
     assert saved == {"": {"float32": 64}, "inner": {"float32": 64}}
     # sin saves what exp has saved already
-    assert found.saved_outside_bytes == {}
-    assert found.saved_activation_bytes == {"float32": 128}
+    assert found.saved_for_backward.outside_bytes == {}
+    assert found.saved_for_backward.activation_bytes == {"float32": 128}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -183,7 +183,7 @@ def test_a_checkpointed_part_keeps_its_input_alone(reentrant):
 
     model, x = Checkpointed(), torch.ones(4, 8, requires_grad=True)
     found = explain(model, x)
-    assert found.saved_activation_bytes == {"float32": 4 * 8 * 4}
+    assert found.saved_for_backward.activation_bytes == {"float32": 4 * 8 * 4}
     assert {each.path: each.calls for each in found.modules}["part.1"] == 1
     assert calls(found, "linear") == {"float32": 2}
 
@@ -198,7 +198,7 @@ def test_recomputation_in_a_backward_pass_inside_run_counts_nothing():
     forward, both = explain(part, run=loss), explain(part, run=lambda: torch.autograd.grad(loss(), x))
     assert {each.name: each.calls for each in forward.operations} == {"linear": 1, "tanh": 1, "sum": 1}
     assert both.operations == forward.operations
-    assert both.saved_activation_bytes == forward.saved_activation_bytes
+    assert both.saved_for_backward.activation_bytes == forward.saved_for_backward.activation_bytes
     assert both.modules == forward.modules
 
 
@@ -238,8 +238,8 @@ def test_a_cast_in_a_custom_function_is_placed():
 
     found = explain(nn.Identity(), run=lambda: Narrow.apply(torch.ones(4, requires_grad=True)))
     cast = only_cast(found, by="model")
-    assert cast.place is not None
-    assert cast.place.endswith(f"{HERE}:{line_of(Narrow.forward, 'x.to')}")
+    assert cast.source_line is not None
+    assert cast.source_line.endswith(f"{HERE}:{line_of(Narrow.forward, 'x.to')}")
 
 
 def test_copies_into_another_dtype_are_casts_and_other_copies_are_not():
@@ -261,12 +261,12 @@ def test_json_holds_every_field():
     assert set(content) == set(Explanation.__dataclass_fields__)
     assert content["modules"][1]["parameter_dtypes"] == ["bfloat16"]
     assert content["casts"][0]["result_bytes"] == found.casts[0].result_bytes
-    assert content["saved_activation_bytes"] == found.saved_activation_bytes
+    assert content["saved_for_backward"]["activation_bytes"] == found.saved_for_backward.activation_bytes
 
 
 def test_text_names_everything():
     text = str(explain(dt.cast(Upcasting(), "bf16"), torch.ones(4, 8)))
-    for part in ("Upcasting under bf16", "first", "linear", "BF16 -> FP32", "saved for backward: "):
+    for part in ("Upcasting under bf16", "first", "linear", "BF16  FP32", "Saved for the backward pass: "):
         assert part in text
 
 

@@ -18,6 +18,7 @@ from duotone.compare.measuring.course import Course
 from duotone.compare.measuring.footprint import Footprint
 from duotone.compare.measuring.turn import Step, median_phases
 from duotone.compare.records import Trial
+from duotone.torch.watching import saved_for_backward
 
 WARMUP_STEPS = 2
 # steps are timed until there are so many and they took so long, ...
@@ -110,7 +111,7 @@ def _take(course: Course, steps: int) -> Sequence[Step]:
 
 def _saved_bytes(course: Course) -> dict[str, int]:
     """Count what autograd keeps of a forward pass; the graph is dropped without a backward pass."""
-    with dt.saved_for_backward(course.stepper.model.parameters()) as saved:
+    with saved_for_backward(course.stepper.model.parameters()) as saved:
         course.stepper.forward(course.batch())
     return dict(saved.activation_bytes)
 

@@ -1,19 +1,19 @@
 """Where precision is in a model: one forward pass, watched, and what stands out of it in words.
 
-`explain` runs the model and returns an `Explanation`; `saved_for_backward` is its count of what autograd keeps, alone.
+`explain` runs the model and returns an `Explanation`.
 """
 
-from duotone.torch.explanation.explanation import (
+from duotone.torch.explanation.explanation import Explanation
+from duotone.torch.explanation.recording import explain
+from duotone.torch.explanation.records import (
     Cast,
-    Explanation,
     ModuleDtypes,
     Operation,
     Output,
     RepeatedCast,
+    SavedForBackward,
     Widening,
 )
-from duotone.torch.explanation.recording import explain
-from duotone.torch.explanation.saved import SavedBytes, saved_for_backward
 
 __all__ = [
     "Cast",
@@ -22,8 +22,7 @@ __all__ = [
     "Operation",
     "Output",
     "RepeatedCast",
-    "SavedBytes",
+    "SavedForBackward",
     "Widening",
     "explain",
-    "saved_for_backward",
 ]

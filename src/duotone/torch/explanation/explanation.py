@@ -1,167 +1,19 @@
-"""What `explain` found, as values: modules, operations, casts, saved bytes, and sentences.
-
-Dtypes are named as torch names them, bytes are whole numbers, and a module is named by its path in the model: `""` is
-the model itself, and `OUTSIDE` is whatever ran around it, a loss for instance.
-"""
+"""What `explain` returns: everything that was seen, what stands out of it, and both as JSON, tables and text."""
 
 import json
 from dataclasses import asdict, dataclass
 
-OUTSIDE = "outside the model"
-NO_HALF = "no FP16 on this CPU"
-
-
-@dataclass(frozen=True)
-class ModuleDtypes:
-    """One module: what went in, what came out.
-
-    Attributes:
-        path: its path; a module at several places has its first.
-        type: its class.
-        calls: how often it ran; a container that only holds others never does.
-        policy: the policy that it is under, or None.
-        parameter_dtypes: of its own parameters, without those of modules inside it.
-        input_dtypes: of the tensors that it was called with, before a cast model casts them.
-        output_dtypes: of the tensors that it returned.
-        saved_bytes: activations saved for backward while it was the innermost module, by dtype; a storage belongs to
-            whoever saved it first.
-        kept_float32_bytes: the part of its FP32 that was saved inside of `keep_float32`, or inside of FP16 products on
-            a CPU that has none.
-    """
-
-    path: str
-    type: str
-    calls: int
-    policy: str | None
-    parameter_dtypes: tuple[str, ...]
-    input_dtypes: tuple[str, ...]
-    output_dtypes: tuple[str, ...]
-    saved_bytes: dict[str, int]
-    kept_float32_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Operation:
-    """Calls of one operation in one dtype.
-
-    Attributes:
-        name: as in torch: `linear`, `softmax`, `add`.
-        compute_dtype: the widest that its kernels read; what a kernel widens to inside does not show.
-        output_dtype: of its result.
-        calls: how many.
-        mixed: whether an elementwise kernel read several dtypes, so that torch widened the result.
-        modules: the calls by path of the innermost module around them.
-        places: the lines that made the calls, `file:line`.
-        reason: why it computed in FP32, if that is known: `"keep_float32"`, `"no FP16 on this CPU"` for products that
-            Duotone carries out in FP32 there, `"torch"` if its operands were narrow and torch widened them inside.
-    """
-
-    name: str
-    compute_dtype: str
-    output_dtype: str
-    calls: int
-    mixed: bool
-    modules: dict[str, int]
-    places: tuple[str, ...]
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class Widening:
-    """An elementwise operation on a 16-bit and an FP32 tensor, which gave FP32 although nothing asked for it.
-
-    Attributes:
-        operation: its name.
-        module: the innermost module around it.
-        place: `file:line` of the code that called it.
-        from_dtype: the 16-bit operand's.
-        name: of the parameter or buffer that the FP32 operand is, or is a part of.
-        is_buffer: whether that is a buffer.
-        is_stream: whether both operands have the result's size.
-        calls: how often.
-        result_bytes: the results' size, together.
-    """
-
-    operation: str
-    module: str
-    place: str | None
-    from_dtype: str
-    name: str | None
-    is_buffer: bool
-    is_stream: bool
-    calls: int
-    result_bytes: int
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Copies of floating-point tensors into another dtype, from one line of code in one module.
-
-    Attributes:
-        from_dtype: what was read.
-        to_dtype: what was written.
-        by: `"duotone"` if the policy inserted it, `"model"` if code asked for it, `"autocast"` if a torch.autocast
-            around an uncast model did, `"torch"` if an operation of torch's does it inside.
-        module: the innermost module around it.
-        operation: what it was done for: `linear` for the operand of one, `to` or `float` for a cast by itself; None
-            where a module's input or result is cast.
-        place: `file:line` of the code that called the operation or the module.
-        calls: how many casts.
-        result_bytes: what they wrote, together.
-    """
-
-    from_dtype: str
-    to_dtype: str
-    by: str
-    module: str
-    operation: str | None
-    place: str | None
-    calls: int
-    result_bytes: int
-
-
-@dataclass(frozen=True)
-class RepeatedCast:
-    """One unchanged tensor that was cast to the same dtype more than once.
-
-    Attributes:
-        from_dtype: the tensor's.
-        to_dtype: what it was cast to.
-        shape: the tensor's.
-        name: of the parameter or buffer, if it is one.
-        times: how many casts.
-        wasted_bytes: what all of them but the first wrote.
-        modules: where.
-        places: the lines that caused them.
-    """
-
-    from_dtype: str
-    to_dtype: str
-    shape: tuple[int, ...]
-    name: str | None
-    times: int
-    wasted_bytes: int
-    modules: tuple[str, ...]
-    places: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor that the model returned.
-
-    Attributes:
-        dtype: in which it left.
-        computed_dtype: in which it was before a last cast; the same without one.
-        shape: its shape.
-        result_bytes: its size.
-        rounded_in: the module at whose border it was cast from FP32 to `computed_dtype`, if that was all that made it.
-    """
-
-    dtype: str
-    computed_dtype: str
-    shape: tuple[int, ...]
-    result_bytes: int
-    rounded_in: str | None = None
+from duotone.torch.explanation.records import (
+    Cast,
+    ModuleDtypes,
+    Operation,
+    Output,
+    RepeatedCast,
+    SavedForBackward,
+    Widening,
+)
+from duotone.torch.explanation.tables import Table, casts_table, modules_table, operations_table, saved_table
+from duotone.torch.explanation.wording import count
 
 
 @dataclass(frozen=True)
@@ -180,10 +32,7 @@ class Explanation:
         repeated_casts: of the same tensor to the same dtype, the most wasteful first.
         widenings: operations on a 16-bit and an FP32 tensor that gave FP32, in the order in which they first ran.
         outputs: what the model returned.
-        saved_activation_bytes: what autograd saved for the backward pass by dtype, each storage once, without
-            parameters and buffers.
-        saved_parameter_bytes: the parameters and buffers that it saved; they exist anyway.
-        saved_outside_bytes: the part of `saved_activation_bytes` that was saved outside of every module.
+        saved_for_backward: what autograd saved, in bytes by dtype.
     """
 
     model: str
@@ -197,9 +46,7 @@ class Explanation:
     repeated_casts: tuple[RepeatedCast, ...]
     widenings: tuple[Widening, ...]
     outputs: tuple[Output, ...]
-    saved_activation_bytes: dict[str, int]
-    saved_parameter_bytes: dict[str, int]
-    saved_outside_bytes: dict[str, int]
+    saved_for_backward: SavedForBackward
 
     def to_json(self) -> str:
         """Return everything as a JSON object with the attributes' names.
@@ -211,7 +58,26 @@ class Explanation:
         """
         return json.dumps(asdict(self), indent=2)
 
-    def __str__(self) -> str:
-        from duotone.torch.explanation.plain_text import plain_text
+    def header(self) -> str:
+        """Return in one line what was explained."""
+        under = f"under {self.policy}" if self.policy else "under no policy"
+        compiled = ", as written: compilation is left out" if self.compiled else ""
+        ran = count(sum(module.calls > 0 for module in self.modules), "module")
+        return f"{self.model} {under}, one forward pass of {ran}{compiled}"
 
-        return plain_text(self)
+    def tables(self, depth: int | None = None) -> tuple[Table, ...]:
+        """Return what text and terminal show below the findings: modules, operations, casts, saved bytes.
+
+        Args:
+            depth: how many names a module's path may have; what is inside the last ones counts as theirs.
+        """
+        return (
+            modules_table(self.modules, self.saved_for_backward, depth),
+            operations_table(self.operations),
+            casts_table(self.casts, self.modules),
+            saved_table(self.saved_for_backward),
+        )
+
+    def __str__(self) -> str:
+        findings = (f"- {finding}" for finding in self.findings)
+        return "\n".join([self.header(), "", "What stands out", *findings, *map(str, self.tables())])

@@ -4,45 +4,18 @@ Only what matters is said: at least 1 MB, or a share of what the model saves for
 policy asks for FP32, FP32 is no finding.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 from duotone.policy import Policy
-from duotone.torch.explanation.explanation import NO_HALF, OUTSIDE, Cast, Explanation, Operation, RepeatedCast, Widening
-from duotone.torch.explanation.siblings import group_siblings, paths_of_groups
+from duotone.torch.explanation.explanation import Explanation
+from duotone.torch.explanation.module_groups import paths_of_groups
+from duotone.torch.explanation.records import NO_HALF, OUTSIDE, Cast, Operation, RepeatedCast, Widening
 from duotone.torch.explanation.wording import SIXTEEN_BITS, count, label, listed, size
 
-PRODUCTS = frozenset(
-    {
-        "linear",
-        "bilinear",
-        "matmul",
-        "mm",
-        "bmm",
-        "mv",
-        "addmm",
-        "addmv",
-        "addbmm",
-        "baddbmm",
-        "einsum",
-        "tensordot",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-        "scaled_dot_product_attention",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-        "lstm_cell",
-        "gru_cell",
-    }
-)
 _ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
 NOTHING = "nothing stands out: every floating-point dtype is where the policy puts it"
 _LARGE_BYTES = 1_000_000
@@ -50,66 +23,104 @@ _LARGE_BYTES = 1_000_000
 _SHARE, _MUCH, _TOY_BYTES = 0.1, 0.3, 64_000
 _MOST = 3
 
-
-class _Alike(NamedTuple):
-    """In what repeated casts are the same if one sentence is to speak of all of them."""
-
-    from_dtype: str
-    to_dtype: str
-    times: int
-    name: str | None
-    modules: tuple[str, ...]
-    places: tuple[str, ...]
-
-
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-def with_findings(explanation: Explanation) -> Explanation:
-    """Return the explanation with the sentences about it, the gravest first."""
+def findings_of(explanation: Explanation, policy: Policy | None, policies: Mapping[str, Policy]) -> tuple[str, ...]:
+    """Return the sentences about an explanation, the gravest first.
+
+    Args:
+        explanation: without findings.
+        policy: that the model was cast to, or None.
+        policies: of the modules that are under one, by path, rules applied.
+    """
     if not explanation.operations:
-        found = ["no operation on floating-point numbers ran: call the model with a batch, or call it inside run"]
-    elif explanation.policy is None:
-        found = [*_without_policy(explanation), *_repeated(explanation)]
-    else:
-        found = [
-            *_products_in_float32(explanation),
-            *_no_half_products(explanation),
-            *_attention_in_float32(explanation),
-            *_parameters_in_float32(explanation),
-            *_first_widening(explanation),
-            *_residual_in_float32(explanation),
-            *_rounded_and_widened(explanation),
-            *_outputs(explanation),
-            *_repeated(explanation),
-            *_upcasts(explanation),
-            *_saved_in_float32(explanation),
-        ]
-    return replace(explanation, findings=tuple(found or [NOTHING]))
+        return ("no operation on floating-point numbers ran: call the model with a batch, or call it inside run",)
+    run = _Run(explanation, policy, policies)
+    checks = (_without_policy, _repeated)
+    if policy is not None:
+        checks = (
+            _products_in_float32,
+            _no_half_products,
+            _attention_in_float32,
+            _parameters_in_float32,
+            _first_widening,
+            _residual_in_float32,
+            _rounded_and_widened,
+            _outputs,
+            _repeated,
+            _upcasts,
+            _saved_in_float32,
+        )
+    return tuple(finding for check in checks for finding in check(run)) or (NOTHING,)
 
 
-def _without_policy(explanation: Explanation) -> Iterator[str]:
-    computed = {operation.compute_dtype for operation in explanation.operations}
-    if any(cast.by == "autocast" for cast in explanation.casts):
-        number = sum(cast.calls for cast in explanation.casts if cast.by == "autocast")
-        written = sum(cast.result_bytes for cast in explanation.casts if cast.by == "autocast")
+@dataclass(frozen=True)
+class _Run:
+    """An explanation, and what several findings ask of it."""
+
+    explanation: Explanation
+    policy: Policy | None
+    policies: Mapping[str, Policy]
+
+    @cached_property
+    def shown(self) -> dict[str, str]:
+        """The path of the group of each module, by path."""
+        return {**paths_of_groups(self.explanation.modules), OUTSIDE: OUTSIDE}
+
+    @cached_property
+    def widened_by_torch(self) -> dict[str, dict[str, None]]:
+        """The products that torch itself computes in FP32 inside of a layer or an attention, by module."""
+        names: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        for operation in self.explanation.operations:
+            if _is_product_in_float32(operation) and operation.reason == "torch":
+                for path in filter(self.is_narrow, operation.modules):
+                    names[path][operation.name] = None
+        return names
+
+    @cached_property
+    def widenings(self) -> list[Widening]:
+        """Those in modules that are to compute in 16 bits."""
+        return [each for each in self.explanation.widenings if self.is_narrow(each.module)]
+
+    def is_narrow(self, path: str) -> bool:
+        """Return whether a module's policy computes in 16 bits."""
+        return path in self.policies and self.policies[path].compute in SIXTEEN_BITS
+
+    def is_large(self, number: int, share: float) -> bool:
+        """Return whether bytes are worth a sentence: many, or at least a share of what is saved for backward."""
+        return number >= min(_LARGE_BYTES, share * self.explanation.saved_for_backward.total_activation_bytes)
+
+    def names_of(self, paths: Iterable[str]) -> str:
+        """Return modules as a sentence names them, those that are alike as one."""
+        return listed((self.shown[path] or "the model" for path in paths), most=2)
+
+    def tensor_name(self, name: str) -> str:
+        """Return a parameter's or a buffer's name, that of its module as it is shown."""
+        path, _, own = name.rpartition(".")
+        return f"{self.shown.get(path, path)}.{own}".lstrip(".")
+
+
+def _without_policy(run: _Run) -> Iterator[str]:
+    casts = [cast for cast in run.explanation.casts if cast.by == "autocast"]
+    if casts:
         yield (
-            f"torch.autocast made {count(number, 'cast')} in this pass, {size(written)}, those of weights again in "
+            f"torch.autocast made {_amount(casts)[0]} in this pass, {_amount(casts)[1]}, those of weights again in "
             'every pass; dt.cast(model, "bf16") casts the weights once'
         )
-    elif computed <= {"float32", "float64"}:
+    elif {operation.compute_dtype for operation in run.explanation.operations} <= {"float32", "float64"}:
         yield ('the model is under no policy and computes in FP32; see what changes after dt.cast(model, "bf16")')
 
 
-def _outputs(explanation: Explanation) -> Iterator[str]:
+def _outputs(run: _Run) -> Iterator[str]:
     wide = [
         each
-        for each in explanation.outputs
+        for each in run.explanation.outputs
         if each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS and each.rounded_in is None
     ]
     written = sum(each.result_bytes for each in wide)
-    if wide and _is_large(written, explanation, share=0.1):
+    if wide and run.is_large(written, share=0.1):
         narrow = wide[0].computed_dtype
         shape = " x ".join(map(str, max(wide, key=lambda each: each.result_bytes).shape))
         results = "the result leaves" if len(wide) == 1 else f"{len(wide)} results leave"
@@ -119,8 +130,8 @@ def _outputs(explanation: Explanation) -> Iterator[str]:
         )
 
 
-def _rounded_and_widened(explanation: Explanation) -> Iterator[str]:
-    for each in explanation.outputs:
+def _rounded_and_widened(run: _Run) -> Iterator[str]:
+    for each in run.explanation.outputs:
         if each.rounded_in is not None and each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS:
             yield (
                 f"the FP32 result of {each.rounded_in} is rounded to {label(each.computed_dtype)} at its border and "
@@ -128,108 +139,76 @@ def _rounded_and_widened(explanation: Explanation) -> Iterator[str]:
             )
 
 
-def _repeated(explanation: Explanation) -> Iterator[str]:
-    shown = _shown(explanation)
-    alike: defaultdict[_Alike, list[RepeatedCast]] = defaultdict(list)
-    for each in explanation.repeated_casts:
-        modules = tuple(dict.fromkeys(shown[path] for path in each.modules))
-        name = each.name and _shown_parameter(each.name, shown)
-        alike[_Alike(each.from_dtype, each.to_dtype, each.times, name, modules, each.places)].append(each)
-    for key, group in _largest(alike, lambda each: each.wasted_bytes):
+def _repeated(run: _Run) -> Iterator[str]:
+    # one sentence speaks of all that are the same in what it says
+    alike: defaultdict[tuple[str, str], list[RepeatedCast]] = defaultdict(list)
+    for each in run.explanation.repeated_casts:
+        named = f" ({run.tensor_name(each.name)})" if each.name else ""
+        what = f"{each.times} casts of the same tensor{named} from {label(each.from_dtype)} to {label(each.to_dtype)}"
+        alike[what, f"{run.names_of(each.modules)}{_at(each.source_lines)}"].append(each)
+    for (what, where), group in _largest(alike, lambda each: each.wasted_bytes):
         wasted = sum(each.wasted_bytes for each in group)
-        if not _is_large(wasted, explanation, share=0.01):
-            continue
-        tensor = f"the same tensor ({key.name})" if key.name else "the same tensor"
-        tensors = f", {len(group)} such tensors" if len(group) > 1 else ""
-        yield (
-            f"{key.times} casts of {tensor} from {label(key.from_dtype)} to {label(key.to_dtype)} in "
-            f"{_listed_modules(key.modules)}{_at(key.places)}{tensors}: {size(wasted)} written again; "
-            "cast it once before, and use that copy"
-        )
+        if run.is_large(wasted, share=0.01):
+            tensors = f", {len(group)} such tensors" if len(group) > 1 else ""
+            yield f"{what} in {where}{tensors}: {size(wasted)} written again; cast it once before, and use that copy"
 
 
-def _products_in_float32(explanation: Explanation) -> Iterator[str]:
-    shown, asked = _shown(explanation), _computes(explanation)
-    calls: defaultdict[str, int] = defaultdict(int)
-    names, places = dict[str, None](), dict[str, None]()
-    for operation in explanation.operations:
-        if not _is_product_in_float32(operation) or operation.reason is not None:
-            continue
-        for path, number in operation.modules.items():
-            if asked.get(path) in SIXTEEN_BITS:
-                calls[shown[path]] += number
-                names[operation.name] = None
-                places.update(dict.fromkeys(operation.places))
+def _products_in_float32(run: _Run) -> Iterator[str]:
+    calls: Counter[str] = Counter()
+    names, source_lines = dict[str, None](), dict[str, None]()
+    for operation in run.explanation.operations:
+        modules = Counter({path: number for path, number in operation.modules.items() if run.is_narrow(path)})
+        if modules and _is_product_in_float32(operation) and operation.reason is None:
+            calls += modules
+            names[operation.name] = None
+            source_lines.update(dict.fromkeys(operation.source_lines))
     if calls:
-        advice = "look there for .float(), autocast(enabled=False) or a product with an FP32 tensor"
         yield (
-            f"{count(sum(calls.values()), 'matrix product')} ({listed(names)}) ran in FP32 in {_listed_modules(calls)}"
-            f"{_at(places)} although the policy computes in 16 bits; {advice}"
+            f"{count(calls.total(), 'product')} ({listed(names)}) ran in FP32 in {run.names_of(calls)}"
+            f"{_at(source_lines)} although the policy computes in 16 bits; look there for .float(), "
+            "autocast(enabled=False) or a product with an FP32 tensor"
         )
 
 
 def _is_product_in_float32(operation: Operation) -> bool:
-    return operation.name in PRODUCTS and operation.compute_dtype == "float32"
+    return operation.kind == "compute" and operation.compute_dtype == "float32"
 
 
-def _no_half_products(explanation: Explanation) -> Iterator[str]:
-    number = sum(
-        each.calls for each in explanation.operations if _is_product_in_float32(each) and each.reason == NO_HALF
-    )
-    casts = sum(cast.calls for cast in explanation.emulated_casts)
-    written = sum(cast.result_bytes for cast in explanation.emulated_casts)
-    if number:
+def _no_half_products(run: _Run) -> Iterator[str]:
+    products = [each for each in run.explanation.operations if _is_product_in_float32(each) and each.reason == NO_HALF]
+    if products:
+        casts, written = _amount(run.explanation.emulated_casts)
         yield (
-            f"this CPU has no FP16 products: {number:,} ran in FP32; their {count(casts, 'cast')} ({size(written)}) "
-            "would not be there on a GPU"
+            f"this CPU has no FP16 products: {sum(each.calls for each in products):,} ran in FP32; their {casts} "
+            f"({written}) would not be there on a GPU"
         )
 
 
-def _widened_by_torch(explanation: Explanation) -> dict[str, dict[str, None]]:
-    """Return the products that torch itself computes in FP32 inside of a layer or an attention, by module."""
-    asked = _computes(explanation)
-    found: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    for operation in explanation.operations:
-        if _is_product_in_float32(operation) and operation.reason == "torch":
-            for path in operation.modules:
-                if asked.get(path) in SIXTEEN_BITS:
-                    found[path][operation.name] = None
-    return found
-
-
-def _attention_in_float32(explanation: Explanation) -> Iterator[str]:
-    shown, found = _shown(explanation), _widened_by_torch(explanation)
-    if not found:
+def _attention_in_float32(run: _Run) -> Iterator[str]:
+    modules = run.widened_by_torch
+    if not modules:
         return
-    names = dict.fromkeys(name for names in found.values() for name in names)
-    saved = sum(each.saved_bytes.get("float32", 0) for each in explanation.modules if each.path in found)
+    names = dict.fromkeys(name for names in modules.values() for name in names)
+    saved = sum(each.saved_bytes.get("float32", 0) for each in run.explanation.modules if each.path in modules)
     attention = " (attention with dropout has no fused kernel on a CPU)" if _ATTENTION.intersection(names) else ""
     yield (
-        f"torch computes {listed(names)} in FP32 by itself in "
-        f"{_listed_modules(dict.fromkeys(shown[path] for path in found))}{attention}: {size(saved)} saved"
+        f"torch computes {listed(names)} in FP32 by itself in {run.names_of(modules)}{attention}: {size(saved)} saved"
     )
 
 
-def _parameters_in_float32(explanation: Explanation) -> Iterator[str]:
-    shown, found = _shown(explanation), dict[str, None]()
-    number = 0
-    for module in explanation.modules:
+def _parameters_in_float32(run: _Run) -> Iterator[str]:
+    wide = []
+    for module in run.explanation.modules:
         is_norm = "norm" in module.type.lower() or "norm" in module.path.rpartition(".")[2].lower()
-        wants = module.policy is not None and Policy.parse(module.policy).param in SIXTEEN_BITS
-        if wants and not is_norm and "float32" in module.parameter_dtypes:
-            number += 1
-            found[f"{shown[module.path] or 'the model'} ({module.type})"] = None
-    if found:
-        modules = "1 module that is no norm has" if number == 1 else f"{number} modules that are no norms have"
+        is_narrow = module.path in run.policies and run.policies[module.path].param in SIXTEEN_BITS
+        if is_narrow and not is_norm and "float32" in module.parameter_dtypes:
+            wide.append(f"{run.shown[module.path] or 'the model'} ({module.type})")
+    if wide:
+        modules = "1 module that is no norm has" if len(wide) == 1 else f"{len(wide)} modules that are no norms have"
         yield (
-            f"{modules} FP32 parameters although the policy keeps them in 16 bits: {listed(found)}; cast the model "
+            f"{modules} FP32 parameters although the policy keeps them in 16 bits: {listed(wide)}; cast the model "
             "after its last change, or say by a rule that FP32 is meant"
         )
-
-
-def _widenings(explanation: Explanation) -> list[Widening]:
-    asked = _computes(explanation)
-    return [each for each in explanation.widenings if asked.get(each.module) in SIXTEEN_BITS]
 
 
 def _is_residual(each: Widening) -> bool:
@@ -237,110 +216,82 @@ def _is_residual(each: Widening) -> bool:
     return each.operation == "add" and each.is_stream and each.name is None
 
 
-def _first_widening(explanation: Explanation) -> Iterator[str]:
-    large = [each for each in _widenings(explanation) if _is_large(each.result_bytes, explanation, share=0.01)]
-    if not large or _is_residual(large[0]):
+def _first_widening(run: _Run) -> Iterator[str]:
+    first = next((each for each in run.widenings if run.is_large(each.result_bytes, share=0.01)), None)
+    if first is None or _is_residual(first):
         return
-    first, shown = large[0], _shown(explanation)
     named, what = "", "the FP32 one"
     if first.name is not None:
-        kind, what = "buffer" if first.is_buffer else "parameter", "it"
-        named = f" (the {kind} {_shown_parameter(first.name, shown)})"
+        named = f" (the {'buffer' if first.is_buffer else 'parameter'} {run.tensor_name(first.name)})"
+        what = "it"
     yield (
-        f"the stream becomes FP32 in {_listed_modules([shown[first.module]])}{_at([first.place])}: "
+        f"the stream becomes FP32 in {run.names_of([first.module])}{_at([first.source_line])}: "
         f"{first.operation} of {label(first.from_dtype)} and FP32{named}; cast {what} where it is used, .to(x.dtype)"
     )
 
 
-def _residual_in_float32(explanation: Explanation) -> Iterator[str]:
-    shown = _shown(explanation)
-    found = [each for each in _widenings(explanation) if _is_residual(each)]
-    if found:
+def _residual_in_float32(run: _Run) -> Iterator[str]:
+    additions = list(filter(_is_residual, run.widenings))
+    if additions:
         yield (
-            f"{count(sum(each.calls for each in found), 'addition')} of a 16-bit and an FP32 tensor gave FP32 in "
-            f"{_listed_modules(dict.fromkeys(shown[each.module] for each in found))}"
-            f"{_at(each.place for each in found)}: a residual stream in FP32 takes twice the bytes and a cast before "
-            "every layer; cast the FP32 side once where it begins, unless FP32 is meant"
+            f"{count(sum(each.calls for each in additions), 'addition')} of a 16-bit and an FP32 tensor gave FP32 in "
+            f"{run.names_of(each.module for each in additions)}{_at(each.source_line for each in additions)}: a "
+            "residual stream in FP32 takes twice the bytes and a cast before every layer; cast the FP32 side once "
+            "where it begins, unless FP32 is meant"
         )
 
 
-def _upcasts(explanation: Explanation) -> Iterator[str]:
-    shown, by_torch = _shown(explanation), _widened_by_torch(explanation)
+def _upcasts(run: _Run) -> Iterator[str]:
     groups: defaultdict[tuple[str | None, str, str | None], list[Cast]] = defaultdict(list)
-    for cast in explanation.casts:
-        widened = by_torch.get(cast.module)
-        if cast.by == "torch" and widened and cast.operation in ("multi_head_attention_forward", *widened):
-            continue
-        if cast.by in ("model", "torch") and cast.from_dtype in SIXTEEN_BITS and cast.to_dtype == "float32":
-            groups[cast.place, cast.from_dtype, cast.operation if cast.by == "torch" else None].append(cast)
-    for (place, from_dtype, operation), casts in _largest(groups, lambda cast: cast.result_bytes):
-        written = sum(cast.result_bytes for cast in casts)
-        if not _is_large(written, explanation, share=0.01):
-            continue
-        who, advice = "the model's own code", "drop it: the policy keeps FP32 inside the operations that need it"
-        if operation is not None:
-            who, advice = f"torch's {operation} by itself", "call another operation"
+    for cast in run.explanation.casts:
+        products = run.widened_by_torch.get(cast.module, ())
+        has_been_said = (
+            cast.by == "torch" and products and cast.operation in ("multi_head_attention_forward", *products)
+        )
+        is_upcast = cast.from_dtype in SIXTEEN_BITS and cast.to_dtype == "float32"
+        if cast.by in ("model", "torch") and is_upcast and not has_been_said:
+            groups[cast.source_line, cast.from_dtype, cast.operation if cast.by == "torch" else None].append(cast)
+    for (source_line, from_dtype, operation), casts in _largest(groups, lambda cast: cast.result_bytes):
+        if run.is_large(sum(cast.result_bytes for cast in casts), share=0.01):
+            who, advice = "the model's own code", "drop it: the policy keeps FP32 inside the operations that need it"
+            if operation is not None:
+                who, advice = f"torch's {operation} by itself", "call another operation"
+            yield (
+                f"{who} casts {label(from_dtype)} to FP32{_at([source_line])} in "
+                f"{run.names_of(cast.module for cast in casts)}: {', '.join(_amount(casts))}; leave it if FP32 is "
+                f"meant there, or {advice}"
+            )
+
+
+def _saved_in_float32(run: _Run) -> Iterator[str]:
+    if run.policy is None or run.policy.compute not in SIXTEEN_BITS:
+        return
+    saved = run.explanation.saved_for_backward
+    shares = Counter({OUTSIDE: saved.outside_bytes.get("float32", 0)})
+    for module in run.explanation.modules:
+        # what a rule or keep_float32 asks for is meant, and what torch does by itself has been said
+        is_meant = module.path in run.policies and run.policies[module.path].compute == "float32"
+        if not is_meant and module.path not in run.widened_by_torch:
+            wide_bytes = module.saved_bytes.get("float32", 0) - module.kept_float32_bytes
+            shares[run.shown[module.path] or "the model"] += wide_bytes
+    total, wide, all_wide = saved.total_activation_bytes, shares.total(), saved.activation_bytes.get("float32", 0)
+    if wide >= max(_LARGE_BYTES, _SHARE * total) or wide >= max(_TOY_BYTES, _MUCH * total):
+        rest = f", without {size(all_wide - wide)} that is meant or named above" if all_wide > wide else ""
+        parts = ", ".join(f"{path} ({size(number)})" for path, number in shares.most_common(_MOST) if number)
         yield (
-            f"{who} casts {label(from_dtype)} to FP32{_at([place])} in "
-            f"{_listed_modules(shown[cast.module] for cast in casts)}: "
-            f"{count(sum(cast.calls for cast in casts), 'cast')}, {size(written)}; leave it if FP32 is meant there, or "
-            f"{advice}"
+            f"FP32 is {wide / total:.0%} of what is saved for backward, {size(wide)} of {size(total)}{rest}; the "
+            f"largest parts: {parts}; look for casts to FP32 there"
         )
 
 
-def _saved_in_float32(explanation: Explanation) -> Iterator[str]:
-    if Policy.parse(explanation.policy or "").compute not in SIXTEEN_BITS:
-        return
-    asked, by_torch = _computes(explanation), _widened_by_torch(explanation)
-    shares: dict[str, int] = {}
-    for group in group_siblings(explanation.modules):
-        for module in group.members:
-            # what a rule or keep_float32 asks for is meant, and what torch does by itself has been said
-            meant = asked.get(module.path) == "float32" or module.path in by_torch
-            wide = 0 if meant else module.saved_bytes.get("float32", 0) - module.kept_float32_bytes
-            if wide:
-                path = group.path or "the model"
-                shares[path] = shares.get(path, 0) + wide
-    outside = explanation.saved_outside_bytes.get("float32", 0)
-    if outside:
-        shares[OUTSIDE] = outside
-    total, wide = sum(explanation.saved_activation_bytes.values()), sum(shares.values())
-    if not (wide >= max(_LARGE_BYTES, _SHARE * total) or wide >= max(_TOY_BYTES, _MUCH * total)):
-        return
-    all_wide = explanation.saved_activation_bytes["float32"]
-    rest = f", without {size(all_wide - wide)} that is meant or named above" if all_wide > wide else ""
-    largest = sorted(shares.items(), key=lambda item: -item[1])[:_MOST]
-    yield (
-        f"FP32 is {wide / total:.0%} of what is saved for backward, {size(wide)} of {size(total)}{rest}; the largest "
-        f"parts: {', '.join(f'{path} ({size(number)})' for path, number in largest)}; look for casts to FP32 there"
-    )
+def _amount(casts: Iterable[Cast]) -> tuple[str, str]:
+    """Return how many casts there are, and what they wrote."""
+    casts = list(casts)
+    return count(sum(cast.calls for cast in casts), "cast"), size(sum(cast.result_bytes for cast in casts))
 
 
-def _is_large(number: int, explanation: Explanation, share: float) -> bool:
-    return number >= min(_LARGE_BYTES, share * sum(explanation.saved_activation_bytes.values()))
-
-
-def _computes(explanation: Explanation) -> dict[str, str]:
-    """Return what each module's policy computes in, by path."""
-    parsed = {text: Policy.parse(text).compute for text in {each.policy for each in explanation.modules} if text}
-    return {each.path: parsed[each.policy] for each in explanation.modules if each.policy}
-
-
-def _shown(explanation: Explanation) -> dict[str, str]:
-    return paths_of_groups(explanation.modules) | {OUTSIDE: OUTSIDE}
-
-
-def _shown_parameter(name: str, shown: dict[str, str]) -> str:
-    path, _, own = name.rpartition(".")
-    return f"{shown.get(path, path)}.{own}".lstrip(".")
-
-
-def _listed_modules(paths: Iterable[str]) -> str:
-    return listed((path or "the model" for path in paths), most=2)
-
-
-def _at(places: Iterable[str | None]) -> str:
-    text = listed((place for place in places if place is not None), most=2)
+def _at(source_lines: Iterable[str | None]) -> str:
+    text = listed((line for line in source_lines if line is not None), most=2)
     return f" at {text}" if text else ""
 
 

@@ -92,6 +92,6 @@ def test_the_run_has_gradients_whatever_is_around_it():
         found = explain(model, torch.ones(2, 4))
     with torch.inference_mode():
         inside = explain(model, run=lambda: model(torch.ones(2, 4)).exp())
-    assert found.saved_activation_bytes == {"float32": 2 * 4 * 4}
+    assert found.saved_for_backward.activation_bytes == {"float32": 2 * 4 * 4}
     # the exponential saves its result
-    assert inside.saved_activation_bytes == {"float32": 2 * (2 * 4 * 4)}
+    assert inside.saved_for_backward.activation_bytes == {"float32": 2 * (2 * 4 * 4)}

@@ -7,6 +7,7 @@ out: what is kept without autograd, in attributes or closures, and what is saved
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,17 +28,17 @@ class SavedBytes:
     """A count of saved storages by the dtype in which they were first saved.
 
     Args:
-        resident: tensors that exist anyway, parameters and buffers; whatever shares their storage is counted apart.
+        parameters: tensors that exist anyway, buffers too; what shares their storage is counted apart.
 
     Attributes:
         activation_bytes: bytes by dtype of everything else, the model's inputs included.
-        resident_bytes: bytes by dtype of the saved storages of `resident`.
+        parameter_bytes: bytes by dtype of the saved storages of `parameters`.
     """
 
-    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
-        self.activation_bytes: dict[str, int] = {}
-        self.resident_bytes: dict[str, int] = {}
-        self._resident = {key for tensor in resident for key, _ in storages_of(tensor)}
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
+        self.activation_bytes: Counter[str] = Counter()
+        self.parameter_bytes: Counter[str] = Counter()
+        self._parameters = {key for tensor in parameters for key, _ in storages_of(tensor)}
         self._seen: set[StorageWeakRef] = set()
 
     @property
@@ -47,73 +48,69 @@ class SavedBytes:
 
     def add(self, tensor: Tensor) -> dict[str, int]:
         """Count what of a tensor has not been counted, and return the activation bytes by dtype that it added."""
-        added: dict[str, int] = {}
+        added: Counter[str] = Counter()
         for key, part in storages_of(tensor):
-            if key in self._seen:
-                continue
-            self._seen.add(key)
-            dtype = dtype_name(part.dtype)
-            size = part.untyped_storage().nbytes()
-            counted = self.resident_bytes if key in self._resident else self.activation_bytes
-            counted[dtype] = counted.get(dtype, 0) + size
-            if counted is self.activation_bytes:
-                added[dtype] = added.get(dtype, 0) + size
+            if key not in self._seen:
+                self._seen.add(key)
+                counts = (self.parameter_bytes,) if key in self._parameters else (self.activation_bytes, added)
+                for count in counts:
+                    count[dtype_name(part.dtype)] += part.untyped_storage().nbytes()
         return added
 
 
 @contextmanager
-def saved_for_backward(resident: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
+def saved_for_backward(parameters: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     """Count what autograd saves inside the block; the result is kept after it.
 
     A storage counts once, whole, however many views of it are saved: a saved slice keeps all of its tensor. Put the
     forward pass inside, and the backward pass where you like: what is saved during it does not count.
 
     Args:
-        resident: tensors that exist anyway, `model.parameters()` for instance; their storages are counted apart.
+        parameters: tensors that exist anyway, `model.parameters()` for instance; their storages are counted apart.
 
     >>> linear = nn.Linear(16, 4)
     >>> with saved_for_backward(linear.parameters()) as saved:
     ...     loss = linear(torch.ones(8, 16)).exp().sum()
-    >>> saved.activation_bytes, saved.resident_bytes
-    ({'float32': 640}, {})
+    >>> saved.activation_bytes, saved.parameter_bytes
+    (Counter({'float32': 640}), Counter())
     """
-    counted = SavedBytes(resident)
+    counted = SavedBytes(parameters)
     with watch_saved(counted.add):
         yield counted
 
 
 @contextmanager
-def watch_saved(note: Callable[[Tensor], object]) -> Iterator[None]:
-    """Call `note` with every tensor that autograd keeps for the backward pass, in this thread, inside the block."""
-    around = _autograd._top_saved_tensors_default_hooks(False)
+def watch_saved(add: Callable[[Tensor], object]) -> Iterator[None]:
+    """Call `add` with every tensor that autograd keeps for the backward pass, in this thread, inside the block."""
+    outer = _autograd._top_saved_tensors_default_hooks(False)
     thread = threading.get_ident()
 
-    def noting(pack: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def adding(pack: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         def packed(tensor: Tensor) -> Any:
             kept = pack(tensor)
             if not in_backward():
-                for found in _tensors_in(kept, _DEPTH):
-                    note(found)
+                for part in _tensors_in(kept, _DEPTH):
+                    add(part)
             return kept
 
         return packed
 
     enter = saved_tensors_hooks.__enter__
 
-    def enter_noting(hooks: saved_tensors_hooks) -> Any:
+    def enter_adding(hooks: saved_tensors_hooks) -> Any:
         if threading.get_ident() != thread:
             return enter(hooks)
         pack = hooks.pack_hook
-        hooks.pack_hook = noting(pack)
+        hooks.pack_hook = adding(pack)
         try:
             return enter(hooks)
         finally:
             hooks.pack_hook = pack
 
-    pack, unpack = around or (_itself, _itself)
-    _autograd._push_saved_tensors_default_hooks(noting(pack), unpack)
+    pack, unpack = outer or (_itself, _itself)
+    _autograd._push_saved_tensors_default_hooks(adding(pack), unpack)
     # torch calls the innermost pair alone: without this, whatever enters a pair inside would hide what it keeps
-    saved_tensors_hooks.__enter__ = enter_noting  # type: ignore[method-assign]
+    saved_tensors_hooks.__enter__ = enter_adding  # type: ignore[method-assign]
     try:
         yield
     finally:

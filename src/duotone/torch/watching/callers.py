@@ -1,4 +1,4 @@
-"""Who asked for something that torch is doing: the line of the user's code, and whether a policy put itself between.
+"""Who asked for what torch is doing: the source line of the user's code, and whether Duotone itself did.
 
 Frames are read from the innermost outwards. A function mode of Duotone's that passes a call on did not ask for it; one
 that calls another function than it was given, a cast for instance, did.
@@ -34,15 +34,15 @@ class Caller:
         inserted: whether Duotone did, by itself.
         handler: the frame of the mode of Duotone's that carries out the call, or None.
         handled: the function that this mode was called with.
-        place: `file:line` of the first line outside of torch and Duotone, or of torch's module if it is called by
-            none; None if there is neither.
+        source_line: `file:line` of the first line outside of torch and Duotone, or of torch's module if it is called
+            by none; None if there is neither.
         emulation: the function of Duotone's FP16 on CPUs, the innermost one, that did it; None if it had no part.
     """
 
     inserted: bool
     handler: FrameType | None
     handled: Callable[..., Any] | None
-    place: str | None
+    source_line: str | None
     emulation: str | None = None
 
 
@@ -50,14 +50,14 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
     """Find out who called `func`, which is being carried out now; frames from that of `stop` on are not looked at."""
     frame: FrameType | None = sys._getframe(1)
     handler: FrameType | None = None
-    inserted, asked, place, torch_place = False, False, None, None
+    inserted, in_module, line, line_in_torch = False, False, None, None
     emulation: str | None = None
     while frame is not None and frame.f_code is not stop:
         file = frame.f_code.co_filename
         if file.startswith(_DUOTONE):
             if file == _EMULATION and emulation is None:
                 emulation = frame.f_code.co_name
-            if file.startswith(_HERE) or asked:
+            if file.startswith(_HERE) or in_module:
                 pass
             elif frame.f_code.co_name == _MODE:
                 handler = frame
@@ -67,15 +67,15 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
                 inserted = True
         elif file.startswith(_TORCH):
             if file.startswith(_MODULES):
-                asked = True
-                if torch_place is None and not file.startswith(_CALLERS):
-                    torch_place = _place(frame)
+                in_module = True
+                if line_in_torch is None and not file.startswith(_CALLERS):
+                    line_in_torch = _source_line(frame)
         else:
-            place = _place(frame)
+            line = _source_line(frame)
             break
         frame = frame.f_back
     handled = None if handler is None else _argument(handler)
-    return Caller(inserted, handler, handled, place or torch_place, emulation)
+    return Caller(inserted, handler, handled, line or line_in_torch, emulation)
 
 
 def in_emulation() -> bool:
@@ -91,7 +91,7 @@ def _argument(frame: FrameType) -> Any:
     return frame.f_locals.get(frame.f_code.co_varnames[1])
 
 
-def _place(frame: FrameType) -> str:
+def _source_line(frame: FrameType) -> str:
     return f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from duotone.torch.explanation import saved_for_backward
+from duotone.torch.watching import saved_for_backward
 
 
 class Square(torch.autograd.Function):
@@ -51,7 +51,7 @@ def test_parameters_and_their_views_count_apart():
     with saved_for_backward(linear.parameters()) as saved:
         y = x(4) @ linear.weight.T
         y.sum() + (linear.weight[0] * x(4)).sum()
-    assert saved.resident_bytes == {"float32": 4 * 8 * 4}
+    assert saved.parameter_bytes == {"float32": 4 * 8 * 4}
     # two inputs
     assert saved.activation_bytes == {"float32": 2 * 4 * 4}
 

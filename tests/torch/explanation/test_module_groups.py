@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from duotone.torch.explanation.explanation import ModuleDtypes
-from duotone.torch.explanation.siblings import group_siblings, paths_of_groups
+from duotone.torch.explanation.module_groups import group_modules, paths_of_groups
+from duotone.torch.explanation.records import ModuleDtypes
 
 
 def module(path: str, kind: str = "Linear", **fields) -> ModuleDtypes:
@@ -11,7 +11,7 @@ def module(path: str, kind: str = "Linear", **fields) -> ModuleDtypes:
 
 
 def shown(*modules: ModuleDtypes) -> list[tuple[str, int]]:
-    return [(group.path, len(group.members)) for group in group_siblings(modules)]
+    return [(group.path, len(group.members)) for group in group_modules(modules)]
 
 
 def test_lists_within_lists():
@@ -32,8 +32,8 @@ def test_what_differs_inside_stands_by_itself():
 
 def test_what_was_saved_is_added_and_does_not_part_modules():
     modules = [module(f"layers.{at}", saved_bytes={"float32": 10**at, "int64": 1}) for at in range(3)]
-    (group,) = group_siblings(modules)
-    assert group.saved_bytes == {"float32": 111, "int64": 3}
+    (group,) = group_modules(modules)
+    assert group.saved_bytes() == {"float32": 111, "int64": 3}
 
 
 def test_neighbours_without_numbers_and_gaps_stay_apart():

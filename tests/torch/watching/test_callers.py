@@ -49,7 +49,7 @@ def test_who_asked_and_what_for(mode):
     found = explain(nn.Identity(), run=run)
     first = inspect.getsourcelines(Model.forward)[1]
     here = Path(__file__).resolve().relative_to(Path.cwd().resolve()).as_posix()
-    casts = {(each.by, each.operation, each.from_dtype, each.calls, each.place) for each in found.casts}
+    casts = {(each.by, each.operation, each.from_dtype, each.calls, each.source_line) for each in found.casts}
     assert casts == {
         ("duotone", "softmax", "bfloat16", 1, f"{here}:{first + 1}"),
         ("duotone", "softmax", "float32", 1, f"{here}:{first + 1}"),

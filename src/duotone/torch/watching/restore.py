@@ -60,7 +60,7 @@ def _can_change(tensor: Tensor) -> bool:
 
 def _cuda_devices(model: nn.Module) -> list[int]:
     tensors = [*model.parameters(), *model.buffers()]
-    found = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
-    if found:
-        found.add(torch.cuda.current_device())
-    return sorted(index for index in found if index is not None)
+    indices = {tensor.device.index for tensor in tensors if tensor.device.type == "cuda"}
+    if indices:
+        indices.add(torch.cuda.current_device())
+    return sorted(index for index in indices if index is not None)
