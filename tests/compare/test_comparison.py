@@ -143,7 +143,7 @@ def test_another_machine_or_task_is_not_gone_on_with(
         with pytest.raises(CompareError, match=r"was measured with torch 2.*, and here it is 3\.0\.0"):
             compare(folder.plan(), path, resume=True)
     assert {file: file.read_bytes() for file in path.rglob("*.json")} == before
-    folder.write_subject(replace(SUBJECT, parameters=50))
+    folder.write(replace(SUBJECT, parameters=50))
     with pytest.raises(CompareError, match=r"task tiny is not the one that .* it has changed"):
         compare(folder.plan(), path, resume=True)
 
@@ -249,7 +249,7 @@ def test_a_comparison_that_was_interrupted_ends_as_one_that_was_not(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     plan, folder = plan_of("fp32,bf16", steps=30), ComparisonFolder(path)
     folder.start(plan)
-    folder.write_pace(Pace(30, 3, 4, together=True))
+    folder.write(Pace(30, 3, 4, together=True))
     for arm in plan.arms:
         folder.write(Trial(arm.name, phases=Phases(0.1, 0, 0, 0)))
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,6 @@ This process trains nothing and never starts CUDA; whatever touches a model runs
 measured is written at once, so an interruption loses what is unfinished and no more.
 """
 
-import json
 import math
 import signal
 import tempfile
@@ -16,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import msgspec
 
 from duotone.compare.arms.catalogue import Arm
 from duotone.compare.entry import Entry, entry_of
@@ -78,7 +79,7 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
         comparison = _Comparison(plan, folder, watcher or Nobody())
         if resume:
             _check_goes_on(plan, folder)
-            folder.write_plan(plan)
+            folder.write(plan)
         else:
             folder.check_free()
         comparison.run(resume)
@@ -104,13 +105,13 @@ class _Comparison:
             _check_same_circumstances(folder, subject, environment)
         else:
             folder.start(plan)
-        folder.write_subject(subject)
+        folder.write(subject)
         folder.write_environment(folder.environment() or environment)
         trials = self._try_arms()
         if pace is None and trials:
             seconds_gone = time.monotonic() - self._started
             pace = pace_of(plan, subject, trials.values(), surroundings, seconds_gone)
-            folder.write_pace(pace)
+            folder.write(pace)
         if pace is not None:
             self._train(list(trials), pace)
         if plan.fit_memory_bytes is not None:
@@ -186,13 +187,14 @@ def _may_pass(record: Trial | Run | Fit) -> bool:
 
 def _check_goes_on(plan: Plan, folder: ComparisonFolder) -> None:
     """Raise unless what was measured under the plan that is in the folder is a part of this one."""
-    here, there = _plain(plan), _plain(folder.plan())
-    if set(there["seeds"]) <= set(here["seeds"]):
-        there["seeds"] = here["seeds"]
-    for name in there.keys() - _FREE:
-        if here[name] != there[name]:
+    there = folder.plan()
+    if set(there.seeds) <= set(plan.seeds):
+        there = replace(there, seeds=plan.seeds)
+    for name in vars(there).keys() - _FREE:
+        before, after = getattr(there, name), getattr(plan, name)
+        if _as_json(before) != _as_json(after):
             raise CompareError(
-                f"{folder.path} is a comparison with {name} {_shown(there[name])}, not {_shown(here[name])}; resume it "
+                f"{folder.path} is a comparison with {name} {_shown(before)}, not {_shown(after)}; resume it "
                 "without changing that, or start a new one in another --out"
             )
 
@@ -213,14 +215,14 @@ def _check_same_circumstances(folder: ComparisonFolder, subject: Subject, enviro
             )
 
 
-def _plain(plan: Plan) -> dict[str, Any]:
-    # as it comes back from a file: tuples are lists there
-    return json.loads(json.dumps(plan.to_json()))
+def _as_json(value: Any) -> bytes:
+    # a tuple comes back from a file as a list
+    return msgspec.json.encode(value, enc_hook=dict, order="sorted")
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(str(item["name"] if isinstance(item, dict) else item) for item in value)
+    if isinstance(value, tuple):
+        return ", ".join(item.name if isinstance(item, Arm) else str(item) for item in value)
     return str(value)
 
 

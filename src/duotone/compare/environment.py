@@ -32,7 +32,7 @@ def describe(surroundings: Surroundings, task: str = "") -> dict[str, str]:
         "memory": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "duotone": duotone.__version__,
         **_task_file(task),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

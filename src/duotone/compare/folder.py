@@ -14,19 +14,20 @@ report.html, report.md, report.json
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from duotone import durable_files
 from duotone.compare.plan import Pace, Plan
-from duotone.compare.records import Fit, Run, Trial, fit_from_json, run_from_json, to_json, trial_from_json
+from duotone.compare.records import Fit, Run, Trial
 from duotone.compare.subject import Subject
-from duotone.errors import CompareError, TaskError
+from duotone.errors import CompareError
 
-Value = TypeVar("Value")
+Record = TypeVar("Record")
 
 _PLAN, _PACE, _SUBJECT, _ENVIRONMENT = "plan.json", "pace.json", "subject.json", "environment.json"
 
@@ -60,11 +61,7 @@ class ComparisonFolder:
             CompareError: something is there already, or it cannot be written to.
         """
         self.check_free()
-        self._write(_PLAN, plan.to_json())
-
-    def write_plan(self, plan: Plan) -> None:
-        """Keep what is asked for from now on."""
-        self._write(_PLAN, plan.to_json())
+        self.write(plan)
 
     def plan(self) -> Plan:
         """Return what was asked for.
@@ -72,60 +69,59 @@ class ComparisonFolder:
         Raises:
             CompareError: there is no comparison, or its plan cannot be read.
         """
-        if not (self.path / _PLAN).is_file():
+        plan = self._read_if_there(_PLAN, Plan)
+        if plan is None:
             raise CompareError(f"{self.path} holds no comparison; start one by duotone compare --out {self.path}")
-        return self._read(_PLAN, Plan.from_json)
-
-    def write_pace(self, pace: Pace) -> None:
-        """Keep the pace, once it is decided."""
-        self._write(_PACE, asdict(pace))
-
-    def pace(self) -> Pace | None:
-        """Return the pace, or None before it is decided."""
-        return self._read(_PACE, lambda content: Pace(**content)) if (self.path / _PACE).exists() else None
-
-    def write_subject(self, subject: Subject) -> None:
-        """Keep what is trained."""
-        self._write(_SUBJECT, asdict(subject))
+        return plan
 
     def subject(self) -> Subject | None:
         """Return what is trained, or None before it is known."""
-        return self._read(_SUBJECT, lambda content: Subject(**content)) if (self.path / _SUBJECT).exists() else None
-
-    def write_environment(self, environment: Mapping[str, str]) -> None:
-        """Keep what the figures depend on besides the code."""
-        self._write(_ENVIRONMENT, dict(environment))
+        return self._read_if_there(_SUBJECT, Subject)
 
     def environment(self) -> dict[str, str]:
-        """Return what `write_environment` kept, or nothing."""
-        return self._read(_ENVIRONMENT, dict) if (self.path / _ENVIRONMENT).exists() else {}
+        """Return what the figures depend on besides the code, or nothing before it is known."""
+        return self._read_if_there(_ENVIRONMENT, dict[str, str]) or {}
 
-    def write(self, record: Trial | Run | Fit) -> None:
-        """Keep a record, in place of one of the same arm (and seed).
+    def write_environment(self, environment: Mapping[str, str]) -> None:
+        """Keep what `environment` returns."""
+        self._write(_ENVIRONMENT, environment)
+
+    def pace(self) -> Pace | None:
+        """Return the pace, or None before it is decided."""
+        return self._read_if_there(_PACE, Pace)
+
+    def write(self, record: Plan | Subject | Pace | Trial | Run | Fit) -> None:
+        """Keep a record, in place of one of the same kind (and arm, and seed).
 
         Raises:
             CompareError: it could not be written.
         """
         match record:
+            case Plan():
+                name = _PLAN
+            case Subject():
+                name = _SUBJECT
+            case Pace():
+                name = _PACE
             case Trial():
                 name = f"trials/{_file(record.arm)}.json"
             case Run():
                 name = f"runs/{_file(record.arm)}-seed{record.seed}.json"
             case Fit():
                 name = f"fits/{_file(record.arm)}.json"
-        self._write(name, to_json(record))
+        self._write(name, record)
 
     def trials(self) -> dict[str, Trial]:
         """Return the trials by arm."""
-        return {trial.arm: trial for trial in self._records("trials", trial_from_json)}
+        return {trial.arm: trial for trial in self._records("trials", Trial)}
 
     def runs(self) -> dict[tuple[str, int], Run]:
         """Return the runs that have ended, by arm and seed."""
-        return {(run.arm, run.seed): run for run in self._records("runs", run_from_json)}
+        return {(run.arm, run.seed): run for run in self._records("runs", Run)}
 
     def fits(self) -> dict[str, Fit]:
         """Return the searches for the largest batch, by arm."""
-        return {fit.arm: fit for fit in self._records("fits", fit_from_json)}
+        return {fit.arm: fit for fit in self._records("fits", Fit)}
 
     def log_path(self, arm: str, what: str) -> Path:
         """Return where a process of an arm prints to, with its folder made; `what` tells its processes apart."""
@@ -148,24 +144,33 @@ class ComparisonFolder:
             durable_files.replace_text(path, text)
         return path
 
-    def _records(self, kind: str, read: Callable[[Mapping[str, Any]], Value]) -> Iterator[Value]:
+    def _records(self, kind: str, record_type: type[Record]) -> Iterator[Record]:
         for path in sorted((self.path / kind).glob("*.json")):
-            yield self._read(f"{kind}/{path.name}", read)
+            yield self._read(path, record_type)
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+    def _read_if_there(self, name: str, record_type: type[Record]) -> Record | None:
         path = self.path / name
+        return self._read(path, record_type) if path.exists() else None
+
+    def _read(self, path: Path, record_type: type[Record]) -> Record:
+        try:
+            # json takes the NaN and Infinity of figures that are not finite, msgspec's own reader does not
+            return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), record_type)
+        except (OSError, ValueError) as error:
+            what = (
+                "start a new comparison in another --out"
+                if path.name == _PLAN
+                else "remove it, and --resume measures it anew"
+            )
+            raise CompareError(f"cannot read {path}: {error}; {what}") from error
+
+    def _write(self, name: str, content: Any) -> None:
+        path = self.path / name
+        # read-only mappings are written as dictionaries
+        plain = msgspec.to_builtins(content, enc_hook=dict)
         with self._writing(path):
             durable_files.make_folder(path.parent)
-            durable_files.replace_text(path, json.dumps(content, indent=1) + "\n")
-
-    def _read(self, name: str, read: Callable[[Mapping[str, Any]], Value]) -> Value:
-        path = self.path / name
-        try:
-            return read(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, CompareError | TaskError):
-                raise
-            raise CompareError(f"cannot read {path}: {error}; remove it, and --resume measures it anew") from error
+            durable_files.replace_text(path, json.dumps(plain, indent=1) + "\n")
 
     @contextmanager
     def _writing(self, path: Path) -> Iterator[None]:

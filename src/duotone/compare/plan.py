@@ -4,7 +4,7 @@ Both are kept in its folder, so that it can go on after an interruption with the
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -69,18 +69,6 @@ class Plan:
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise CompareError(f"{name} is {getattr(self, name)}; it must be {allowed}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON values."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("arms", "seeds", "settings")}
-        arms = [asdict(arm) for arm in self.arms]
-        return {**plain, "arms": arms, "seeds": list(self.seeds), "settings": dict(self.settings)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Plan":
-        """Return the plan that `to_json` wrote."""
-        arms = tuple(Arm(**arm) for arm in content["arms"])
-        return cls(**{**content, "arms": arms, "seeds": tuple(content["seeds"])})
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """What was measured: one record for each trial of an arm, each run, and each search for the largest batch.
 
-Records are JSON files in the comparison's folder. A report is made of them alone, so it can be made again at any time.
-Seconds are of one optimizer step, bytes of one process.
+Records are JSON files in the comparison's folder, with these field names; a field that an older folder lacks has its
+default. A report is made of them alone, so it can be made again at any time. Seconds are of one optimizer step, bytes
+of one process.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -141,36 +141,3 @@ class Fit:
     tried: tuple[tuple[int, int | None], ...] = ()
     failure: Failure | None = None
     remark: str = ""
-
-
-def to_json(record: Trial | Run | Fit) -> dict[str, Any]:
-    """Return a record as JSON values.
-
-    >>> trial_from_json(to_json(Trial("bf16", Failure("error", "it broke")))).failure.kind
-    'error'
-    """
-    return asdict(record)
-
-
-def trial_from_json(content: Mapping[str, Any]) -> Trial:
-    """Return the trial that `to_json` wrote."""
-    phases = None if content["phases"] is None else Phases(**content["phases"])
-    return Trial(**{**content, "failure": _failure(content), "phases": phases, "notes": tuple(content["notes"])})
-
-
-def run_from_json(content: Mapping[str, Any]) -> Run:
-    """Return the run that `to_json` wrote."""
-    turns = tuple(Phases(**turn) for turn in content["turns"])
-    pairs = {name: tuple((step, value) for step, value in content[name]) for name in ("losses", "loss_scales")}
-    texts = {name: tuple(content[name]) for name in ("skipped", "notes")}
-    return Run(**{**content, **pairs, **texts, "failure": _failure(content), "turns": turns})
-
-
-def fit_from_json(content: Mapping[str, Any]) -> Fit:
-    """Return the search that `to_json` wrote."""
-    tried = tuple((size, peak) for size, peak in content["tried"])
-    return Fit(**{**content, "tried": tried, "failure": _failure(content)})
-
-
-def _failure(content: Mapping[str, Any]) -> Failure | None:
-    return None if content["failure"] is None else Failure(**content["failure"])

@@ -152,13 +152,13 @@ def made_folder(path: Path, made: Made = Made()) -> ComparisonFolder:
     """Write a comparison into a new folder and return it."""
     folder = ComparisonFolder(path)
     folder.start(made_plan(made))
-    folder.write_subject(SUBJECT)
+    folder.write(SUBJECT)
     folder.write_environment(ENVIRONMENT)
     for shape in list(made.shapes)[: made.trials]:
         folder.write(made_trial(shape))
     if made.trials is not None and made.trials < len(made.shapes):
         return folder
-    folder.write_pace(Pace(STEPS, 17, TURN_STEPS, made.together))
+    folder.write(Pace(STEPS, 17, TURN_STEPS, made.together))
     runs = [made_run(shape, seed) for seed in made.seeds for shape in made.shapes if shape.failure is None]
     for run in runs[: made.runs]:
         folder.write(run)

@@ -17,7 +17,7 @@ TWO = Made(shapes=(FP32, BF16))
 
 def whole(folder: ComparisonFolder) -> ComparisonFolder:
     """Let a comparison's steps be all of its task's, so that nothing is left to remark."""
-    folder.write_subject(replace(SUBJECT, task_steps=STEPS))
+    folder.write(replace(SUBJECT, task_steps=STEPS))
     return folder
 
 
@@ -83,7 +83,7 @@ def test_fewer_steps_than_the_tasks_own(tmp_path: Path) -> None:
         "runs have 240 of the task's own 1,400 steps, and 17 of its 100 steps of warm-up; qualities are "
         "those of so short a training",
     )
-    folder.write_pace(Pace(STEPS, 100, 10, True))
+    folder.write(Pace(STEPS, 100, 10, True))
     assert remarks(folder) == (
         "runs have 240 of the task's own 1,400 steps; qualities are those of so short a training",
     )

@@ -6,7 +6,6 @@ drop out of. What may account for a difference is listed: environment, plan and 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from duotone.compare.report import words
 from duotone.compare.report.markdown import table
@@ -141,8 +140,8 @@ def _ratio(before: float | None, after: float | None) -> float | None:
 
 def _circumstances(report: Report) -> dict[str, str]:
     """Return all that a comparison was made with, arms apart, as names and words."""
-    subject, plan = report.subject, report.plan.to_json()
-    settings: dict[str, Any] = plan.pop("settings")
+    subject, plan = report.subject, dict(vars(report.plan))
+    settings = dict(plan.pop("settings"))
     # the environment has the device; the arms are told apart, the steps are the pace's, and how long it was to take
     # changes no figure
     settings.pop("device", None)
