@@ -10,16 +10,7 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from duotone.errors import OperationError
-
-# kind to what it does, in the order in which they are shown
-_MEANINGS = {
-    "compute": "operands cast to the policy's compute dtype, and so is the result",
-    "float32_inside": "16 bits in, 16 bits out; computed and summed in FP32",
-    "float32": "operands cast to FP32, the result stays FP32",
-    "widest": "operands cast to the widest among them; in place, to what is written into",
-    "refused": "an error in 16 bits, with the way out",
-    "as_given": "runs on what it is given; so does whatever is not listed: add, mul, relu, gelu",
-}
+from duotone.operations import MEANINGS
 
 
 def ops_command(
@@ -29,14 +20,14 @@ def ops_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print each operation's kind as JSON.")] = False,
 ) -> None:
     """Show which operations run in which dtype inside a cast model."""
-    from duotone.torch.casting.op_rules import functions_of, kinds_by_name
+    from duotone.torch.casting.operation_table import functions_named, kinds_by_name
 
     kinds: dict[str, str] = dict(kinds_by_name())
     if operation is not None:
         name = operation
         for prefix in ("torch.", "nn.functional.", "F.", "Tensor."):
             name = name.removeprefix(prefix)
-        if name not in kinds and not any(functions_of(name)):
+        if name not in kinds and not any(functions_named(name)):
             near = get_close_matches(name.removeprefix("nn.").lower(), kinds, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else "write a name such as softmax or linalg.norm"
             raise OperationError(f'torch has no operation "{operation}"; {hint}')
@@ -45,7 +36,7 @@ def ops_command(
         typer.echo(json.dumps(kinds, indent=2))
         return
     console = Console(highlight=False)
-    for kind, meaning in _MEANINGS.items():
+    for kind, meaning in MEANINGS.items():
         names = [name for name, its in kinds.items() if its == kind]
         if names or (kind == "as_given" and operation is None):
             console.print(f"[bold]{kind}[/bold]: {meaning}")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products
-from duotone.torch.casting.op_rules import kinds_by_name
+from duotone.torch.casting.operation_table import kinds_by_name
 
 from .op_calls import Call, all_calls, is_random
 

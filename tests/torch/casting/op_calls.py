@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import resolve_name
 
-from duotone.torch.casting.op_rules import Function, functions_of, kinds_by_name
+from duotone.torch.casting.operation_table import Function, functions_named, kinds_by_name
 
 from .op_calls_linalg import OF_MATRICES, Arguments, signed, takes
 
@@ -268,7 +268,7 @@ def all_calls() -> dict[str, Call]:
     """Return a call, or several, of every function of the table, by a name that says which."""
     found: dict[str, Call] = {}
     for name in kinds_by_name():
-        for function in dict.fromkeys(functions_of(name)):
+        for function in dict.fromkeys(functions_named(name)):
             full = resolve_name(function) or f"torch.{name}"
             # one function may stand in two namespaces
             if any(call.function is function for call in found.values()):

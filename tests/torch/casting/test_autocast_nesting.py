@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import duotone.torch as dt
-from duotone.torch.casting import handlers, op_rules
+from duotone.torch.casting import handlers, operation_table
 
 NARROW = [torch.bfloat16, torch.float16]
 HALVES = pytest.mark.parametrize("dtype", NARROW, ids=["bf16", "fp16"])
@@ -248,7 +248,7 @@ def test_compiled_whole_it_gives_the_same_bits(function, backend, same_bits):
 def test_the_first_region_of_a_process_may_be_compiled(monkeypatch, same_bits):
     expected = within_one(x())
     monkeypatch.setattr(handlers, "_made", {})
-    monkeypatch.setattr(op_rules, "_forms", {})
+    monkeypatch.setattr(operation_table, "_same_operation", {})
     torch.compiler.reset()
     got = torch.compile(within_one, backend="eager", fullgraph=True)(x())
     assert all(same_bits(one, other) for one, other in zip(got, expected, strict=True))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import duotone.torch as dt
 from duotone.errors import PolicyError
 from duotone.torch.casting.keep_float32 import is_kept_in_float32
-from duotone.torch.casting.op_rules import kinds_by_name
+from duotone.torch.casting.operation_table import kinds_by_name
 
 from .op_by_hand import CALLS, KINDS, arguments, bits, dtypes, run, wide
 

@@ -1,6 +1,6 @@
-"""torch.autocast on Duotone's rules: 16-bit arithmetic for people who keep FP32 weights and cast no model.
+"""torch.autocast with Duotone's kinds: 16-bit arithmetic for people who keep FP32 weights and cast no model.
 
-Inside, functions of tensors on the region's device run as `op_rules` says, the same on every device. There is no weight
+Inside, functions of tensors on the region's device run by their kinds, the same on every device. There is no weight
 cache, so a weight that changes inside is seen, and one that is used several times is cast each time; its gradients meet
 in FP32. A model that `cast` has put into a policy keeps it inside. Left out: torch.jit, and the attributes of
 torch.autocast.
@@ -17,7 +17,7 @@ import torch
 
 from duotone.errors import AutocastError, DuotoneWarning
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
-from duotone.torch.casting.handlers import Rules, rules_for
+from duotone.torch.casting.handlers import Handlers, handlers_for
 from duotone.torch.casting.region import RulesMode, under_rules
 from duotone.torch.casting.tracing import not_by_itself
 
@@ -69,7 +69,7 @@ class autocast:
         self._dtype = torch.get_autocast_dtype(device_type) if dtype is None else _checked_dtype(dtype)
         self._enabled = bool(enabled) and _works(self._device_type, self._dtype)
         if self._enabled:
-            _make_rules(self._dtype, self._device_type)
+            _make_handlers(self._dtype, self._device_type)
             if self._device_type == "cpu" and self._dtype == torch.float16 and not torch.compiler.is_compiling():
                 say_once_how_half_runs_on_cpu()
         # by thread, the innermost last
@@ -78,7 +78,7 @@ class autocast:
     def _context(self) -> AbstractContextManager[Any]:
         if self._enabled:
             return under_rules(
-                RulesMode(_rules(self._dtype, self._device_type), self._device_type, self._dtype, is_users=True)
+                RulesMode(_handlers(self._dtype, self._device_type), self._device_type, self._dtype, is_users=True)
             )
         return _off(self._device_type, self._dtype)
 
@@ -114,16 +114,16 @@ class autocast:
         return in_autocast  # type: ignore[return-value]
 
 
-def _rules(dtype: torch.dtype, device_type: str) -> Rules:
-    return rules_for(dtype, "cpu" if device_type == "cpu" else "cuda")
+def _handlers(dtype: torch.dtype, device_type: str) -> Handlers:
+    return handlers_for(dtype, "cpu" if device_type == "cpu" else "cuda")
 
 
-def _make_rules(dtype: torch.dtype, device_type: str) -> None:
-    _rules(dtype, device_type)
+def _make_handlers(dtype: torch.dtype, device_type: str) -> None:
+    _handlers(dtype, device_type)
 
 
 # a tracer calls it and does not follow: torch.compiler.assume_constant_result, which would load the compiler now
-_make_rules._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_make_handlers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

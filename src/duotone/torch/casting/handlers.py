@@ -1,13 +1,13 @@
-"""How the rules of `op_rules` are carried out: for each listed function, what is called instead of it.
+"""How the kinds of `operation_table` are carried out: the handler of each listed function, called instead of it.
 
 A handler takes the function that was called and its arguments, and casts as the function's kind says; autocast is off
 then. A function that writes into a given tensor (`out=`) is left alone. Where torch's own kernels do otherwise than a
-kind promises, `float32_inside`, `cross_entropy` and `half_on_cpu` have the handler.
+kind promises, `float32_inside` and `half_on_cpu` have the handler.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -17,91 +17,85 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duotone.errors import OperationError
-from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU
+from duotone.operations import Kind
+from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU, Handler, as_handler
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products, multiply_in_float32
-from duotone.torch.casting.op_rules import Function, Kind, forms, functions_of, kinds, kinds_by_name
-
-# takes the function that was called, its positional and its named arguments, and returns the result
-Handler = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]
+from duotone.torch.casting.operation_table import Function, functions_in, functions_named, kinds, same_operation
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = (torch.bfloat16, torch.float16)
-# sums of many terms into few places, each of which torch's kernels round
-_SUMMED_BY_INDEX = ("index_add", "index_reduce", "scatter_add", "scatter_reduce")
-# what torch has no 16-bit kernel for on a CPU
-_WIDENED_ON_CPU = ("avg_pool3d", "rrelu")
 # sums that widen while they read, so that no widened copy is made
 _WITH_DTYPE = ("sum", "nansum", "prod", "linalg.vector_norm")
-_COMPOSED = ("multi_head_attention_forward",)
-# what may write into an operand
+# may write into an operand
 _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
-_made: dict[str, "Rules"] = {}
+_made: dict[str, "Handlers"] = {}
 
 
 @dataclass(frozen=True)
-class Rules:
+class Handlers:
     """How functions are carried out in a region.
 
     Attributes:
-        handlers: for each listed function; autocast is off when one is called.
+        by_function: the handler of each listed function; autocast is off when it is called.
         product: the handler of functions that may be called as they are if each operand is in the region's dtype.
         methods: tensors' methods that are written in Python, with their handlers.
     """
 
-    handlers: dict[Function, Handler]
+    by_function: dict[Function, Handler]
     product: Handler | None
     methods: tuple[tuple[Function, Handler], ...]
 
     def find(self, function: Function) -> Handler | None:
-        """Return how a function is carried out, or None if it is called as it is."""
+        """Return the handler of a function, or None if it is called as it is."""
         if torch.compiler.is_compiling():
             # torch.compile does not find these in a dict, and takes it that they are not there
             for method, handler in self.methods:
                 if function is method:
                     return handler
-        return self.handlers.get(function)
+        return self.by_function.get(function)
 
 
-def rules_for(compute: torch.dtype, device_type: str) -> Rules:
-    """Return the rules of a region where `compute` is the dtype of products."""
+def handlers_for(compute: torch.dtype, device_type: str) -> Handlers:
+    """Return the handlers of a region where `compute` is the dtype of products."""
     # neither functools.cache, which torch.compile looks through, nor a dtype as the key, which it cannot name
     key = f"{compute} {device_type}"
     if key not in _made:
-        forms()
-        _made[key] = _make_rules(compute, device_type)
+        same_operation()
+        _made[key] = _make_handlers(compute, device_type)
     return _made[key]
 
 
-def _make_rules(compute: torch.dtype, device_type: str) -> Rules:
-    made = {function: handler(kind, compute) for function, kind in kinds().items()}
+def _make_handlers(compute: torch.dtype, device_type: str) -> Handlers:
+    made = {function: handler_of(kind, compute) for function, kind in kinds().items()}
 
-    def put(handler: Handler, *names: str) -> None:
-        made.update((function, handler) for name in names for function in functions_of(name))
+    def put(handler: Handler, functions: Iterable[Function]) -> None:
+        made.update(dict.fromkeys(functions, handler))
 
-    put(_write_into, *(name for name, kind in kinds_by_name().items() if kind == "widest" and name.endswith("_")))
-    put(_fill, "masked_fill", "masked_fill_")
+    put(_write_into, functions_in("write"))
+    put(as_handler(_fill), functions_named("masked_fill", "masked_fill_"))
     # a method in Python that asks for its super() cannot be traced in a mode
     made[Tensor.unflatten] = _unflatten
-    put(_sum_to_float32, *_WITH_DTYPE)
+    put(_sum_to_float32, functions_named(*_WITH_DTYPE))
     if compute == torch.float32:
-        made.update(dict.fromkeys(_WRITING, _widen_all_but_what_is_written))
-        return Rules(made, None, _methods(made))
-    put(_widen_and_round, *_SUMMED_BY_INDEX)
-    put(cross_entropy_in_float32, "cross_entropy")
+        put(_widen_all_but_what_is_written, _WRITING)
+        return Handlers(made, None, _methods(made))
+    put(_widen_and_round, functions_in("sum_by_index"))
+    put(as_handler(cross_entropy_in_float32), functions_named("cross_entropy"))
     made.update(FLOAT32_INSIDE)
-    product = functools.partial(_call_in, compute)
+    product, emulated = functools.partial(_call_in, compute), False
     if device_type == "cpu":
-        put(_widen_and_round, *_WIDENED_ON_CPU)
+        # torch has no 16-bit kernels for these on CPUs
+        put(_widen_and_round, (*functions_in("average_pool"), *functions_in("random_activation")))
         made.update(FLOAT32_INSIDE_ON_CPU)
-        if compute == torch.float16 and not cpu_has_half_products():
-            product = multiply_in_float32
-    made.update((function, product) for function, kind in kinds().items() if kind == "compute")
+        emulated = compute == torch.float16 and not cpu_has_half_products()
+    multiply = multiply_in_float32 if emulated else product
+    put(multiply, (function for function, kind in kinds().items() if kind == "compute"))
     # made of several operations, each of which is to see autocast switched off
-    put(product if product is multiply_in_float32 else functools.partial(_call_in, compute), *_COMPOSED)
-    put(functools.partial(_attend, product), "scaled_dot_product_attention")
-    put(functools.partial(_linear_cross_entropy, product), "linear_cross_entropy")
-    return Rules(made, None if product is multiply_in_float32 else product, _methods(made))
+    put(multiply if emulated else functools.partial(_call_in, compute), functions_named("multi_head_attention_forward"))
+    put(as_handler(functools.partial(_attend, multiply)), functions_named("scaled_dot_product_attention"))
+    put(as_handler(functools.partial(_linear_cross_entropy, multiply)), functions_named("linear_cross_entropy"))
+    return Handlers(made, None if emulated else product, _methods(made))
 
 
 def _methods(made: dict[Function, Handler]) -> tuple[tuple[Function, Handler], ...]:
@@ -109,7 +103,7 @@ def _methods(made: dict[Function, Handler]) -> tuple[tuple[Function, Handler], .
     return tuple((method, made[method]) for method in methods if isinstance(method, FunctionType) and method in made)
 
 
-def handler(kind: Kind, compute: torch.dtype) -> Handler:
+def handler_of(kind: Kind, compute: torch.dtype) -> Handler:
     """Return how an operation of a kind is carried out where `compute` is the dtype of products, autocast being off."""
     if kind == "as_given" or (kind == "float32_inside" and compute != torch.float32):
         return _call
@@ -150,29 +144,32 @@ def _call_in_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str,
 
 def _widen_all_but_what_is_written(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call in FP32, but on 16-bit statistics, or a table that is to be renormed, as given: they are written into."""
-    places = {1: "running_mean", 2: "running_var"}
-    if func.__name__.startswith("embedding"):
-        places = {3: "max_norm"}
-    written = [kwargs.get(name, args[at] if at < len(args) else None) for at, name in places.items()]
+    positions = {3: "max_norm"} if func.__name__.startswith("embedding") else {1: "running_mean", 2: "running_var"}
+    written = [kwargs.get(name, args[at] if at < len(args) else None) for at, name in positions.items()]
     if any(x is not None and getattr(x, "dtype", None) is not torch.float32 for x in written):
         return cast_operand(func(*args, **kwargs), torch.float32)
     return _call_in(torch.float32, func, args, kwargs)
 
 
 def _linear_cross_entropy(
-    multiply: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    multiply: Handler,
+    func: Function,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = None,
+    options: Any = None,
+    **loss: Any,
 ) -> Tensor:
-    # the first three may come by name too
-    named = {**dict(zip(("input", "linear_weight", "target"), args, strict=False)), **kwargs}
-    x, weight, target = named["input"], named["linear_weight"], named["target"]
-    if named.get("options") is not None or weight.dim() != 2 or x.dim() > 2:
+    if options is not None or linear_weight.dim() != 2 or input.dim() > 2:
         # torch's own parts, or a loss of several dimensions: all of it in FP32
-        return _call_in(torch.float32, func, args, kwargs)
-    logits = multiply(F.linear, (x, weight, named.get("linear_bias")), {})
-    ignore_index = named.get("ignore_index")
-    rest = {name: named[name] for name in ("weight", "reduction", "label_smoothing") if name in named}
-    rest["ignore_index"] = -100 if ignore_index is None else ignore_index
-    return cross_entropy_in_float32(F.cross_entropy, (logits, target), rest)
+        named = {"linear_bias": linear_bias, "ignore_index": ignore_index, "options": options, **loss}
+        return _call_in(torch.float32, func, (input, linear_weight, target), named)
+    logits = multiply(F.linear, (input, linear_weight, linear_bias), {})
+    ignore_index = -100 if ignore_index is None else ignore_index
+    return cross_entropy_in_float32(F.cross_entropy, logits, target, ignore_index=ignore_index, **loss)
 
 
 def _widen_and_round(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -201,28 +198,31 @@ def _unflatten(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return torch.unflatten(*args, **kwargs) if torch.compiler.is_compiling() else func(*args, **kwargs)
 
 
-def _fill(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _fill(func: Function, input: Tensor, mask: Tensor, value: Any) -> Tensor:
     """Fill in a number, those beyond the range as its largest: -1e9 is how masks are written, and torch raises."""
-    named = {**dict(zip(("input", "mask", "value"), args, strict=False)), **kwargs}
-    data, value = named["input"], named["value"]
-    if data.dtype in _NARROW and isinstance(value, Tensor):
-        return func(data, named["mask"], saturated(value, data.dtype))
-    if data.dtype in _NARROW and isinstance(value, int | float) and math.isfinite(value):
-        largest = torch.finfo(data.dtype).max
-        return func(data, named["mask"], max(-largest, min(largest, value)))
-    return func(*args, **kwargs)
+    if input.dtype in _NARROW and isinstance(value, Tensor):
+        value = saturated(value, input.dtype)
+    elif input.dtype in _NARROW and isinstance(value, int | float) and math.isfinite(value):
+        largest = torch.finfo(input.dtype).max
+        value = max(-largest, min(largest, value))
+    return func(input, mask, value)
 
 
-def _attend(attend: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _attend(
+    multiply: Handler,
+    func: Function,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    *rest: Any,
+    **named: Any,
+) -> Any:
     """Call attention with what a mask has beyond the 16-bit range as its largest: -Inf would mask whole rows away."""
-    query = args[0] if args else kwargs.get("query")
-    narrow = torch.get_autocast_dtype(query.device.type) if isinstance(query, Tensor) else None
-    if narrow in _NARROW:
-        if isinstance(kwargs.get("attn_mask"), Tensor):
-            kwargs = {**kwargs, "attn_mask": saturated(kwargs["attn_mask"], narrow)}
-        elif len(args) > 3 and isinstance(args[3], Tensor):
-            args = (*args[:3], saturated(args[3], narrow), *args[4:])
-    return attend(func, args, kwargs)
+    if isinstance(query, Tensor) and isinstance(attn_mask, Tensor):
+        narrow = torch.get_autocast_dtype(query.device.type)
+        attn_mask = saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
+    return multiply(func, (query, key, value, attn_mask, *rest), named)
 
 
 def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ def keep_float32(part: Part) -> Part: ...
 def keep_float32(part: Any = None) -> Any:
     """Keep a block of code, a function or a module in FP32 inside a cast model.
 
-    - `with keep_float32():` every operation listed in `op_rules` casts its operands to FP32, 16-bit weights included,
+    - `with keep_float32():` every listed operation (`duotone ops`) casts its operands to FP32, 16-bit weights included,
       and gives FP32; operations that are not listed run on what they are given.
     - `@keep_float32` on a function or method: it is so called, on inputs cast to FP32 first.
     - `keep_float32(module)`, before `cast`: the module's weights stay FP32 and it computes in FP32, as under the rule

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # torch 2.11's compiler cannot read the `__dict__` of an object that the graph made: attributes besides fields are lost
-_READS_DICT_IN_GRAPHS = TorchVersion(torch.__version__) >= (2, 13)
+_READS_DICT_IN_GRAPHS = TorchVersion(torch.__version__) >= "2.13"
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -120,7 +120,7 @@ def _shallow_copy(old: Any) -> Any:
     if not torch.compiler.is_compiling():
         return copy.copy(old)
     # in steps that every compiler of torch can trace, slots included; the caller fills the fields in
-    copied = type(old).__new__(type(old))
+    copied = type(old).__new__(type(old))  # pyright: ignore[reportCallIssue]
     for name, item in getattr(old, "__dict__", {}).items() if _READS_DICT_IN_GRAPHS else ():
         object.__setattr__(copied, name, item)
     if isinstance(old, dict):

@@ -16,8 +16,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from duotone.errors import OperationError
-from duotone.torch.casting.handlers import handler, operands
-from duotone.torch.casting.op_rules import Function, Kind, check_kind, functions_like
+from duotone.operations import Kind, check_kind
+from duotone.torch.casting.handlers import handler_of, operands
+from duotone.torch.casting.operation_table import Function, functions_like
 from duotone.torch.casting.region import compute_dtype, no_autocast
 from duotone.torch.casting.tracing import not_by_itself
 
@@ -112,4 +113,4 @@ def _carry_out(kind: Kind, function: Function, args: tuple[Any, ...], kwargs: Ma
     # where everything is widened, another dtype than FP32 is what ends that
     ended = torch.autocast(first.device.type, torch.bfloat16, enabled=False)
     with ended if compute == torch.float32 else no_autocast(first.device.type):
-        return handler(kind, compute)(function, args, kwargs)
+        return handler_of(kind, compute)(function, args, kwargs)

@@ -1,6 +1,6 @@
-"""Where operations run under the rules of `op_rules`: a region, entered around a part of a model.
+"""Where operations run by their kinds: a region, entered around a part of a model.
 
-A region is torch.autocast without its weight cache, and a function mode that carries out the rules in Python. The mode
+A region is torch.autocast without its weight cache, and a function mode that calls the handlers. The mode
 decides for every listed operation that user code calls; autocast casts what is multiplied inside of functions that
 torch composes itself, and tells code that asks that it runs in 16 bits. A weight cache would go stale when weights
 change inside, and is not needed where weights are 16-bit already. Whoever switches autocast off or to another dtype
@@ -18,8 +18,8 @@ from torch import nn
 from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch.overrides import TorchFunctionMode
 
-from duotone.torch.casting.handlers import Rules, are_ready, operands, rules_for
-from duotone.torch.casting.op_rules import Function
+from duotone.torch.casting.handlers import Handlers, are_ready, handlers_for, operands
+from duotone.torch.casting.operation_table import Function
 from duotone.torch.casting.recomputation import follow_checkpoint, hooks_around
 from duotone.torch.casting.tracing import not_by_itself
 
@@ -43,8 +43,8 @@ class Region:
     def __init__(self, compute: torch.dtype) -> None:
         self.compute = compute
         # looked up here and not in a forward pass, where a tracer would follow
-        self._on_cpu, self._elsewhere = rules_for(compute, "cpu"), rules_for(compute, "cuda")
-        rules_for(torch.float32, "cpu")
+        self._on_cpu, self._elsewhere = handlers_for(compute, "cpu"), handlers_for(compute, "cuda")
+        handlers_for(torch.float32, "cpu")
 
     def __reduce__(self) -> Any:
         # the handlers are found anew, in another process too
@@ -131,7 +131,7 @@ class _OnCpu:
 def float32_everywhere() -> Iterator[None]:
     """Enter a region, on every device, where listed operations cast 16-bit operands to FP32 and give FP32."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    mode = RulesMode(rules_for(torch.float32, "cpu"), device_type, torch.float32)
+    mode = RulesMode(handlers_for(torch.float32, "cpu"), device_type, torch.float32)
     if not torch.compiler.is_compiling():
         mode.around = hooks_around()
     with (
@@ -160,7 +160,7 @@ class RulesMode(TorchFunctionMode):
     What `torch.utils.checkpoint` runs again is run under the mode again.
 
     Args:
-        rules: how functions are carried out.
+        handlers: how functions are carried out.
         device_type: whose autocast it is that has to be as it was left.
         compute: the dtype of products.
         is_users: whether it stands for torch.autocast and not for a part of a cast model: functions of tensors on other
@@ -170,9 +170,9 @@ class RulesMode(TorchFunctionMode):
         around: the hooks on saved tensors that were there as it was entered, as `follow_checkpoint` takes them.
     """
 
-    def __init__(self, rules: Rules, device_type: str, compute: torch.dtype, *, is_users: bool = False) -> None:
+    def __init__(self, handlers: Handlers, device_type: str, compute: torch.dtype, *, is_users: bool = False) -> None:
         super().__init__()
-        self._rules = rules
+        self._handlers = handlers
         self.device_type = device_type
         self.compute = compute
         self.is_users = is_users
@@ -190,15 +190,15 @@ class RulesMode(TorchFunctionMode):
         # looked at here too, because this is called for every function
         if tracing or top_hooks(False) is not None or func is torch._C._set_grad_enabled:
             args = follow_checkpoint(self, func, args, self.around)
-        rule = self._rules.find(func) if tracing else self._rules.handlers.get(func)
+        handler = self._handlers.find(func) if tracing else self._handlers.by_function.get(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
-        if rule is self._rules.product and rule is not None and not kwargs and are_ready(args, self.compute):
+        if handler is self._handlers.product and handler is not None and not kwargs and are_ready(args, self.compute):
             return func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
-        if rule is None or compute_dtype(self.device_type) is not self.compute or not self._concerns(args, kwargs):
+        if handler is None or compute_dtype(self.device_type) is not self.compute or not self._concerns(args, kwargs):
             return func(*args, **kwargs) if kwargs else func(*args)
         with no_autocast(self.device_type):
-            return rule(func, args, kwargs or {})
+            return handler(func, args, kwargs or {})
 
     def _concerns(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
         if not self.is_users:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from duotone.torch.casting.nested import tensors_in
-from duotone.torch.casting.op_rules import kinds, kinds_by_name
+from duotone.torch.casting.operation_table import kinds, kinds_by_name
 from duotone.torch.explanation.records import (
     NO_HALF,
     OUTSIDE,

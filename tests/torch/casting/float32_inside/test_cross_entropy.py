@@ -30,7 +30,7 @@ def small_chunks(monkeypatch) -> Iterator[None]:
 
 
 def loss_of(*args: Any, **kwargs: Any) -> Tensor:
-    return cross_entropy_in_float32(F.cross_entropy, args, kwargs)
+    return cross_entropy_in_float32(F.cross_entropy, *args, **kwargs)
 
 
 def by_hand(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:

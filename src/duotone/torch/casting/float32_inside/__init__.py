@@ -1,9 +1,8 @@
 """Operations that take 16-bit data and give 16-bit data, and compute and sum in FP32 inside.
 
-A table of those that torch's kernels do otherwise: the function that is called, and what is called instead, as
-`replacement(func, args, kwargs)`, with autocast off. The norms are in `norms_in_float32`, embeddings in
-`embeddings_in_float32`, `x[index]` in `indexing_in_float32` and its like in `gathers_in_float32`; the loss, whose
-result is FP32, in `cross_entropy`. Left out: operations that torch computes in FP32 inside by itself.
+A table of those that torch's kernels do otherwise: the function that is called, and its handler, which is called with
+autocast off. The loss, whose result is FP32, is in `cross_entropy`. Left out: operations that torch computes in FP32
+inside by itself.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,28 +29,39 @@ from duotone.torch.casting.float32_inside.norms import (
 
 Function = Callable[..., Any]
 # takes the function that was called, its positional and its named arguments, and returns the result
-Replacement = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]
+Handler = Callable[[Function, tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+def as_handler(replacement: Callable[..., Any]) -> Handler:
+    """Return as a handler what takes the function that was called and, by its own signature, that function's arguments.
+
+    >>> as_handler(lambda func, x, scale=1: func(x) * scale)(abs, (-2,), {"scale": 3})
+    6
+    """
+
+    def handler(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return replacement(func, *args, **kwargs)
+
+    return handler
+
 
 # on any device
-FLOAT32_INSIDE: Mapping[Function, Replacement] = {
-    F.layer_norm: layer_norm_in_float32,
-    torch.layer_norm: layer_norm_in_float32,
-    F.rms_norm: rms_norm_in_float32,
-    torch.rms_norm: rms_norm_in_float32,
-    F.group_norm: group_norm_in_float32,
-    F.batch_norm: batch_norm_in_float32,
-    F.instance_norm: batch_norm_in_float32,
-    F.embedding_bag: embedding_bag_in_float32,
-    Tensor.__getitem__: getitem_in_float32,
-    torch.index_select: index_select_in_float32,
-    Tensor.index_select: index_select_in_float32,
-    torch.gather: gather_in_float32,
-    Tensor.gather: gather_in_float32,
-    torch.take_along_dim: take_along_dim_in_float32,
-    Tensor.take_along_dim: take_along_dim_in_float32,
-    torch.take: take_in_float32,
-    Tensor.take: take_in_float32,
+FLOAT32_INSIDE: Mapping[Function, Handler] = {
+    function: as_handler(replacement)
+    for replacement, functions in (
+        (layer_norm_in_float32, (F.layer_norm, torch.layer_norm)),
+        (rms_norm_in_float32, (F.rms_norm, torch.rms_norm)),
+        (group_norm_in_float32, (F.group_norm,)),
+        (batch_norm_in_float32, (F.batch_norm, F.instance_norm)),
+        (embedding_bag_in_float32, (F.embedding_bag,)),
+        (getitem_in_float32, (Tensor.__getitem__,)),
+        (index_select_in_float32, (torch.index_select, Tensor.index_select)),
+        (gather_in_float32, (torch.gather, Tensor.gather)),
+        (take_along_dim_in_float32, (torch.take_along_dim, Tensor.take_along_dim)),
+        (take_in_float32, (torch.take, Tensor.take)),
+    )
+    for function in functions
 }
 
 # on CPUs only: CUDA's kernel adds the gradients of a row up in FP32 itself
-FLOAT32_INSIDE_ON_CPU: Mapping[Function, Replacement] = {F.embedding: embedding_in_float32}
+FLOAT32_INSIDE_ON_CPU: Mapping[Function, Handler] = {F.embedding: as_handler(embedding_in_float32)}

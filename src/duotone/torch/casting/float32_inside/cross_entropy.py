@@ -8,7 +8,7 @@ and small logits, label smoothing, targets that are probabilities, `torch.compil
 `torch.func`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,27 +27,6 @@ _VECTOR = 64
 _SMALL = 2**20
 # torch's codes of reductions
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-
-def cross_entropy_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.cross_entropy` with an FP32 result.
-
-    Args:
-        func: `F.cross_entropy`.
-        args: its arguments; logits `(C)`, `(N, C)` or `(N, C, d1, ...)` in any dtype.
-        kwargs: its named arguments.
-
-    Returns:
-        The loss, FP32: NaN where an Inf or a NaN is among the logits of a row that counts, and as a mean of no rows.
-
-    Raises:
-        IndexError: If a target is not a class.
-
-    >>> logits = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
-    >>> cross_entropy_in_float32(F.cross_entropy, (logits, torch.tensor([0, 1])), {}).dtype
-    torch.float32
-    """
-    return _cross_entropy(func, *args, **kwargs)
 
 
 class _ChunkedCrossEntropy(Function):
@@ -103,7 +82,7 @@ class _ChunkedCrossEntropy(Function):
         return grad_logits, None, None, None, None
 
 
-def _cross_entropy(
+def cross_entropy_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     target: Tensor,
@@ -114,6 +93,21 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
+    """Call `F.cross_entropy` with an FP32 result.
+
+    Args:
+        func: `F.cross_entropy`; its arguments follow: logits `(C)`, `(N, C)` or `(N, C, d1, ...)` in any dtype.
+
+    Returns:
+        The loss, FP32: NaN where an Inf or a NaN is among the logits of a row that counts, and as a mean of no rows.
+
+    Raises:
+        IndexError: If a target is not a class.
+
+    >>> logits = torch.zeros(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    >>> cross_entropy_in_float32(F.cross_entropy, logits, torch.tensor([0, 1])).dtype
+    torch.float32
+    """
     if weight is not None and weight.dtype in _NARROW:
         weight = weight.float()
     chunked = (

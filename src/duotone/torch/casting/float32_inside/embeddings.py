@@ -7,7 +7,7 @@ all where its `grad_dtype` says so. Left out: tables that are renormalized in pl
 gradients, which stay with torch, and forward-mode derivatives.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,47 +18,6 @@ from duotone.torch.casting.float32_inside.autograd_function import apply
 from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of, sum_rows
 
 _NARROW = (torch.bfloat16, torch.float16)
-
-
-def embedding_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.embedding` with a gradient summed in FP32.
-
-    Args:
-        func: `F.embedding`.
-        args: its arguments.
-        kwargs: its named arguments.
-
-    Returns:
-        The rows, in the table's dtype.
-
-    >>> from torch.nn import functional as F
-    >>> weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
-    >>> rows = embedding_in_float32(F.embedding, (torch.zeros(1000, dtype=torch.int64), weight), {})
-    >>> rows.sum().backward()
-    >>> rows.dtype, weight.grad.item()
-    (torch.bfloat16, 1000.0)
-    """
-    return _embedding(func, *args, **kwargs)
-
-
-def embedding_bag_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.embedding_bag` with FP32 inside.
-
-    Args:
-        func: `F.embedding_bag`.
-        args: its arguments; `per_sample_weights` may have another dtype than the table.
-        kwargs: its named arguments.
-
-    Returns:
-        One row for each bag, in the table's dtype.
-
-    >>> from torch.nn import functional as F
-    >>> table, weights = torch.ones(3, 2, dtype=torch.bfloat16), torch.full((1, 2), 0.75)
-    >>> bags = (torch.tensor([[0, 2]]), table)
-    >>> embedding_bag_in_float32(F.embedding_bag, bags, {"mode": "sum", "per_sample_weights": weights})
-    tensor([[1.5000, 1.5000]], dtype=torch.bfloat16)
-    """
-    return _embedding_bag(func, *args, **kwargs)
 
 
 class _Lookup(Function):
@@ -92,7 +51,7 @@ class _Lookup(Function):
         return grad_weight, None, None, None, None
 
 
-def _embedding(
+def embedding_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     weight: Tensor,
@@ -102,13 +61,28 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
+    """Call `F.embedding` with a gradient summed in FP32.
+
+    Args:
+        func: `F.embedding`; its arguments follow.
+
+    Returns:
+        The rows, in the table's dtype.
+
+    >>> from torch.nn import functional as F
+    >>> weight = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    >>> rows = embedding_in_float32(F.embedding, torch.zeros(1000, dtype=torch.int64), weight)
+    >>> rows.sum().backward()
+    >>> rows.dtype, weight.grad.item()
+    (torch.bfloat16, 1000.0)
+    """
     row = _padding_row(weight, padding_idx)
     if weight.dtype not in _NARROW or not torch.is_grad_enabled() or max_norm is not None or sparse or row is None:
         return func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return apply(_Lookup, weight, input, row, scale_grad_by_freq, weight.dtype)
 
 
-def _embedding_bag(
+def embedding_bag_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     weight: Tensor,
@@ -122,6 +96,20 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
+    """Call `F.embedding_bag` with FP32 inside.
+
+    Args:
+        func: `F.embedding_bag`; its arguments follow. `per_sample_weights` may have another dtype than the table.
+
+    Returns:
+        One row for each bag, in the table's dtype.
+
+    >>> from torch.nn import functional as F
+    >>> table, weights = torch.ones(3, 2, dtype=torch.bfloat16), torch.full((1, 2), 0.75)
+    >>> bags = torch.tensor([[0, 2]])
+    >>> embedding_bag_in_float32(F.embedding_bag, bags, table, mode="sum", per_sample_weights=weights)
+    tensor([[1.5000, 1.5000]], dtype=torch.bfloat16)
+    """
     row = _padding_row(weight, padding_idx)
     one_dtype = per_sample_weights is None or per_sample_weights.dtype == weight.dtype
     # other devices' kernels sum in FP32 themselves, but for the gradient of largest values

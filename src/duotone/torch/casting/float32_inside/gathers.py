@@ -3,10 +3,10 @@
 torch adds up the gradients of `index_select`, `gather`, `take_along_dim` and `take` in the dtype of the tensor, on CPUs
 as with other devices' atomic additions, so that in BF16 an element gathered 1,000 times gets 256. Results are exact
 anyway. Gradients are FP32 until they are rounded once. Left out: `out=`, `sparse_grad=True`, and forward-mode
-derivatives; `x[index]` is in `indexing_in_float32`.
+derivatives; `x[index]` is in `indexing`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,71 +18,6 @@ from duotone.torch.casting.float32_inside.autograd_function import apply
 from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of, sum_rows
 
 _NARROW = (torch.bfloat16, torch.float16)
-
-
-def index_select_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `index_select` with a gradient summed in FP32.
-
-    Args:
-        func: `torch.index_select` or the method.
-        args: its arguments.
-        kwargs: its named arguments.
-
-    >>> x = torch.ones(1, 2, dtype=torch.float16, requires_grad=True)
-    >>> index_select_in_float32(torch.index_select, (x, 1, torch.ones(4000, dtype=torch.int64)), {}).sum().backward()
-    >>> x.grad.tolist()
-    [[0.0, 4000.0]]
-    """
-    return _index_select(func, *args, **kwargs)
-
-
-def gather_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `gather` with a gradient summed in FP32.
-
-    Args:
-        func: `torch.gather` or the method.
-        args: its arguments.
-        kwargs: its named arguments.
-
-    >>> x = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
-    >>> gather_in_float32(torch.gather, (x, 1, torch.ones(1, 1000, dtype=torch.int64)), {}).sum().backward()
-    >>> x.grad.tolist()
-    [[0.0, 1000.0]]
-    """
-    return _gather(func, *args, **kwargs)
-
-
-def take_along_dim_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `take_along_dim` with a gradient summed in FP32, over what was broadcast too.
-
-    Args:
-        func: `torch.take_along_dim` or the method.
-        args: its arguments.
-        kwargs: its named arguments.
-
-    >>> x = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
-    >>> index = torch.zeros(1000, 1, dtype=torch.int64)
-    >>> take_along_dim_in_float32(torch.take_along_dim, (x, index, 1), {}).sum().backward()
-    >>> x.grad.tolist()
-    [[1000.0, 0.0]]
-    """
-    return _take_along_dim(func, *args, **kwargs)
-
-
-def take_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `take` with a gradient summed in FP32.
-
-    Args:
-        func: `torch.take` or the method.
-        args: its arguments.
-        kwargs: its named arguments.
-
-    >>> x = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
-    >>> take_in_float32(torch.take, (x, torch.full((1000,), -1)), {}).sum().backward()
-    >>> x.grad.tolist()
-    [[0.0, 1000.0]]
-    """
-    return _take(func, *args, **kwargs)
 
 
 def needs_sum(source: Tensor) -> bool:
@@ -138,9 +73,19 @@ class _Along(Function):
         return zeros.scatter_add_(ctx.dim, index, grad.float()).sum_to_size(ctx.shape), None, None, None
 
 
-def _index_select(
+def index_select_in_float32(
     func: Callable[..., Any], input: Tensor, dim: int, index: Tensor, *, out: Tensor | None = None
 ) -> Tensor:
+    """Call `index_select` with a gradient summed in FP32.
+
+    Args:
+        func: `torch.index_select` or the method; its arguments follow.
+
+    >>> x = torch.ones(1, 2, dtype=torch.float16, requires_grad=True)
+    >>> index_select_in_float32(torch.index_select, x, 1, torch.ones(4000, dtype=torch.int64)).sum().backward()
+    >>> x.grad.tolist()
+    [[0.0, 4000.0]]
+    """
     if out is not None:
         return func(input, dim, index, out=out)
     if not needs_sum(input) or not _has(input, dim):
@@ -148,7 +93,7 @@ def _index_select(
     return apply(GatherRows, input, dim % input.dim(), index, True)
 
 
-def _gather(
+def gather_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     dim: int,
@@ -157,6 +102,16 @@ def _gather(
     sparse_grad: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
+    """Call `gather` with a gradient summed in FP32.
+
+    Args:
+        func: `torch.gather` or the method; its arguments follow.
+
+    >>> x = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    >>> gather_in_float32(torch.gather, x, 1, torch.ones(1, 1000, dtype=torch.int64)).sum().backward()
+    >>> x.grad.tolist()
+    [[0.0, 1000.0]]
+    """
     if out is not None:
         return func(input, dim, index, sparse_grad=sparse_grad, out=out)
     if sparse_grad or not needs_sum(input):
@@ -164,9 +119,20 @@ def _gather(
     return apply(_Along, input, tuple(input.shape), dim, index)
 
 
-def _take_along_dim(
+def take_along_dim_in_float32(
     func: Callable[..., Any], input: Tensor, indices: Tensor, dim: int | None = None, *, out: Tensor | None = None
 ) -> Tensor:
+    """Call `take_along_dim` with a gradient summed in FP32, over what was broadcast too.
+
+    Args:
+        func: `torch.take_along_dim` or the method; its arguments follow.
+
+    >>> x = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    >>> index = torch.zeros(1000, 1, dtype=torch.int64)
+    >>> take_along_dim_in_float32(torch.take_along_dim, x, index, 1).sum().backward()
+    >>> x.grad.tolist()
+    [[1000.0, 0.0]]
+    """
     if out is not None:
         return func(input, indices, dim, out=out)
     if not needs_sum(input) or indices.dtype != torch.int64:
@@ -182,7 +148,17 @@ def _take_along_dim(
     return apply(_Along, input, shape, dim, indices.expand(index_shape))
 
 
-def _take(func: Callable[..., Any], input: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+def take_in_float32(func: Callable[..., Any], input: Tensor, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Call `take` with a gradient summed in FP32.
+
+    Args:
+        func: `torch.take` or the method; its arguments follow.
+
+    >>> x = torch.ones(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    >>> take_in_float32(torch.take, x, torch.full((1000,), -1)).sum().backward()
+    >>> x.grad.tolist()
+    [[0.0, 1000.0]]
+    """
     if out is not None:
         return func(input, index, out=out)
     if not needs_sum(input) or index.dtype != torch.int64:

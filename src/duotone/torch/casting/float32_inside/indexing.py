@@ -7,7 +7,7 @@ or a list of integers in its index goes to torch as it is. Left out: NumPy array
 forward-mode derivatives.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -23,20 +23,17 @@ _MASKS = (torch.bool, torch.uint8)
 _SIMPLE = (int, slice, type(None), type(Ellipsis), bool)
 
 
-def getitem_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def getitem_in_float32(func: Callable[..., Any], source: Tensor, index: Any) -> Any:
     """Index a tensor; where an integer tensor or a list of integers does it, with a gradient summed in FP32.
 
     Args:
-        func: `Tensor.__getitem__`.
-        args: the tensor and its index.
-        kwargs: nothing.
+        func: `Tensor.__getitem__`; its arguments follow.
 
     >>> x = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
-    >>> getitem_in_float32(torch.Tensor.__getitem__, (x, torch.zeros(1000, dtype=torch.int64)), {}).sum().backward()
+    >>> getitem_in_float32(torch.Tensor.__getitem__, x, torch.zeros(1000, dtype=torch.int64)).sum().backward()
     >>> x.grad.tolist()
     [1000.0, 0.0]
     """
-    source, index = args
     kind = type(index)
     if kind in _SIMPLE or not needs_sum(source):
         return func(source, index)

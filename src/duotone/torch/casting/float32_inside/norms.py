@@ -11,7 +11,7 @@ Left out: forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,81 +25,6 @@ _NARROW = (torch.bfloat16, torch.float16)
 # widened at a time: 1 MiB of FP32 stays in a CPU's caches, and no FP32 copy of the whole exists
 _ELEMENTS = 2**18
 _BACKWARD = torch.ops.aten.native_layer_norm_backward.default
-
-
-def layer_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.layer_norm` with FP32 inside.
-
-    Args:
-        func: `F.layer_norm` or `torch.layer_norm`.
-        args: its arguments; `x` and the weights may differ in dtype.
-        kwargs: its named arguments.
-
-    Returns:
-        The normalized `x`, in its dtype.
-
-    >>> from torch.nn import functional as F
-    >>> x, bias = torch.ones(1000, 4, dtype=torch.bfloat16), torch.zeros(4, requires_grad=True)
-    >>> layer_norm_in_float32(F.layer_norm, (x, (4,)), {"bias": bias}).sum(dtype=torch.float32).backward()
-    >>> bias.grad.tolist()
-    [1000.0, 1000.0, 1000.0, 1000.0]
-    """
-    return _layer_norm(func, *args, **kwargs)
-
-
-def rms_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.rms_norm` with FP32 inside; without `eps` it is that of FP32, as in torch's own call on 16-bit data.
-
-    Args:
-        func: `F.rms_norm` or `torch.rms_norm`.
-        args: its arguments; `x` and the weight may differ in dtype.
-        kwargs: its named arguments.
-
-    Returns:
-        The normalized `x`, in its dtype.
-
-    >>> from torch.nn import functional as F
-    >>> rms_norm_in_float32(F.rms_norm, (torch.full((1, 2), 3.0).half(), (2,)), {"weight": torch.ones(2)})
-    tensor([[1., 1.]], dtype=torch.float16)
-    """
-    return _rms_norm(func, *args, **kwargs)
-
-
-def group_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.group_norm` so that its statistics are FP32 and its sums, too.
-
-    Args:
-        func: `F.group_norm`.
-        args: its arguments; `x` and the weights may differ in dtype.
-        kwargs: its named arguments.
-
-    Returns:
-        The normalized `x`, in its dtype.
-
-    >>> from torch.nn import functional as F
-    >>> group_norm_in_float32(F.group_norm, (torch.ones(1, 4, 2).half(), 2), {"bias": torch.ones(4)}).dtype
-    torch.float16
-    """
-    return _group_norm(func, *args, **kwargs)
-
-
-def batch_norm_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call `F.batch_norm` or `F.instance_norm` with FP32 weights, so that its statistics are FP32 and its sums, too.
-
-    Args:
-        func: `F.batch_norm` or `F.instance_norm`.
-        args: its arguments; weights may be 16-bit beside data and running statistics in FP32, and the other way round.
-        kwargs: its named arguments.
-
-    Returns:
-        The normalized `x`, in its dtype.
-
-    >>> from torch.nn import functional as F
-    >>> x = (1024 + torch.arange(4.0)).bfloat16().view(1, 1, 4)
-    >>> batch_norm_in_float32(F.instance_norm, (x,), {}).sum()
-    tensor(0., dtype=torch.bfloat16)
-    """
-    return _batch_norm(func, *args, **kwargs)
 
 
 class _LayerNorm(Function):
@@ -198,7 +123,7 @@ class _RMSNorm(Function):
         return grad_x, None, grad_weight, None
 
 
-def _layer_norm(
+def layer_norm_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -208,6 +133,20 @@ def _layer_norm(
     *rest: Any,
     **named: Any,
 ) -> Tensor:
+    """Call `F.layer_norm` with FP32 inside.
+
+    Args:
+        func: `F.layer_norm` or `torch.layer_norm`; its arguments follow. Data and weights may differ in dtype.
+
+    Returns:
+        The normalized data, in their dtype.
+
+    >>> from torch.nn import functional as F
+    >>> x, bias = torch.ones(1000, 4, dtype=torch.bfloat16), torch.zeros(4, requires_grad=True)
+    >>> layer_norm_in_float32(F.layer_norm, x, (4,), bias=bias).sum(dtype=torch.float32).backward()
+    >>> bias.grad.tolist()
+    [1000.0, 1000.0, 1000.0, 1000.0]
+    """
     dtype = input.dtype
     if dtype not in _NARROW or not input.is_cpu or input.is_nested:
         return func(input, normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps, *rest, **named)
@@ -216,13 +155,25 @@ def _layer_norm(
     return func(input, normalized_shape, *_beside(input, normalized_shape, weight, bias), eps, *rest, **named)
 
 
-def _rms_norm(
+def rms_norm_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
+    """Call `F.rms_norm` with FP32 inside; without `eps` it is that of FP32, as in torch's own call on 16-bit data.
+
+    Args:
+        func: `F.rms_norm` or `torch.rms_norm`; its arguments follow. Data and weight may differ in dtype.
+
+    Returns:
+        The normalized data, in their dtype.
+
+    >>> from torch.nn import functional as F
+    >>> rms_norm_in_float32(F.rms_norm, torch.full((1, 2), 3.0).half(), (2,), torch.ones(2))
+    tensor([[1., 1.]], dtype=torch.float16)
+    """
     dtype = input.dtype
     if dtype not in _NARROW or not input.is_cpu:
         return func(input, normalized_shape, _cast(weight, dtype), eps)
@@ -234,7 +185,7 @@ def _rms_norm(
     return func(input.float(), normalized_shape, _widened(weight), eps).to(dtype)
 
 
-def _group_norm(
+def group_norm_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     num_groups: int,
@@ -242,6 +193,18 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    """Call `F.group_norm` so that its statistics are FP32 and its sums, too.
+
+    Args:
+        func: `F.group_norm`; its arguments follow. Data and weights may differ in dtype.
+
+    Returns:
+        The normalized data, in their dtype.
+
+    >>> from torch.nn import functional as F
+    >>> group_norm_in_float32(F.group_norm, torch.ones(1, 4, 2).half(), 2, bias=torch.ones(4)).dtype
+    torch.float16
+    """
     dtype = input.dtype
     if dtype not in _NARROW or not input.is_cpu:
         return func(input, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)
@@ -251,7 +214,7 @@ def _group_norm(
     return func(input, num_groups, _widened(weight), _widened(bias), eps)
 
 
-def _batch_norm(
+def batch_norm_in_float32(
     func: Callable[..., Any],
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -261,6 +224,20 @@ def _batch_norm(
     *rest: Any,
     **named: Any,
 ) -> Tensor:
+    """Call `F.batch_norm` or `F.instance_norm` with FP32 weights, so that its statistics are FP32 and its sums, too.
+
+    Args:
+        func: `F.batch_norm` or `F.instance_norm`; its arguments follow. Weights may be 16-bit beside data and running
+            statistics in FP32, and the other way round.
+
+    Returns:
+        The normalized data, in their dtype.
+
+    >>> from torch.nn import functional as F
+    >>> x = (1024 + torch.arange(4.0)).bfloat16().view(1, 1, 4)
+    >>> batch_norm_in_float32(F.instance_norm, x).sum()
+    tensor(0., dtype=torch.bfloat16)
+    """
     if running_mean is None or running_mean.dtype == torch.float32:
         weight, bias = _widened(weight), _widened(bias)
         # the kernel keeps its statistics in the dtype of the weight; without one, in that of x

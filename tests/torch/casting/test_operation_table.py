@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duotone.errors import OperationError
-from duotone.torch.casting.op_rules import _NAMES, KINDS, check_kind, functions_like, functions_of, kinds, kinds_by_name
+from duotone.operations import FAMILIES
+from duotone.torch.casting.operation_table import functions_in, functions_like, functions_named, kinds, kinds_by_name
 
 from .op_calls import CALLS, OTHERWISE, all_calls
 
@@ -94,19 +95,19 @@ def test_every_name_has_a_call_and_every_call_a_name():
 
 def test_every_name_is_a_function_of_torch():
     for name in kinds_by_name():
-        found = list(functions_of(name))
+        found = list(functions_named(name))
         assert found, name
         assert all(callable(function) for function in found)
 
 
-def test_no_name_stands_twice():
-    listed = [name for names in _NAMES.values() for name in names.split()]
-    assert len(listed) == len(set(listed))
+def test_a_family_has_its_functions():
+    assert {torch.scatter_add, Tensor.index_add} <= set(functions_in("sum_by_index"))
+    assert {function for family in FAMILIES for function in functions_in(family)} == set(kinds())
 
 
 def test_no_function_has_two_kinds():
     for name, kind in kinds_by_name().items():
-        assert {kinds()[function] for function in functions_of(name)} == {kind}, name
+        assert {kinds()[function] for function in functions_named(name)} == {kind}, name
 
 
 def test_methods_and_operators_have_their_functions_kind():
@@ -122,13 +123,3 @@ def test_functions_like_finds_every_form():
     assert set(functions_like(torch.sigmoid)) == {torch.sigmoid, F.sigmoid, Tensor.sigmoid}
     with pytest.raises(OperationError, match=r"not a function of torch; give torch.exp for instance"):
         functions_like(print)
-
-
-def test_kinds_that_users_may_give():
-    for kind in KINDS:
-        if kind != "refused":
-            assert check_kind(kind) == kind
-    with pytest.raises(OperationError, match='cannot be "refused"; known: compute, '):
-        check_kind("refused")
-    with pytest.raises(OperationError, match='cannot be "float16"; did you mean float32'):
-        check_kind("float16")

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duotone.errors import OperationError
-from duotone.torch.casting.op_rules import functions_of
+from duotone.torch.casting.operation_table import functions_named
 from duotone.torch.casting.region import Region
 
 from .op_by_hand import (
@@ -70,7 +70,7 @@ def test_every_function_is_seen_by_a_mode(name):
     with Recording():
         run(CALLS[name], *given)
     # `@` is seen as the method
-    assert not set(functions_of(CALLS[name].name)).isdisjoint(seen[:1])
+    assert not set(functions_named(CALLS[name].name)).isdisjoint(seen[:1])
 
 
 @EVERY

@@ -1,0 +1,127 @@
+"""Which operations run in which format inside a cast model: a kind for each family of operations, for every framework.
+
+A kind says what happens to FP32, BF16 and FP16 operands; any other dtype is left alone:
+
+    compute          cast to the policy's `compute`, and so is the result
+    float32_inside   taken and given as they come, computed and summed in FP32
+    float32          cast to FP32, and the result stays FP32
+    widest           cast to the widest among them; the in-place form casts to what it writes into
+    refused          an error in 16 bits, with the way out
+    as_given         taken as they come
+
+A framework lists the names of its operations by family (`torch.exp`, an overload such as `aten::exp`, the JAX primitive
+`exp`), and `kinds_of` gives each its kind. What is in no list runs as it is given. How a kind is carried out is the
+framework's part. Sources: torch.autocast's lists for CUDA, and what the kernels of torch accumulate in.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+from duotone.errors import OperationError, nearest_names
+
+Kind = Literal["compute", "float32_inside", "float32", "widest", "refused", "as_given"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# what each kind means, in the order in which they are shown
+MEANINGS: Mapping[Kind, str] = MappingProxyType(
+    {
+        "compute": "operands cast to the policy's compute dtype, and so is the result",
+        "float32_inside": "16 bits in, 16 bits out; computed and summed in FP32",
+        "float32": "operands cast to FP32, the result stays FP32",
+        "widest": "operands cast to the widest among them; in place, to what is written into",
+        "refused": "an error in 16 bits, with the way out",
+        "as_given": "runs on what it is given; so does whatever is not listed: add, mul, relu, gelu",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Operations that have their kind for one reason.
+
+    Attributes:
+        kind: what happens to their operands.
+        reason: why.
+    """
+
+    kind: Kind
+    reason: str
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "product": Family("compute", "matrix products, which tensor cores sum in FP32"),
+        "convolution": Family("compute", "products of patches"),
+        "attention": Family("compute", "two products, with a softmax in FP32 between them in one kernel"),
+        "recurrence": Family("compute", "layers and cells made of products"),
+        "weighted_activation": Family("compute", "an activation with a weight, which takes one dtype"),
+        "normalization": Family("float32_inside", "statistics of many elements, but a bounded result"),
+        "softmax": Family("float32_inside", "a sum of exponentials, but a bounded result"),
+        "moment": Family("float32_inside", "means and variances: sums, but a result of the elements' own size"),
+        "lookup": Family("float32_inside", "copies forward; the gradient of an element that was read often is a sum"),
+        "sum_by_index": Family("float32_inside", "sums of many terms into few places"),
+        "average_pool": Family("float32_inside", "means of windows"),
+        "random_activation": Family("float32_inside", "an activation that has no 16-bit kernel on CPUs"),
+        "exponential": Family("float32", "exponentials, logarithms and powers: they overflow or amplify rounding"),
+        "steep": Family("float32", "functions with poles or steep slopes, which amplify rounding"),
+        "sum": Family("float32", "sums and products of all elements, which outgrow 16 bits"),
+        "vector_norm": Family("float32", "sums of powers"),
+        "sampling": Family("float32", "noise made by logarithms of uniform numbers"),
+        "distance": Family("float32", "differences that cancel, and their sums"),
+        "loss": Family("float32", "sums over a batch, which gradients start from"),
+        "fourier": Family("float32", "sums over a signal; few devices have them in 16 bits"),
+        "complex": Family("float32", "complex numbers of two FP32 parts"),
+        "statistic": Family("float32", "order, counts and covariances of many elements"),
+        "factorization": Family("float32", "linear algebra beside products: ill-conditioned, no 16-bit kernels"),
+        "special": Family("float32", "series and recurrences: gamma, error, Bessel functions, polynomials"),
+        "join": Family("widest", "copies into one tensor, which has one dtype"),
+        "mixed_operands": Family("widest", "elementwise, but its operands need one dtype"),
+        "interpolation": Family("widest", "an image and where it is read, which need one dtype"),
+        "copy_by_index": Family("widest", "copies into a tensor, which keeps its dtype only if it is the widest"),
+        "write": Family("widest", "writes into its first operand, whose dtype decides"),
+        "loss_of_probabilities": Family("refused", "near 1, a 16-bit probability has no fraction left"),
+        # autocast has FP32 for most of these on a CPU, and on no other device
+        "fill": Family("as_given", "copies; a number beyond FP16's range, such as -1e9, is taken as its largest"),
+        "pool": Family("as_given", "maxima, copies and means that kernels compute in FP32 themselves"),
+    }
+)
+
+
+def kinds_of(names: Mapping[str, str]) -> dict[str, Kind]:
+    """Return the kind of every operation that a framework lists.
+
+    Args:
+        names: family to names of operations with spaces between them; the order is kept.
+
+    Raises:
+        OperationError: there is no such family, or a name stands twice.
+
+    >>> kinds_of({"product": "dot_general", "exponential": "exp log"})
+    {'dot_general': 'compute', 'exp': 'float32', 'log': 'float32'}
+    """
+    kinds: dict[str, Kind] = {}
+    for family, listed in names.items():
+        if family not in FAMILIES:
+            raise OperationError(f'there is no family of operations "{family}"; {nearest_names(family, FAMILIES)}')
+        for name in listed.split():
+            if name in kinds:
+                raise OperationError(f'operation "{name}" stands twice; leave it in one family')
+            kinds[name] = FAMILIES[family].kind
+    return kinds
+
+
+def check_kind(kind: str) -> Kind:
+    """Return `kind` if it is one of those that users may give an operation.
+
+    Raises:
+        OperationError: it is not.
+
+    >>> check_kind("float32")
+    'float32'
+    """
+    allowed = [each for each in KINDS if each != "refused"]
+    if kind not in allowed:
+        raise OperationError(f'an operation cannot be "{kind}"; {nearest_names(str(kind), allowed)}')
+    return kind  # type: ignore[return-value]
