@@ -1,7 +1,7 @@
 """Casting against its peers: dtypes first, then saved activations, peak memory and time of a training step.
 
-    python benchmarks/casting.py             # checks, measures, writes results/casting.json, fills README's tables
-    python benchmarks/casting.py --tables    # fills README's tables from the results that are there
+    python benchmarks/casting.py             # checks, measures, writes results/casting.json, fills docs/evidence.md
+    python benchmarks/casting.py --tables    # fills docs/evidence.md from the results that are there
     python benchmarks/casting.py --device cuda --out FOLDER
 
 The arms of a step, each with its own model from the same seed, in turn within each round:
@@ -304,7 +304,7 @@ def measure(device: str) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Return README's tables in Markdown."""
+    """Return the tables of docs/evidence.md in Markdown."""
     saved, peak = results["saved_bytes_per_token_and_channel"], results["peak_bytes"]
     lines = [
         "| arm | saved by a transformer block, bytes per token and channel | peak of a GPT's step, MB |",
@@ -326,9 +326,9 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure unless told not to, and fill README's tables from the CPU's results."""
+    """Measure unless told not to, and fill the tables of docs/evidence.md from the CPU's results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only fill README's tables")
+    parser.add_argument("--tables", action="store_true", help="only fill the tables of docs/evidence.md")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     arguments = parser.parse_args()
@@ -339,7 +339,7 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     results = json.loads(path.read_text(encoding="utf-8"))
     if path == report.RESULTS / "casting.json":
-        report.fill_readme("casting", tables(results))
+        report.fill(report.EVIDENCE, "casting", tables(results))
     else:
         print(tables(results))
 

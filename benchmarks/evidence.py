@@ -1,7 +1,7 @@
 """The comparisons behind README's evidence: every way of training a small GPT, and what each of the mechanisms is for.
 
-    python benchmarks/evidence.py             # compares, writes results/evidence.json, fills README's tables
-    python benchmarks/evidence.py --tables    # fills README's tables from the results that are there
+    python benchmarks/evidence.py             # compares, writes results/evidence.json, fills README and docs
+    python benchmarks/evidence.py --tables    # fills the tables from the results that are there
     python benchmarks/evidence.py --resume --out FOLDER
 
 Three seeds each, about 40 minutes on two cores. The folders hold every record and a page; what is kept in the results
@@ -27,6 +27,17 @@ RESULTS = report.RESULTS / "evidence.json"
 MECHANISMS = (
     "fp32,torch-amp-bf16,torch-amp-fp16,bf16,fp16,bf16-no-masters,bf16-stochastic,fp16-no-masters,fp16-no-scaling"
 )
+# the arms of README's one table: of each way of keeping weights and moments one
+SHOWN = (
+    "fp32",
+    "torch-amp-bf16",
+    "bf16",
+    "bf16-state16",
+    "fp16",
+    "fabric-bf16-true",
+    "torchao-adamw8bit",
+    "bf16-no-masters",
+)
 PLANS = {
     "stdlib-text": Plan("stdlib-text", find_arms("torch,bf16,bf16-state16,fp16,peers,ablations"), "fp32", steps=100),
     "digits-sgd": Plan("digits:sgd", find_arms(MECHANISMS), "fp32", steps=12_000),
@@ -48,9 +59,17 @@ def measure(out: Path, resume: bool) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Return README's tables in Markdown."""
+    """Return every table in Markdown, for docs/evidence.md."""
     parts = [_table(results[name]) for name in PLANS]
     return "\n".join([*parts, report.provenance(results["machine"], "make evidence")])
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return README's table in Markdown: some arms of the first comparison."""
+    compared = results["stdlib-text"]
+    chosen = [arm for arm in compared["arms"] if arm["name"] in SHOWN]
+    table = _table({**compared, "arms": chosen, "subject": {**compared["subject"], "baselines": {}}})
+    return f"{table}\n{report.provenance(results['machine'], 'make evidence')}"
 
 
 def _table(compared: dict[str, Any]) -> str:
@@ -83,9 +102,9 @@ def _cells(arm: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Compare unless told not to, and fill README's tables."""
+    """Compare unless told not to, and fill the tables of README and docs/evidence.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only fill README's tables")
+    parser.add_argument("--tables", action="store_true", help="only fill the tables")
     parser.add_argument("--out", type=Path, help="the folder of the comparisons (default: one that is thrown away)")
     parser.add_argument("--resume", action="store_true", help="go on with the comparisons in --out")
     arguments = parser.parse_args()
@@ -96,7 +115,9 @@ def main() -> None:
             results = measure(arguments.out or Path(scratch), arguments.resume)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    report.fill_readme("evidence", tables(json.loads(RESULTS.read_text(encoding="utf-8"))))
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    report.fill(report.README, "evidence", summary(results))
+    report.fill(report.EVIDENCE, "evidence", tables(results))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark's report has in common: the machine it ran on, and its tables' place in README."""
+"""What every benchmark's report has in common: the machine it ran on, and the pages that show its tables."""
 
 import datetime
 import os
@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+EVIDENCE = ROOT / "docs" / "evidence.md"
 
 
 def machine() -> dict[str, Any]:
@@ -45,12 +46,12 @@ def quartiles(values: list[float]) -> dict[str, float]:
     return {"lower": lower, "median": median, "upper": upper}
 
 
-def fill_readme(name: str, text: str) -> None:
-    """Put a report between README's marks for it."""
+def fill(page: Path, name: str, text: str) -> None:
+    """Put a report between a page's marks for it."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = README.read_text(encoding="utf-8").split(begin)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
     after = rest.split(end)[1]
-    README.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
 
 
 def _cpu_info() -> list[str]:

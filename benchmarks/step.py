@@ -1,7 +1,7 @@
 """The optimizer step against its peers: equality first, then time, as ratios within one run.
 
-    python benchmarks/step.py             # checks, measures, writes benchmarks/results/step.json, fills README's table
-    python benchmarks/step.py --tables    # fills README's table from the results that are there
+    python benchmarks/step.py             # checks, measures, writes results/step.json, fills docs/evidence.md
+    python benchmarks/step.py --tables    # fills docs/evidence.md from the results that are there
     python benchmarks/step.py --device cuda --out FOLDER
 
 The arms, each on its own copies of the same parameters, in turn within each round:
@@ -222,7 +222,7 @@ def first_step() -> dict[str, float]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Return README's table in Markdown."""
+    """Return the table of docs/evidence.md in Markdown."""
     peers = ("torch chain", "torch chain, foreach", "torch FP32")
     lines = [
         f"| parameters | Duotone, ms | {' | '.join(f'against {peer}' for peer in peers)} | GB/s | against copy |",
@@ -251,9 +251,9 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure unless told not to, and fill README's table from the CPU's results."""
+    """Measure unless told not to, and fill the table of docs/evidence.md from the CPU's results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only fill README's table")
+    parser.add_argument("--tables", action="store_true", help="only fill the table of docs/evidence.md")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
     arguments = parser.parse_args()
@@ -270,7 +270,7 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     results = json.loads(path.read_text(encoding="utf-8"))
     if path == report.RESULTS / "step.json":
-        report.fill_readme("step", tables(results))
+        report.fill(report.EVIDENCE, "step", tables(results))
     else:
         print(tables(results))
 

@@ -1,0 +1,41 @@
+"""How the pages are built: Sphinx, Markdown by MyST, the notebook as it was run, the API from docstrings."""
+
+import re
+
+import duotone
+
+project = "Duotone"
+author = "the Duotone authors"
+version = release = duotone.__version__
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "Duotone"
+
+# what stands in single backticks in a docstring is code
+default_role = "code"
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+
+myst_heading_anchors = 3
+# tests run the notebook; the pages show what it printed then
+nb_execution_mode = "off"
+suppress_warnings = ["myst.xref_missing"]
+
+
+def _indent_blocks(app, what, name, obj, options, lines):
+    """Have blocks of Markdown that docstrings hold, such as ```text, shown as they are."""
+    inside = False
+    for number, line in enumerate(lines):
+        if re.match(r"\s*```", line):
+            lines[number] = "" if inside else "::\n"
+            inside = not inside
+        elif inside:
+            lines[number] = f"    {line}"
+
+
+def setup(app):
+    """Have Sphinx call what stands above."""
+    app.connect("autodoc-process-docstring", _indent_blocks)
