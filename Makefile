@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # a process of one thread for each core; those of one file run in one process, which starts what they share once
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: train compare test test-slow test-gpu soak soak-ranks check format bench evidence clean
+.PHONY: train compare test test-slow test-gpu soak soak-ranks check format bench docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -45,6 +45,10 @@ bench: $(VENV)/.installed-test  ## measure the step and casting, about six minut
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/casting.py
 
+docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs build/docs
+	@echo build/docs/index.html
+
 evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evidence, about 40 minutes on two cores
 	$(BIN)/python benchmarks/evidence.py --out $(EVIDENCE)
 
@@ -64,6 +68,10 @@ $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 $(VENV)/.installed-peers: pyproject.toml constraints.txt | $(BIN)/python

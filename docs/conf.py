@@ -12,6 +12,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "Duotone"
+html_show_copyright = False
 
 # what stands in single backticks in a docstring is code
 default_role = "code"
