@@ -24,7 +24,6 @@ from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
 from duotone.torch.parameters.masters import load_master_weights, master_weights
 from duotone.torch.scaling.grad_scaler import GradScaler
 from duotone.torch.scaling.loss_scaler import LossScaler
-from duotone.torch.scaling.step import StepReport, step
 
 __all__ = [
     "SGD",
@@ -37,7 +36,6 @@ __all__ = [
     "Policy",
     "Prepared",
     "Rule",
-    "StepReport",
     "autocast",
     "cast",
     "checkpoint_activations",
@@ -55,6 +53,5 @@ __all__ = [
     "policy_of",
     "prepare",
     "save_checkpoint",
-    "step",
     "uncast",
 ]

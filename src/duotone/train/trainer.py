@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -209,7 +209,7 @@ class Trainer:
             memory=dt.memory(self.model, self.optimizer),
         )
 
-    def _train_step(self, batches: Iterator[Batch]) -> tuple[dt.StepReport, Tensor]:
+    def _train_step(self, batches: Iterator[Batch]) -> tuple[Any, Tensor]:
         started = time.perf_counter()
         for left in reversed(range(self.settings.micro_batches)):
             batch = next(batches)
@@ -226,9 +226,7 @@ class Trainer:
         self._seconds += time.perf_counter() - started
         return report, lr
 
-    def _metrics(
-        self, report: dt.StepReport, lr: Tensor, evaluates: bool, timed_units: int, timed_seconds: float
-    ) -> Metrics:
+    def _metrics(self, report: Any, lr: Tensor, evaluates: bool, timed_units: int, timed_seconds: float) -> Metrics:
         started = time.perf_counter()
         own_loss = self._losses.item()
         # what the device had still to do is part of the steps before

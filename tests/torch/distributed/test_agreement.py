@@ -16,12 +16,13 @@ from duotone.torch.kernels import grad_stats
 from duotone.torch.parameters.shards import local
 
 
-def read(_, grads):
-    return grad_stats(grads, torch.ones(()))
-
-
-def numbers(stats):
-    return [(each.sum_of_squares.item(), each.found_inf.item()) for each in stats]
+def agreed(agreement, gradients, *flags):
+    """Return (sum of squares, found_inf) of each optimizer's gradients, and flags, as ranks agree on them."""
+    stats = [[grad_stats(share, torch.ones(())) for share in agreement.shares(grads)] for grads in gradients]
+    sums = torch.stack([torch.stack([total for total, _ in each[:-1]]) for each in stats], dim=1)
+    found_inf = [torch.stack([flag for _, flag in each]).any() for each in stats]
+    sums, flags = (each.tolist() for each in agreement.combined(sums, torch.stack([*found_inf, *flags])))
+    return list(zip(sums, flags, strict=False)), flags[len(sums) :]
 
 
 def sums_of_the_whole():
@@ -36,21 +37,19 @@ def sums_of_the_whole():
     agreement = Agreement([*sharded, plain])
     assert agreement.is_needed
     assert agreement.is_known
-    stats, flags = agreement.stats(
-        [sharded, [plain], []], read, torch.tensor(rank == world_size - 1), torch.tensor(False)
-    )
-    (first, found), second, empty = numbers(stats)
+    stats, flags = agreed(agreement, [sharded, [plain], []], torch.tensor(rank == world_size - 1), torch.tensor(False))
+    (first, found_inf), second, empty = stats
     assert first == pytest.approx(expected, rel=1e-12)
-    assert (found, second, empty) == (False, (12.0, False), (0.0, False))
-    assert [flag.item() for flag in flags] == [True, False]
+    assert (found_inf, second, empty) == (False, (12.0, False), (0.0, False))
+    assert flags == [True, False]
     assert agreement.any(torch.tensor([rank == 0, False, rank == 1])).tolist() == [True, False, True]
     # one rank, one element
     bad = distribute_tensor(torch.ones(5, 3), mesh, [Shard(0)])
     if rank == 0:
         local(bad)[0, 0] = math.nan
-    stats, _ = agreement.stats([[bad], sharded], read)
-    assert [each.found_inf.item() for each in stats] == [True, False]
-    return [first, *(each.sum_of_squares.item() for each in stats[1:])]
+    stats, _ = agreed(agreement, [[bad], sharded])
+    assert [found_inf for _, found_inf in stats] == [True, False]
+    return [first, *(total for total, _ in stats[1:])]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -68,16 +67,14 @@ def two_dimensions():
     for each in (mesh, other):
         grad = distribute_tensor(whole, each, [Replicate(), Shard(0)])
         agreement = Agreement([grad])
-        stats, (flag,) = agreement.stats([[grad]], read, torch.tensor(rank == 1))
-        assert numbers(stats) == [(expected, False)]
-        assert flag.item()
+        assert agreed(agreement, [[grad]], torch.tensor(rank == 1)) == ([(expected, False)], [True])
     # parameters on several meshes in one optimizer
     grads = [distribute_tensor(whole, each, [Replicate(), Shard(0)]) for each in (mesh, other)]
     if rank == 1:
         local(grads[0])[-1, -1] = math.inf
-    stats, _ = Agreement(grads).stats([grads[1:], grads], read)
-    assert numbers(stats)[0] == (expected, False)
-    assert numbers(stats)[1][1]
+    (first, (_, found_inf)), _ = agreed(Agreement(grads), [grads[1:], grads])
+    assert first == (expected, False)
+    assert found_inf
 
 
 def test_replicas_count_once(ranks):
@@ -167,9 +164,7 @@ def test_without_ranks_nobody_is_asked():
     agreement = Agreement(params)
     assert not agreement.is_needed
     assert agreement.is_known
-    stats, (flag,) = agreement.stats([[torch.full((2,), 3.0)]], read, torch.tensor(True))
-    assert numbers(stats) == [(18.0, False)]
-    assert flag.item()
+    assert agreed(agreement, [[torch.full((2,), 3.0)]], torch.tensor(True)) == ([(18.0, False)], [True])
     flags = torch.tensor([True, False])
     assert agreement.any(flags) is flags
 

@@ -172,7 +172,7 @@ class Nowhere:
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("make", ["fused", "own", "plain"])
 def test_nothing_waits_for_the_device(make, unscale, monkeypatch):
-    monkeypatch.setattr(scale_alarm, "Late", Nowhere)
+    monkeypatch.setattr(scale_alarm, "Readback", Nowhere)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     # where there are no values, reading one raises
     with FakeTensorMode():

@@ -164,7 +164,7 @@ def test_a_closure_is_called_once_with_gradients_enabled(kind):
     assert calls == [True]
     assert report.grad_norm.item() == pytest.approx(math.sqrt(8.0))
     assert (parameter < 1).all()
-    dt.step(optimizer, scaler=scaler, closure=closure)
+    scaler.step(optimizer, closure=closure)
     assert calls == [True, True]
 
 
@@ -178,7 +178,7 @@ def test_what_a_step_cannot_take_is_refused_before_anything_moves():
         ((optimizer, optimizer), {}, "an optimizer was given twice; give each once"),
         ((optimizer, lambda: None), {}, "step takes optimizers, but one is a function; give a closure as closure="),
         (([optimizer],), {}, "one is a list; .* and several optimizers one after the other"),
-        ((optimizer,), {"scheduler": [plateau]}, "ReduceLROnPlateau advances by a figure of its own"),
+        ((optimizer,), {"scheduler": [plateau]}, "ReduceLROnPlateau advances by a metric"),
     ]
     for optimizers, options, text in refused:
         with pytest.raises(OptimizerError, match=text):

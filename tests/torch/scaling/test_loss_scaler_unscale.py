@@ -10,7 +10,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import LossScaleError, OptimizerError
-from duotone.torch.scaling import loss_scaler
+from duotone.torch.scaling import device_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
 
@@ -191,7 +191,7 @@ def test_no_copies_between_it_and_the_step(copied):
 @pytest.mark.parametrize(("bad", "power"), [(None, 10), (math.inf, 9), (math.nan, 9)])
 def test_an_overflow_that_is_let_go_by_hand_moves_the_scale(monkeypatch, bad, power, late):
     if late:
-        monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+        monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     scaler, optimizer, parameter = scaled([1.0])
     if bad is not None:
         parameter.grad.fill_(bad)
@@ -210,7 +210,7 @@ def test_an_overflow_that_is_let_go_by_hand_moves_the_scale(monkeypatch, bad, po
 @pytest.mark.parametrize("late", [False, True])
 def test_a_bad_loss_that_is_let_go_by_hand_leaves_the_scale_alone(monkeypatch, late):
     if late:
-        monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+        monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     parameter = nn.Parameter(torch.zeros(1))
     scaler, optimizer = dt.LossScaler("fp16", init_scale=8), dt.SGD([parameter], lr=1.0)
     scaler.backward(parameter.sum() * math.nan)

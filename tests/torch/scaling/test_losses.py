@@ -27,22 +27,22 @@ def test_the_first_is_remembered(values, first, on_host):
     for value in values:
         losses.add(torch.tensor(value), on_host=on_host)
     assert losses.count == len(values)
-    assert int(losses.first_bad(CPU, on_host=on_host)) == first
-    assert losses.is_bad(CPU).item() == (first != 0)
+    assert int(losses.first_non_finite(CPU, on_host=on_host)) == first
+    assert losses.any_non_finite(CPU).item() == (first != 0)
 
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_what_may_come_from_a_scaled_loss_is_not_looked_at(on_host):
     losses = Losses()
     losses.add(torch.tensor(1.0), on_host=on_host)
-    losses.give_away()
+    losses.ignore_later()
     losses.add(torch.tensor(math.nan), on_host=on_host)
     assert losses.count == 2
-    assert not losses.is_bad(CPU)
+    assert not losses.any_non_finite(CPU)
 
 
 def test_a_loss_on_the_host_may_come_before_one_on_a_device():
     losses = Losses()
     losses.add(torch.tensor(math.nan), on_host=True)
     losses.add(torch.tensor(math.nan), on_host=False)
-    assert losses.first_bad(CPU, on_host=False) == 1
+    assert losses.first_non_finite(CPU, on_host=False) == 1

@@ -13,6 +13,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.loss_scale import LossScale, LossScaleState, update
+from duotone.torch.scaling.step import StepReport
 
 from ..optim.bits import bits_of, everything_of
 
@@ -78,7 +79,7 @@ class Run:
                 assert grad is not None
                 grad.view(-1)[step % grad.numel()] = overflow.value
 
-    def step(self, step: int, overflow: Overflow | None = None, ahead: bool = False) -> dt.StepReport:
+    def step(self, step: int, overflow: Overflow | None = None, ahead: bool = False) -> StepReport:
         self.backward(step, overflow)
         if ahead:
             for optimizer in self.optimizers:

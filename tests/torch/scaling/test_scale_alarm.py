@@ -73,7 +73,7 @@ def test_a_collapse_names_gradients():
 
 
 def test_on_an_accelerator_it_is_said_one_step_late(monkeypatch, recwarn):
-    monkeypatch.setattr(scale_alarm, "Late", Sent)
+    monkeypatch.setattr(scale_alarm, "Readback", Sent)
     alarm = ScaleAlarm()
     follow(alarm, 0.5, 1.0, Elsewhere)
     assert not recwarn

@@ -15,6 +15,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import LossScaleError
 from duotone.loss_scale import LossScale
+from duotone.torch.scaling.step import StepReport
 
 
 class Weight:
@@ -25,7 +26,7 @@ class Weight:
         self.optimizer = dt.SGD([self.value], lr=lr)
         self.scaler = scaler
 
-    def step(self, overflows: bool = False, true: float = 1.0, ahead: bool = False) -> dt.StepReport:
+    def step(self, overflows: bool = False, true: float = 1.0, ahead: bool = False) -> StepReport:
         self.scaler.backward(self.value.float().sum() * true)
         assert self.value.grad is not None
         if overflows:

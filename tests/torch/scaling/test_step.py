@@ -8,7 +8,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError
-from duotone.torch.scaling.step import _grad_multiplier
+from duotone.torch.scaling.optimizer_step import grad_multiplier
 
 BIG = 2.0**16
 
@@ -32,7 +32,7 @@ def test_grad_norm_is_that_of_the_true_gradient(scaler, dtype):
     torch.manual_seed(0)
     parameters = [parameter_with(torch.randn(shape).to(dtype)) for shape in ((7, 5), (), (0,), (33,))]
     expected = math.sqrt(sum((p.grad.double() / BIG).square().sum().item() for p in parameters))
-    report = dt.step(dt.SGD(parameters, lr=0.0), scaler=scaler)
+    report = scaler.step(dt.SGD(parameters, lr=0.0))
     assert report.grad_norm.item() == pytest.approx(expected, rel=1e-6)
     assert report.grad_norm.dtype == torch.float32
 
@@ -60,7 +60,7 @@ def test_the_multiplier_in_every_bit(clip_norm):
             inverse_scale = torch.tensor(inverse)
             # a norm of 0 makes the quotient Inf, and the smaller is 1
             expected = ((clip_norm / sum_of_squares.sqrt()).clamp(max=1.0) * inverse_scale).float()
-            found = _grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
+            found = grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
             assert found.dtype == torch.float32
             assert torch.equal(found.view(torch.int32), expected.view(torch.int32)) or (
                 found.isnan() and expected.isnan()

@@ -1,4 +1,4 @@
-"""What all ranks must know alike: the norm of the whole gradient, and whether any rank found an Inf or a NaN.
+"""What all ranks must agree on: the norm of the whole gradient, and whether any rank found an Inf or a NaN.
 
 Where a gradient is cut over ranks (`fully_shard`, tensor parallelism), each sees a part; one all-gather of a few FP64
 scalars for each dimension of the mesh makes the sums those of the whole, in the order of ranks, so that every rank has
@@ -6,11 +6,11 @@ the same bits, and every flag one of all. What is replicated counts once. Gradie
 on all ranks already; the ranks that are noted on their parameters agree on what is not, losses for instance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import torch
@@ -58,27 +58,15 @@ class SharedBy:
             )
 
 
-class Stats(NamedTuple):
-    """What the gradients of one optimizer are like, on all ranks together.
-
-    Attributes:
-        sum_of_squares: of the true gradient: FP64, 0-d.
-        found_inf: bool, 0-d: an Inf or a NaN is in one of them.
-    """
-
-    sum_of_squares: Tensor
-    found_inf: Tensor
-
-
 class Agreement:
     """The ranks that some gradients are spread over, and how they come to know the same.
 
     Args:
         params: the parameters that have a gradient, or might have.
-        group: a process group in which all ranks agree besides; None for what the parameters tell.
+        group: a process group whose ranks agree besides; None for the one that is noted on the parameters.
 
     Raises:
-        OptimizerError: the parameters tell of ranks, some of which may have stopped (`SharedBy.check_joint`).
+        OptimizerError: some of the ranks that are noted on the parameters may have stopped (`SharedBy.check_joint`).
 
     Attributes:
         is_needed: whether ranks have to speak to each other at all.
@@ -98,51 +86,54 @@ class Agreement:
                 self._meshes.append(_mesh_of(param))
         # a mesh that lies in another speaks first, so that in the end all know what any found
         self._meshes.sort(key=lambda mesh: mesh.size())
-        several = dist.get_world_size() > 1
-        if group is None and not self._meshes and params and several:
+        has_other_ranks = dist.get_world_size() > 1
+        if group is None and not self._meshes and params and has_other_ranks:
             note: SharedBy | None = storage_of(params[0]).ranks
             if note is not None and note.group is not None:
                 note.check_joint()
                 group = note.group
         self._group = group
         self.is_needed = bool(self._meshes) or group is not None
-        self.is_known = self.is_needed or not several
+        self.is_known = self.is_needed or not has_other_ranks
 
-    def stats(
-        self,
-        gradients: Sequence[Sequence[Tensor]],
-        read: Callable[[int, list[Tensor]], tuple[Tensor, Tensor]],
-        *flags: Tensor,
-    ) -> tuple[list[Stats], list[Tensor]]:
-        """Return what each optimizer's gradients are like on all ranks, and every flag as one of all ranks.
+    def shares(self, grads: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Return this rank's parts of gradients, those together whose sums are exchanged together.
 
         Args:
-            gradients: of each optimizer, plain tensors and DTensors.
-            read: returns sum of squares and flag of some local gradients of an optimizer, given by its number.
-            flags: bool, 0-d, true if it is so on this rank.
+            grads: plain tensors, and DTensors on the meshes of the parameters.
+
+        Returns:
+            Plain tensors: one list for each mesh, one of what was plain, and a last one of copies, which another rank
+            has too and counts.
         """
-        if not self.is_needed:
-            return [Stats(*read(number, list(grads))) for number, grads in enumerate(gradients)], list(flags)
-        count = len(gradients)
-        sums: dict[Any, Tensor] = {}
-        found: list[Tensor] = []
-        for place in [*self._meshes, None]:
-            counted, uncounted = [], []
-            for number, grads in enumerate(gradients):
-                here = [grad for grad in grads if (_mesh_of(grad) if is_shard(grad) else None) == place]
-                counted.append(read(number, [local(grad) for grad in here if _counts(grad)]))
-                uncounted.append(read(number, [local(grad) for grad in here if not _counts(grad)]))
-            sums[place] = torch.stack([total for total, _ in counted])
-            found += [torch.stack([flag for _, flag in each]) for each in (counted, uncounted)]
-        told = torch.cat([torch.stack(found).any(0), *(flag.reshape(1) for flag in flags)])
-        for place, groups in self._rounds():
+        shares: list[list[Tensor]] = [[] for _ in range(len(self._meshes) + 2)]
+        for grad in grads:
+            if not is_shard(grad):
+                shares[-2].append(grad)
+            elif _counts(grad):
+                shares[self._meshes.index(_mesh_of(grad))].append(local(grad))
+            else:
+                shares[-1].append(local(grad))
+        return shares
+
+    def combined(self, sums: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Return sums over all ranks, and flags that are true where they are true on any rank.
+
+        Args:
+            sums: FP64, a row for each of the `shares` but the last one, a column for each thing that is summed.
+            flags: bool, 1-d.
+
+        Returns:
+            The sums, 1-d, one for each column, and the flags; all ranks have the same bits.
+        """
+        *of_meshes, of_plain = sums
+        for mesh, groups in self._rounds():
             for group in groups:
-                own = sums[place] if place is not None else sums[None].new_zeros(0)
-                whole, sums[None], told = _exchanged(group, own, sums[None], told)
-                if place is not None:
-                    sums[place] = whole
-        totals = torch.stack(list(sums.values())).sum(0)
-        return [Stats(totals[i], told[i]) for i in range(count)], list(told[count:])
+                own = of_plain.new_zeros(0) if mesh is None else of_meshes[mesh]
+                total, of_plain, flags = _exchanged(group, own, of_plain, flags)
+                if mesh is not None:
+                    of_meshes[mesh] = total
+        return torch.stack([*of_meshes, of_plain]).sum(0), flags
 
     def any(self, flags: Tensor) -> Tensor:
         """Return flags, bool, 1-d, that are true where they are true on any rank."""
@@ -152,9 +143,12 @@ class Agreement:
                 _, _, flags = _exchanged(group, nothing, nothing, flags)
         return flags
 
-    def _rounds(self) -> list[tuple[Any, list[Any]]]:
-        """Return the process groups that speak one after another, with the mesh that they are of."""
-        rounds = [(mesh, [mesh.get_group(dimension) for dimension in range(mesh.ndim)]) for mesh in self._meshes]
+    def _rounds(self) -> list[tuple[int | None, list[Any]]]:
+        """Return the process groups that speak one after another, with the index of the mesh that they are of."""
+        rounds: list[tuple[int | None, list[Any]]] = [
+            (index, [mesh.get_group(dimension) for dimension in range(mesh.ndim)])
+            for index, mesh in enumerate(self._meshes)
+        ]
         return rounds if self._group is None else [*rounds, (None, [self._group])]
 
 
@@ -180,7 +174,7 @@ def _counts(grad: Tensor) -> bool:
         return True
     coordinate: Any = _mesh_of(grad).get_coordinate()
     placements: Any = grad.placements  # type: ignore[attr-defined]
-    return all(place == 0 for place, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
+    return all(index == 0 for index, placement in zip(coordinate, placements, strict=True) if placement.is_replicate())
 
 
 def _mesh_of(tensor: Any) -> Any:

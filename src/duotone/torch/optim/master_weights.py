@@ -26,6 +26,7 @@ from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
+from duotone.torch.optim.foreign import fused_step, skips_on_device
 from duotone.torch.optim.gathering import numbered
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
 from duotone.torch.optim.state_tensors import copy_state, in_float32
@@ -128,14 +129,19 @@ class MasterWeights(MasterOptimizer):
             else:
                 check_in_place(param)
         check_moments(self.optimizer, params)
-        skips_on_device = self._skips_on_device() and self._begun.issuperset(params)
-        if found_inf is not None and not skips_on_device:
+        # a skip on the device in a first step would leave states behind that were made for it
+        waits = not (skips_on_device(self.optimizer) and self._begun.issuperset(params))
+        if found_inf is not None and waits:
             if found_inf:
                 return loss
             found_inf = None
         stand_ins = {param: self._stand_in(param, grad_multiplier) for param in params}
-        with self._represented_by(stand_ins), self._told(found_inf):
-            self.optimizer.step()
+        with self._represented_by(stand_ins):
+            if found_inf is None:
+                self.optimizer.step()
+            else:
+                # the stand-ins' gradients carry no scale any more
+                fused_step(self.optimizer, None, found_inf)
         for param, index in params.items():
             self._write(param, stand_ins[param].detach(), index, found_inf)
         self._begun.update(params)
@@ -232,12 +238,6 @@ class MasterWeights(MasterOptimizer):
                 "step, save and load the MasterWeights instead"
             )
 
-    def _skips_on_device(self) -> bool:
-        # in a first step torch's fused SGD would leave an unwritten momentum behind if it were skipped on the device
-        return getattr(self.optimizer, "_step_supports_amp_scaling", False) and all(
-            group.get("fused", True) for group in self.param_groups
-        )
-
     def _stand_in(self, param: Tensor, grad_multiplier: Tensor | None) -> nn.Parameter:
         self._take_tail(param)
         master = dense(param.detach()) if param.dtype == torch.float32 else read_master(param)
@@ -269,19 +269,6 @@ class MasterWeights(MasterOptimizer):
         items = [(new.get(key, key), value) for key, value in self.state.items()]
         self.state.clear()
         self.state.update(items)
-
-    @contextmanager
-    def _told(self, found_inf: Tensor | None) -> Iterator[None]:
-        """Tell torch's fused kernels whether to skip; their gradients need no unscaling any more."""
-        if found_inf is None:
-            yield
-            return
-        inner: Any = self.optimizer
-        inner.grad_scale, inner.found_inf = torch.ones((), device=found_inf.device), found_inf.float()
-        try:
-            yield
-        finally:
-            del inner.grad_scale, inner.found_inf
 
     def _write(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
         resident, master, tail = shards.local(param), shards.local(master), storage_of(param).tail

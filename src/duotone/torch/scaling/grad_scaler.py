@@ -6,7 +6,6 @@ FP16 weights, no closure in any place. Left out: `clip_grad_norm_` before `unsca
 does there, for neither sees it. `LossScaler` clips by itself, and does more.
 """
 
-import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,13 +18,10 @@ from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 from duotone.errors import LossScaleError, OptimizerError
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.optim import MasterOptimizer
+from duotone.torch.optim.foreign import fused_step, loses_float16_updates, skips_on_device, takes_scaler
 from duotone.torch.parameters.shards import local
 from duotone.torch.scaling.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
-from duotone.torch.scaling.step import lacks_momentum
-from duotone.torch.scaling.unscale import narrow, unscale_
-
-# those of torch whose fused kernels write FP16 weights, rounded, without a master
-_FUSED_IN_TORCH = (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
+from duotone.torch.scaling.unscale import narrow, unscale_, unscale_and_check_
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -184,11 +180,11 @@ class GradScaler(torch.amp.GradScaler):
                 multiplier = scale.reciprocal()
             found_inf = _sum(state["found_inf_per_device"].values(), scale.device) != 0
             returned = optimizer.step(*args, grad_multiplier=multiplier, found_inf=found_inf, **kwargs)
-        elif not getattr(optimizer, "_step_supports_amp_scaling", False):
+        elif not skips_on_device(optimizer):
             if state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
             returned = self._maybe_opt_step(optimizer, state, *args, **kwargs)
-        elif "grad_scaler" in inspect.signature(optimizer.step).parameters:
+        elif takes_scaler(optimizer):
             warnings.warn(
                 "GradScaler is going to stop passing itself as a keyword argument to the passed "
                 "optimizer. In the near future GradScaler registers `grad_scale: Tensor` and "
@@ -273,19 +269,13 @@ class GradScaler(torch.amp.GradScaler):
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if not allow_fp16:
             self._widen(optimizer, params)
-        found: dict[torch.device, Tensor] = {}
-        for (device, _), grads in _grouped(params).items():
-            if device not in found:
-                found[device] = found_inf.to(device, copy=True)
-            torch._amp_foreach_non_finite_check_and_unscale_(  # type: ignore[attr-defined]
-                grads, found[device], inv_scale.to(device)
-            )
+        found = unscale_and_check_(params, inv_scale, found_inf)
         agreement = Agreement(params)
         if not agreement.is_needed:
             return found
-        speaks = local(params[0]).device
-        own = torch.stack([_sum(found.values(), speaks), torch.full((), float(bool(found)), device=speaks)])
-        found_any, has_any = agreement.any(own != 0)
+        device = local(params[0]).device
+        flags = torch.stack([_sum(found.values(), device), torch.full((), float(bool(found)), device=device)])
+        found_any, has_any = agreement.any(flags != 0)
         # a rank with gradients need not wait to know that there are some
         if not found and not has_any:
             return {}
@@ -303,21 +293,17 @@ class GradScaler(torch.amp.GradScaler):
     def _step_fused(
         self, optimizer: Any, state: dict[str, Any], scale: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Step an optimizer whose own step takes the scale out and skips, told by two of its attributes."""
-        _refuse_float16(optimizer)
+        # other libraries' fused optimizers may keep masters of their own
+        if loses_float16_updates(optimizer) and any(
+            _is_float16(param) for group in optimizer.param_groups for param in group["params"]
+        ):
+            raise _float16_error(optimizer)
         grad_scale = getattr(optimizer, "grad_scale", None)
         if state["stage"] is OptState.READY:
             self._check_inf_per_device(optimizer)
             grad_scale = scale if grad_scale is None else scale * grad_scale
         found_inf = _sum(state["found_inf_per_device"].values(), scale.device)
-        if lacks_momentum(optimizer) and found_inf:
-            # its kernel would skip, and leave momentum that nobody has written
-            return None
-        optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
-        try:
-            return optimizer.step(*args, **kwargs)
-        finally:
-            del optimizer.grad_scale, optimizer.found_inf
+        return fused_step(optimizer, grad_scale, found_inf, *args, **kwargs)
 
 
 def _checked(new_scale: float | Tensor) -> float | Tensor:
@@ -339,35 +325,11 @@ def _is_float16(param: Tensor) -> bool:
     return param.grad is not None and param.grad.dtype == torch.float16
 
 
-def _grouped(params: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """Return the memory of gradients, this rank's parts, by device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        if param.grad is None:
-            continue
-        if param.grad.is_sparse:
-            # finite values of one element may sum up to Inf
-            if param.grad.dtype == torch.float16:
-                param.grad = param.grad.coalesce()
-            part = param.grad._values()
-        else:
-            part = local(param.grad)
-        groups.setdefault((part.device, part.dtype), []).append(part)
-    return groups
-
-
 def _sum(flags: Iterable[Tensor], device: torch.device) -> Tensor:
     total = torch.zeros((), device=device)
     for flag in flags:
         total = total + flag.to(device, non_blocking=True)
     return total
-
-
-def _refuse_float16(optimizer: torch.optim.Optimizer) -> None:
-    # other libraries' fused optimizers may keep masters of their own
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if isinstance(optimizer, _FUSED_IN_TORCH) and any(map(_is_float16, params)):
-        raise _float16_error(optimizer)
 
 
 def _float16_error(optimizer: torch.optim.Optimizer) -> OptimizerError:

@@ -1,24 +1,28 @@
-"""The loss scaler that lives on the device: `duotone.loss_scale` on 0-d tensors, moved by no host synchronisation.
+"""The loss scaler: losses are multiplied by a scale, and steps take it out again, without waiting for the device.
 
-Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. What the host has to know, whether schedulers
-may advance and whether the run has collapsed, it learns by `watch`.
+Micikevicius et al., "Mixed precision training" (1710.03740), section 3.2. The scale itself is in `device_scale`, what
+happens to gradients in `step`, and what the host does with the outcome in `monitor`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
-from typing import Any, NamedTuple
+from functools import reduce
+from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from duotone.errors import LossScaleError, nearest_names
-from duotone.loss_scale import LossScale, LossScaleState, init_state, select, update
+from duotone.loss_scale import LossScale, LossScaleState
 from duotone.policy import Policy
-from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.scaling.device_scale import DeviceScale, initial_scale
 from duotone.torch.scaling.losses import Losses
-from duotone.torch.scaling.step import StepReport, find_gradients, read_gradients, step
+from duotone.torch.scaling.monitor import StepMonitor
+from duotone.torch.scaling.outcome import Outcome
+from duotone.torch.scaling.schedulers import Schedule, schedules_of
+from duotone.torch.scaling.step import Step, StepReport, check_arguments
 from duotone.torch.scaling.unscale import narrow, unscale_
-from duotone.torch.scaling.watch import Outcome, Watch
 
 # calibration from 2^16 to the floor takes 16 skipped steps, and a growth into overflow one; this many is no accident
 PATIENCE = 50
@@ -77,33 +81,39 @@ class LossScaler:
             settings = LossScale.dynamic(**(asdict(settings) | overrides))
         if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
             raise LossScaleError(f"patience is {patience!r}; it must be a whole number from 1 on, or None")
-        self.settings = settings
         self.process_group = process_group
         self._patience = patience
-        self._state = init_state(settings)
+        self._scale = initial_scale(settings)
         self._steps = 0
         self._losses = Losses()
-        self._unscaled: dict[int, _Unscaled] = {}
-        self._watch = Watch(patience)
+        # what unscale_ found, by the id of the optimizer, and the parameters whose gradients are FP32 until the step
+        self._found_inf_ahead: dict[int, Tensor] = {}
+        self._widened: list[Tensor] = []
+        self._monitor = StepMonitor(patience)
 
     def __repr__(self) -> str:
-        state = self._numbers()
+        state = self._scale.numbers()
         return f"LossScaler(loss_scale={state['scale']:g}, skipped={state['skipped']}, {self.settings})"
+
+    @property
+    def settings(self) -> LossScale:
+        """How the scale moves."""
+        return self._scale.settings
 
     @property
     def loss_scale(self) -> Tensor:
         """The factor of the next loss: FP32, 0-d, on the device of the last loss; reading its value waits for it."""
-        return _as_tensor(self._state.scale, torch.float32)
+        return self._scale.tensor("scale")
 
     @property
     def skipped(self) -> Tensor:
         """Steps skipped in all: int32, 0-d, on the device."""
-        return _as_tensor(self._state.skipped, torch.int32)
+        return self._scale.tensor("skipped")
 
     @property
     def skipped_in_a_row(self) -> Tensor:
         """Steps skipped since the last one that was not: int32, 0-d, on the device."""
-        return _as_tensor(self._state.skipped_in_a_row, torch.int32)
+        return self._scale.tensor("skipped_in_a_row")
 
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss in FP32 times the scale: where nothing is scaled, an FP32 loss itself.
@@ -118,17 +128,8 @@ class LossScaler:
         scaled = self._scaled(loss)
         # a scale that stands at 1 makes nothing overflow
         if not self.settings.is_none:
-            self._losses.give_away()
+            self._losses.ignore_later()
         return scaled
-
-    def _scaled(self, loss: Tensor) -> Tensor:
-        if not isinstance(loss, Tensor) or not loss.is_floating_point():
-            got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
-            raise LossScaleError(f"a loss must be a floating-point tensor, not {got}")
-        self._move_to(loss.device)
-        self._losses.add(loss, on_host=is_on_host(loss.device))
-        # times 1 would be an operation there and one on the way back
-        return loss.float() if self.settings.is_none else loss.float() * self._state.scale
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """Scale a loss and run its backward pass; call it once for each micro-batch.
@@ -143,7 +144,7 @@ class LossScaler:
         """
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise LossScaleError(f"the loss has shape {tuple(loss.shape)}, not one element; take its mean or its sum")
-        if self._unscaled:
+        if self._found_inf_ahead:
             raise LossScaleError(
                 "gradients were unscaled since the last step, and a backward pass would add scaled ones to them; call "
                 "unscale_ after the last backward pass, and step after it every time, for it skips by itself"
@@ -171,19 +172,21 @@ class LossScaler:
         (tensor(False), Parameter containing:
         tensor([-0.6000, -0.8000], requires_grad=True))
         """
-        if id(optimizer) in self._unscaled:
+        if id(optimizer) in self._found_inf_ahead:
             raise LossScaleError(
                 f"the gradients of this {type(optimizer).__name__} were unscaled since the last step; call unscale_ "
                 "once, after the last backward pass"
             )
-        ((params, grads),), agreement, device = find_gradients([optimizer], self.process_group)
-        if device is None:
+        step = Step([optimizer], {}, self.process_group)
+        if not step.has_gradients:
             return
         self._check_scaled()
-        self._move_to(device)
+        self._scale = self._scale.to(step.device)
         inverse_scale = self.loss_scale.reciprocal()
-        (stats,), _ = agreement.stats([grads], lambda _, part: read_gradients(optimizer, part, inverse_scale))
-        self._unscaled[id(optimizer)] = _Unscaled(stats.found_inf, unscale_(params, inverse_scale))
+        step.read(inverse_scale)
+        (part,) = step.parts
+        self._widened += unscale_(part.params, inverse_scale)
+        self._found_inf_ahead[id(optimizer)] = part.found_inf
 
     def step(
         self,
@@ -192,102 +195,64 @@ class LossScaler:
         scheduler: Any = None,
         closure: Callable[[], Any] | None = None,
     ) -> StepReport:
-        """Step optimizers with the gradients of the losses scaled since the last step; see `StepReport`.
+        """Unscale, clip and update, or skip; then let the loss scale react.
+
+        Args:
+            optimizers: one or more; each is clipped by its own norm and skips by its own gradients. Torch's own are
+                taken too: a fused one skips on the device, any other makes the host wait.
+            clip_norm: the largest norm of the true gradient that an optimizer sees; None for no clipping.
+            scheduler: a learning-rate scheduler, or several, to advance if their optimizer did not skip. On an
+                accelerator they do when the next step begins, before it updates: every update has the right learning
+                rate, and the device is not waited for. `drain` has them advance now.
+            closure: computes the loss and gives it to `backward`; called once, before anything else, with gradients
+                enabled.
+
+        Returns:
+            What the step did, in device scalars: `skipped`, `grad_norm` of the true gradient before clipping,
+            `loss_scale` of the losses, `skipped_each` of the optimizers. Without a single gradient nothing is done at
+            all, and the norm is 0; only an overflow that `unscale_` found before the gradients were let go counts as
+            skipped, and moves the scale.
 
         Raises:
+            OptimizerError: no optimizer, or one twice; a `clip_norm` that is not positive; a scheduler of another
+                optimizer, or one that advances by a metric; an optimizer that needs to call a closure several times;
+                16-bit weights in an optimizer that keeps no masters of them; a weight in two optimizers, one of which
+                would unscale its gradient for both; or gradients on several devices.
             LossScaleError: a scale is in use, and no loss was scaled since the last step.
             LossScaleCollapse: one step too many was skipped; names the parameters whose gradients are not finite.
             NonFiniteLoss: the same, and the loss itself was not finite.
         """
-        return step(*optimizers, scaler=self, clip_norm=clip_norm, scheduler=scheduler, closure=closure)
+        check_arguments(optimizers, clip_norm)
+        schedules = schedules_of(scheduler, optimizers)
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        step = Step(optimizers, self._found_inf_ahead, self.process_group)
+        if not step.has_gradients:
+            report = step.report_without_gradients(self.loss_scale)
+            self._end_without_gradients(step)
+            return report
+        self._begin(step)
+        loss_scale = self.loss_scale
+        # alone, a rank knows its losses
+        own = self._losses.any_non_finite(step.device) if step.agreement.is_needed else None
+        non_finite_loss = step.read(loss_scale.reciprocal(), own)
+        for part in step.parts:
+            part.update(clip_norm)
+        self._end(step, non_finite_loss, schedules)
+        return step.report(loss_scale)
 
-    def settle(self) -> None:
-        """Let schedulers advance now that would learn of the last step when the next one begins; waits for the device.
+    def drain(self) -> None:
+        """Wait for the last step, and advance the schedulers that otherwise would when the next one begins.
 
         Saving a checkpoint, or this scaler's state, does it.
         """
-        self._watch.settle()
-
-    def begin_step(
-        self, optimizers: Sequence[torch.optim.Optimizer], device: torch.device, agreement: Agreement
-    ) -> Tensor:
-        """Return the scale that the gradients carry, FP32, 0-d, on `device`; for the step to call."""
-        self._check_scaled()
-        if not self._unscaled.keys() <= set(map(id, optimizers)):
-            raise LossScaleError(
-                "unscale_ was called for an optimizer that is not among these; give all optimizers of a step to one "
-                "call"
-            )
-        self._watch.settle()
-        if not is_on_host(device):
-            self._watch.check(self.settings, optimizers, agreement)
-        self._move_to(device)
-        return self.loss_scale
-
-    def found_inf_before(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Return what `unscale_` found, bool, 0-d, or None; for the step to call."""
-        unscaled = self._unscaled.get(id(optimizer))
-        return None if unscaled is None else unscaled.found_inf
-
-    def loss_is_not_finite(self, device: torch.device) -> Tensor:
-        """Return whether a loss since the last step was Inf or NaN, bool, 0-d; for the step to call."""
-        return self._losses.is_bad(device)
-
-    def no_step(self, agreement: Agreement) -> Tensor:
-        """Forget the losses that left no gradient behind, and return the scale; for the step to call.
-
-        Gradients in which `unscale_` found an Inf or a NaN, and that were let go since, move the scale all the same.
-        """
-        carried = self.loss_scale
-        if self._unscaled:
-            self._let_go(torch.stack([each.found_inf for each in self._unscaled.values()]).any(), agreement)
-        self._forget_losses()
-        return carried
-
-    def end_step(
-        self,
-        optimizers: Sequence[torch.optim.Optimizer],
-        agreement: Agreement,
-        found_inf: Sequence[Tensor],
-        loss_is_not_finite: Tensor | None,
-        scheduler: Any,
-    ) -> None:
-        """Let the scale react to a step: once, after every optimizer; for the step to call.
-
-        Args:
-            optimizers: all of them.
-            agreement: of the ranks.
-            found_inf: of each optimizer, bool, 0-d.
-            loss_is_not_finite: on any rank, bool, 0-d; None for as on this one.
-            scheduler: one or several, or None.
-        """
-        carried = self._state.scale
-        device = found_inf[0].device
-        on_host = is_on_host(device)
-        bad_loss: Any = self._losses.first_bad(device, on_host=on_host)
-        if on_host:
-            each: list[Any] = [flag.item() for flag in found_inf]
-            bad: Any = bad_loss != 0 if loss_is_not_finite is None else loss_is_not_finite.item()
-            any_found, finite, where = any(each), not bad, select
-        else:
-            each = list(found_inf)
-            bad = self.loss_is_not_finite(device) if loss_is_not_finite is None else loss_is_not_finite
-            any_found, finite, where = torch.stack(each).any(), ~bad, torch.where
-        # ranks that do not know of each other see the same gradients, but not whose loss it was
-        if not agreement.is_known:
-            finite = True
-        self._state = update(self.settings, self._state, any_found, loss_is_finite=finite, where=where)
-        self._steps += 1
-        outcome = Outcome(self._steps, carried, self._state.skipped_in_a_row, bad_loss, bad, each)
-        self._forget_losses()
-        self._watch.follow(outcome, scheduler, optimizers)
-        if on_host:
-            self._watch.check(self.settings, optimizers, agreement)
+        self._monitor.drain()
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings and state in Python numbers, ready for JSON; waits for the device."""
-        self.settle()
-        return {"settings": asdict(self.settings), "state": self._numbers(), "steps": self._steps}
+        self.drain()
+        return {"settings": asdict(self.settings), "state": self._scale.numbers(), "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -307,77 +272,83 @@ class LossScaler:
         replace(settings, init_scale=state.scale)
         if not settings.is_dynamic and state.scale != settings.init_scale:
             raise LossScaleError(f"the scale is {state.scale}, but by its settings it stays at {settings.init_scale}")
-        self.settings, self._state, self._steps = settings, state, steps
+        self._scale, self._steps = DeviceScale(settings, state), steps
         # gradients that are there carry another scale
         self._forget_losses()
-        self._watch = Watch(self._patience)
+        self._monitor = StepMonitor(self._patience)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._unscaled:
+        if self._found_inf_ahead:
             raise LossScaleError("gradients are unscaled and the step is still to come; copy or pickle after the step")
-        self.settle()
+        self.drain()
         # who the other ranks are does not go into a file
-        return {**self.__dict__, "process_group": None, "_watch": Watch(self._patience)}
+        return {**self.__dict__, "process_group": None, "_monitor": StepMonitor(self._patience)}
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        if not isinstance(loss, Tensor) or not loss.is_floating_point():
+            got = loss.dtype if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossScaleError(f"a loss must be a floating-point tensor, not {got}")
+        self._scale = self._scale.to(loss.device)
+        self._losses.add(loss, on_host=self._scale.on_host)
+        # times 1 would be an operation there and one on the way back
+        return loss.float() if self.settings.is_none else loss.float() * self._scale.state.scale
 
     def _check_scaled(self) -> None:
-        if not self.settings.is_none and self._losses.count == 0:
+        if not self._scale.settings.is_none and self._losses.count == 0:
             raise LossScaleError(
                 "no loss was scaled since the last step, so the gradients carry no loss scale; use "
                 "scaler.backward(loss), or scaler.scale(loss).backward(). Optimizers that share a loss step in one "
                 "call, scaler.step(first, second)"
             )
 
-    def _let_go(self, found_inf: Tensor, agreement: Agreement) -> None:
-        """Let the scale react to gradients that were let go by hand: to an overflow alone, for nothing was stepped."""
-        on_host = is_on_host(found_inf.device)
-        flag: Any = found_inf.item() if on_host else found_inf
-        bad = self.loss_is_not_finite(found_inf.device)
-        finite, where = (not bad.item(), select) if on_host else (~bad, torch.where)
-        finite = finite if agreement.is_known else True
-        moved = update(self.settings, self._state, flag, loss_is_finite=finite, where=where)
-        leaves = {name: where(flag, value, getattr(self._state, name)) for name, value in vars(moved).items()}
-        self._state = LossScaleState(**leaves)
+    def _begin(self, step: Step) -> None:
+        self._check_scaled()
+        if not self._found_inf_ahead.keys() <= set(map(id, step.optimizers)):
+            raise LossScaleError(
+                "unscale_ was called for an optimizer that is not among these; give all optimizers of a step to one "
+                "call"
+            )
+        self._monitor.drain()
+        self._scale = self._scale.to(step.device)
+        if not self._scale.on_host:
+            self._monitor.check(self._scale.settings, step.optimizers, step.agreement)
+
+    def _end(self, step: Step, non_finite_loss: Tensor | None, schedules: Sequence[Schedule]) -> None:
+        """Let the scale react to a step: once, after every optimizer.
+
+        Args:
+            step: in which all optimizers have updated or skipped.
+            non_finite_loss: whether a loss is Inf or NaN on any rank: bool, 0-d; None if there are no others.
+            schedules: to advance.
+        """
+        loss_scale, on_host = self._scale.state.scale, self._scale.on_host
+        skipped_each = self._scale.leaves([part.found_inf for part in step.parts])
+        first: Any = self._losses.first_non_finite(step.device, on_host=on_host)
+        any_non_finite: Any = first != 0
+        if non_finite_loss is not None:
+            (any_non_finite,) = self._scale.leaves([non_finite_loss])
+        # ranks that do not know of each other see the same gradients, but not whose loss it was
+        loss_is_finite = any_non_finite == 0 if step.agreement.is_known else True
+        self._scale = self._scale.after_step(reduce(or_, skipped_each), loss_is_finite)
+        self._steps += 1
+        in_a_row = self._scale.state.skipped_in_a_row
+        outcome = Outcome(self._steps, loss_scale, in_a_row, first, any_non_finite, skipped_each)
+        self._forget_losses()
+        self._monitor.record(outcome, schedules, step.optimizers)
+        if on_host:
+            self._monitor.check(self._scale.settings, step.optimizers, step.agreement)
+
+    def _end_without_gradients(self, step: Step) -> None:
+        """Let the scale react to an overflow that `unscale_` found in gradients that were let go since."""
+        if self._found_inf_ahead:
+            any_found_inf = torch.stack(list(self._found_inf_ahead.values())).any()
+            device = any_found_inf.device
+            self._scale = self._scale.to(device)
+            found_inf, non_finite = self._scale.leaves([any_found_inf, self._losses.any_non_finite(device)])
+            self._scale = self._scale.after_overflow(found_inf, non_finite == 0 if step.agreement.is_known else True)
+        self._forget_losses()
 
     def _forget_losses(self) -> None:
-        for unscaled in self._unscaled.values():
-            narrow(unscaled.widened)
-        self._losses, self._unscaled = Losses(), {}
-
-    def _move_to(self, device: torch.device) -> None:
-        """Have the state on a device: on the host in Python numbers, which torch takes many times as long to change."""
-        scale = self._state.scale
-        if is_on_host(device):
-            if isinstance(scale, Tensor):
-                self._state = LossScaleState(**self._numbers())
-        elif not isinstance(scale, Tensor) or scale.device != device:
-            # a loss of an evaluation must not leave a scale that no loss of the training can be multiplied by
-            with torch.inference_mode(False):
-                leaves = {
-                    name: torch.as_tensor(value, dtype=torch.float32 if name == "scale" else torch.int32, device=device)
-                    for name, value in vars(self._state).items()
-                }
-            self._state = LossScaleState(**leaves)
-
-    def _numbers(self) -> dict[str, Any]:
-        """Return the state's leaves as Python numbers; waits for the device."""
-        return {name: torch.as_tensor(value).item() for name, value in vars(self._state).items()}
-
-
-class _Unscaled(NamedTuple):
-    """What was found in an optimizer's gradients ahead of the step, and which of them are FP32 until after it."""
-
-    found_inf: Tensor
-    widened: list[Tensor]
-
-
-def is_on_host(device: torch.device) -> bool:
-    """Return whether what is on a device can be read without waiting.
-
-    >>> is_on_host(torch.device("cpu"))
-    True
-    """
-    return device.type == "cpu"
-
-
-def _as_tensor(value: float | Tensor, dtype: torch.dtype) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device="cpu")
+        if self._widened:
+            narrow(self._widened)
+        self._losses, self._found_inf_ahead, self._widened = Losses(), {}, []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError
 from duotone.torch.scaling.diagnosis import non_finite_gradients, some_of
-from duotone.torch.scaling.late import Late
+from duotone.torch.scaling.readback import Readback
 
 # the smallest and the largest normal number of FP32, which holds the scale
 FLOOR, CEILING = 2.0**-126, torch.finfo(torch.float32).max
@@ -41,11 +41,11 @@ class ScaleAlarm:
 
     def __init__(self) -> None:
         self._has_warned = False
-        self._late = Late()
+        self._readback = Readback()
 
     def __getstate__(self) -> dict[str, Any]:
         # what is on its way to the host stays with the original
-        return {"_has_warned": self._has_warned, "_late": Late()}
+        return {"_has_warned": self._has_warned, "_readback": Readback()}
 
     def follow(self, scale: Tensor, found_inf: Tensor, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Take note of a scale that was just updated; call it from the method that a user calls.
@@ -59,17 +59,17 @@ class ScaleAlarm:
             LossScaleCollapse: there was an overflow, and the scale is at its floor.
         """
         if scale.device.type == "cpu":
-            fallen = scale.item() if found_inf else torch.inf
+            reduced_to = scale.item() if found_inf else torch.inf
         else:
-            told = self._late.receive()
-            fallen = told[0] if told else torch.inf
-            self._late.send(torch.where(found_inf != 0, scale, torch.inf).reshape(1))
-        if fallen <= FLOOR:
+            received = self._readback.receive()
+            reduced_to = received[0] if received else torch.inf
+            self._readback.send(torch.where(found_inf != 0, scale, torch.inf).reshape(1))
+        if reduced_to <= FLOOR:
             raise _collapse(optimizers)
-        if fallen < 1.0 and not self._has_warned:
+        if reduced_to < 1.0 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"the loss scale has fallen below 1, to {fallen:g}: gradients overflow even where they are made "
+                f"the loss scale has fallen below 1, to {reduced_to:g}: gradients overflow even where they are made "
                 "smaller. Most often the loss or a weight is Inf or NaN already, or the weights were trained in BF16, "
                 'whose range FP16 lacks; use policy "bf16", or autocast to torch.bfloat16 without a scaler, lower the '
                 "learning rate, or look for a division by 0 in the model and the loss",

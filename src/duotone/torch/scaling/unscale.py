@@ -1,8 +1,10 @@
-"""Gradients made true in place, for whoever wants to look at them or change them between backward pass and step.
+"""Gradients made true in place, for code that reads or changes them between backward pass and step.
 
 A step needs none of this: it takes the scale out while it updates. FP16 gradients are widened to FP32 first, for the
 scale is what keeps them from underflowing in FP16; after the step they get their own dtype back.
 """
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -31,14 +33,14 @@ def unscale_(params: list[Tensor], inverse_scale: Tensor) -> list[Tensor]:
     """
     widened = [param for param in params if param.grad is not None and param.grad.dtype == torch.float16]
     for param in widened:
-        _exchange_dtype(param, torch.float32)
-    by_device: dict[torch.device, list[Tensor]] = {}
+        _change_grad_dtype(param, torch.float32)
+    grads: dict[torch.device, list[Tensor]] = {}
     for param in params:
         if param.grad is not None:
-            grad = local(param.grad)
-            by_device.setdefault(grad.device, []).append(grad)
-    for device, grads in by_device.items():
-        torch._foreach_mul_(grads, inverse_scale.to(device))  # type: ignore[attr-defined]
+            part = local(param.grad)
+            grads.setdefault(part.device, []).append(part)
+    for device, parts in grads.items():
+        torch._foreach_mul_(parts, inverse_scale.to(device))  # type: ignore[attr-defined]
     return widened
 
 
@@ -46,10 +48,56 @@ def unscale_(params: list[Tensor], inverse_scale: Tensor) -> list[Tensor]:
 def narrow(widened: list[Tensor]) -> None:
     """Give gradients that `unscale_` widened their parameter's dtype back, rounded to nearest."""
     for param in widened:
-        _exchange_dtype(param, torch.float16)
+        _change_grad_dtype(param, torch.float16)
 
 
-def _exchange_dtype(param: Tensor, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def unscale_and_check_(
+    params: Iterable[Tensor], inverse_scale: Tensor, found_inf: Tensor
+) -> dict[torch.device, Tensor]:
+    """Multiply gradients of any kind by 1 / loss_scale, in place and in their own dtype, with torch's kernel for it.
+
+    Args:
+        params: some may have no gradient; sparse gradients are taken too.
+        inverse_scale: FP32, 0-d.
+        found_inf: FP32, 0-d, 0 or 1: what is known already.
+
+    Returns:
+        For each device with a gradient, `found_inf`, or 1 if an Inf or a NaN is in one there.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2))
+    >>> weight.grad = torch.tensor([8.0, torch.inf])
+    >>> unscale_and_check_([weight], torch.tensor(0.5), torch.tensor(0.0)), weight.grad
+    ({device(type='cpu'): tensor(1.)}, tensor([4., inf]))
+    """
+    parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        if param.grad is not None:
+            part = _values_of(param)
+            parts.setdefault((part.device, part.dtype), []).append(part)
+    found: dict[torch.device, Tensor] = {}
+    for (device, _), grads in parts.items():
+        if device not in found:
+            found[device] = found_inf.to(device, copy=True)
+        torch._amp_foreach_non_finite_check_and_unscale_(  # type: ignore[attr-defined]
+            grads, found[device], inverse_scale.to(device)
+        )
+    return found
+
+
+def _values_of(param: Tensor) -> Tensor:
+    """Return the memory of a parameter's gradient, of this rank's part."""
+    grad = param.grad
+    assert grad is not None
+    if not grad.is_sparse:
+        return local(grad)
+    # finite FP16 values of one element may sum up to Inf
+    if grad.dtype == torch.float16:
+        grad = param.grad = grad.coalesce()
+    return grad._values()
+
+
+def _change_grad_dtype(param: Tensor, dtype: torch.dtype) -> None:
     # torch checks one against the other, so the gradient is away in between
     grad, param.grad = param.grad, None
     param.grad_dtype = dtype  # type: ignore[attr-defined]

@@ -11,14 +11,14 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError, NonFiniteLoss
 from duotone.loss_scale import LossScale, LossScaleState
-from duotone.torch.scaling import loss_scaler
+from duotone.torch.scaling import device_scale
 
 
 @pytest.fixture(params=["host", "device"])
 def lateness(request, monkeypatch):
     """Return how many steps late a run ends: on a device the host learns of a step when the next one begins."""
     if request.param == "device":
-        monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+        monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     return int(request.param == "device")
 
 
@@ -87,7 +87,7 @@ def test_a_calibration_is_no_alarm(lateness):
             scaler.scale(torch.ones(()))
             parameter.grad = torch.full((1,), value)
             scaler.step(optimizer)
-        scaler.settle()
+        scaler.drain()
     assert scaler.skipped.item() == 34
 
 
@@ -104,7 +104,7 @@ def test_patience_counts_steps_in_a_row(lateness):
 
 
 def test_on_a_device_a_run_that_recovers_in_time_goes_on(monkeypatch):
-    monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+    monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16", patience=3)
     for value in (math.inf, math.inf, math.inf, 1.0, math.inf, 1.0):
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_named_and_leaves_the_scale_alone(bad, plac
                 is_bad = step >= 2 and micro_batch >= place
                 scaler.backward(parameter.sum() * (bad if is_bad else 1.0))
             report = scaler.step(optimizer)
-            scaler.settle()
+            scaler.drain()
             optimizer.zero_grad()
         assert report.skipped.item() == (step >= 2)
         texts = [str(each.message) for each in caught if each.category is DuotoneWarning]
@@ -171,7 +171,7 @@ def test_a_large_finite_loss_that_overflows_when_it_is_scaled_backs_off(lateness
         warnings.simplefilter("error")
         scaler.backward(parameter.sum() * 3e38)
         assert scaler.step(optimizer).skipped.item()
-        scaler.settle()
+        scaler.drain()
     assert scaler.loss_scale.item() == 2.0**15
 
 
@@ -185,7 +185,7 @@ def test_inside_of_torch_s_function_transforms_a_loss_is_scaled_and_not_looked_a
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         scaler.step(dt.SGD([parameter], lr=0.0))
-        scaler.settle()
+        scaler.drain()
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
@@ -227,7 +227,7 @@ def test_of_two_that_take_turns_the_one_that_only_skips_ends_the_run(lateness, p
         one_step(scaler, steep, models[0])
 
 
-@pytest.mark.parametrize("ends", ["step", "settle"])
+@pytest.mark.parametrize("ends", ["step", "drain"])
 def test_a_loss_that_is_not_finite_is_said_once_where_two_take_turns(lateness, ends):
     parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
     optimizers, scaler = [dt.SGD([each], lr=0.0) for each in parameters], dt.LossScaler("fp16")
@@ -237,8 +237,8 @@ def test_a_loss_that_is_not_finite_is_said_once_where_two_take_turns(lateness, e
             for parameter, optimizer, factor in zip(parameters, optimizers, (math.nan, 1.0), strict=True):
                 scaler.backward(parameter.sum() * factor)
                 scaler.step(optimizer)
-                if ends == "settle":
-                    scaler.settle()
+                if ends == "drain":
+                    scaler.drain()
                 optimizer.zero_grad()
     (warning,) = caught
     assert str(warning.message).startswith("loss 1 of step 1 is not finite")

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duotone.torch as dt
-from duotone.torch.scaling import loss_scaler
+from duotone.torch.scaling import device_scale
 
 # each letter is a step: o overflows, n has a loss that is not finite, e has no gradient at all
 RUNS = ["....", "o..o", "oo.o.o..", "n.", ".nn..o", "e.e", "oe.", ".oeo..", "ono.n.."]
@@ -19,10 +19,10 @@ RUNS = ["....", "o..o", "oo.o.o..", "n.", ".nn..o", "e.e", "oe.", ".oeo..", "ono
 @pytest.fixture
 def on_device(monkeypatch):
     """Return a function that has scalers treat every device as one that is to be waited for, or as it is."""
-    true = loss_scaler.is_on_host
+    true = device_scale.is_on_host
 
     def choose(late):
-        monkeypatch.setattr(loss_scaler, "is_on_host", (lambda device: False) if late else true)
+        monkeypatch.setattr(device_scale, "is_on_host", (lambda device: False) if late else true)
 
     return choose
 
@@ -58,10 +58,10 @@ def run(steps, kind, policy="fp16-mixed", **settings):
         report = scaler.step(optimizer, scheduler=scheduler, clip_norm=1.0)
         optimizer.zero_grad()
         # not state_dict, which would have the scheduler learn of the step now
-        leaves = vars(scaler._state).values()
+        leaves = vars(scaler._scale.state).values()
         states.append([torch.as_tensor(leaf).item() for leaf in leaves])
         reports.append([float(value) for value in (report.skipped, report.grad_norm, report.loss_scale)])
-    scaler.settle()
+    scaler.drain()
     rates.append(optimizer.param_groups[0]["lr"])
     weights = [param.tolist() for param in model.parameters()]
     return weights, states, rates, repr(reports), scaler.state_dict()
@@ -94,7 +94,7 @@ def test_saving_learns_of_the_last_step(on_device):
     optimizer, scaler = dt.SGD([parameter], lr=1.0), dt.LossScaler("fp16")
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     rates = []
-    for learn in (lambda: None, scaler.settle, scaler.state_dict, lambda: copy.deepcopy(scaler), lambda: None):
+    for learn in (lambda: None, scaler.drain, scaler.state_dict, lambda: copy.deepcopy(scaler), lambda: None):
         scaler.backward(parameter.sum())
         scaler.step(optimizer, scheduler=scheduler)
         learn()
@@ -109,7 +109,7 @@ def test_a_state_moves_between_host_and_device(on_device):
         on_device(late)
         scaler.backward(parameter.sum() * 3e38)
         scaler.step(optimizer)
-        assert isinstance(scaler._state.scale, torch.Tensor) == late
+        assert isinstance(scaler._scale.state.scale, torch.Tensor) == late
     assert (scaler.loss_scale.item(), scaler.loss_scale.dtype) == (2.0**12, torch.float32)
     assert (scaler.skipped.item(), scaler.skipped.dtype) == (4, torch.int32)
 
@@ -147,7 +147,7 @@ def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflo
     scaler, flag = dt.LossScaler(policy), torch.tensor(overflows)
     stats = torch.ones((), dtype=torch.float64), flag
     monkeypatch.setattr("duotone.torch.kernels.grad_stats", lambda *arguments: stats)
-    receive = scaler._watch._late.receive
+    receive = scaler._monitor._readback.receive
     received = []
 
     def waiting_is_fine_here():
@@ -155,7 +155,7 @@ def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflo
             received.append(receive())
         return received[-1]
 
-    monkeypatch.setattr(scaler._watch._late, "receive", waiting_is_fine_here)
+    monkeypatch.setattr(scaler._monitor._readback, "receive", waiting_is_fine_here)
     data = torch.randn(4, 3)
     scaler.scale(torch.ones(()))
     with NoReading(), NoWaiting():
