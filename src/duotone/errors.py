@@ -57,11 +57,11 @@ class BackendError(DuotoneError, RuntimeError):
 
 
 class OperationError(DuotoneError, RuntimeError):
-    """An operation that a cast model does not run in 16 bits, or on an operand that was changed; or no such rule."""
+    """An operation that a cast model does not run in 16 bits, or on an operand that was changed; or no such kind."""
 
 
 class AutocastError(DuotoneError, RuntimeError, TypeError, ValueError):
-    """An autocast for a device that has none, or around something that is no function."""
+    """An autocast for a device that has none, or of something that is no function."""
 
 
 class ExplainError(DuotoneError, TypeError):

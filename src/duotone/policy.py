@@ -69,8 +69,8 @@ class Rule:
         return f"{self.pattern}: {spelling.write(dict(self.roles))}"
 
     def holds_for(self, path: str, classes: ClassNames = _NO_CLASSES) -> bool:
-        """Return whether the pattern matches the module at `path` or a module around it."""
-        return any(self.matches(around, classes) for around in _outwards(path))
+        """Return whether the pattern matches the module at `path` or one that contains it."""
+        return any(self.matches(module, classes) for module in _with_containers(path))
 
     def matches(self, path: str, classes: ClassNames = _NO_CLASSES) -> bool:
         """Return whether the pattern matches the very module at `path`."""
@@ -230,8 +230,8 @@ class Policy:
         return _from_parts(content, [(rule["pattern"], rule["roles"]) for rule in rules])
 
 
-def _outwards(path: str) -> Iterator[str]:
-    """Yield a module's path, those of the modules around it, and "" for the model."""
+def _with_containers(path: str) -> Iterator[str]:
+    """Yield a module's path, those of the modules that contain it, and "" for the model."""
     yield path
     while path:
         path = path.rpartition(".")[0]

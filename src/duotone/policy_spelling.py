@@ -100,15 +100,15 @@ def read_value(role: str, value: object) -> Value:
         raise PolicyError(f'a policy has no role "{role}"; {nearest_names(role, [*ROLES, "loss_scale"])}')
     allowed = ROLES[role]
     if value in ("none", None):
-        found = None
+        stored = None
     elif isinstance(value, str) and value in allowed:
-        found = value
+        stored = value
     else:
-        found = _format_name(role, value)
-    if found not in allowed:
+        stored = _format_name(role, value)
+    if stored not in allowed:
         reason = f" ({_REASONS[role]})" if role in _REASONS else ""
-        raise PolicyError(f"{role}={value} is not possible{reason}; allowed: {', '.join(_words(role))}")
-    return found
+        raise PolicyError(f"{role}={value} is not possible{reason}; allowed: {', '.join(_spelled_values(role))}")
+    return stored
 
 
 def passes_float16(role_sets: Iterable[Mapping[str, Value]]) -> bool:
@@ -180,7 +180,7 @@ def write_shortest(roles: Mapping[str, Value]) -> str:
     return ",".join(part for part in (nearest, write(differences[nearest])) if part)
 
 
-def _words(role: str) -> list[str]:
+def _spelled_values(role: str) -> list[str]:
     """Return the values that a role can hold, as they are written."""
     return [_write_value(value) for value in ROLES[role]]
 
@@ -195,11 +195,11 @@ def _write_value(value: Value) -> str:
 def _format_name(role: str, value: object) -> str:
     """Return the name of the format that `value` spells, whether or not `role` can hold it."""
     if not isinstance(value, str):
-        raise PolicyError(f"{role}={value!r} is not a name; allowed: {', '.join(_words(role))}")
+        raise PolicyError(f"{role}={value!r} is not a name; allowed: {', '.join(_spelled_values(role))}")
     try:
         return get_format(value).name
     except FormatError as error:
-        raise PolicyError(f'{role}="{value}" is not known; {nearest_names(value, _words(role))}') from error
+        raise PolicyError(f'{role}="{value}" is not known; {nearest_names(value, _spelled_values(role))}') from error
 
 
 def _read_loss_scale(value: object) -> str | float:

@@ -44,7 +44,7 @@ def round_to(
         random_bits: see `encode`.
 
     Returns:
-        An array of the shape and dtype of `values`. NaN, Inf, -0 and overflow fare as `encode` says.
+        An array of the shape and dtype of `values`. NaN, Inf, -0 and overflow become what `encode` says.
 
     Raises:
         FormatError: as `encode`.
@@ -239,17 +239,17 @@ def _payload(magnitude: NDArray, source: Format, target: Format) -> NDArray | in
 
 
 def _rounds_up(mode: str, random_bits: ArrayLike | None, shape: tuple[int, ...]) -> _RoundsUp:
-    """Return the rule of a mode, which comes with random bits when and only when it needs them."""
+    """Return what a mode decides by; random bits come with `stochastic` and with no other."""
     if mode == "stochastic":
         if random_bits is None:
             raise FormatError('mode "stochastic" needs random_bits; pass unsigned integers from your generator')
         return _stochastic(np.asarray(random_bits), shape)
     if random_bits is not None:
         raise FormatError(f'mode "{mode}" takes no random_bits; leave them out or use mode "stochastic"')
-    rules = {"nearest_even": _nearest_even, "ties_away": _ties_away, "toward_zero": _toward_zero}
-    if mode not in rules:
+    by_mode = {"nearest_even": _nearest_even, "ties_away": _ties_away, "toward_zero": _toward_zero}
+    if mode not in by_mode:
         raise FormatError(f'no rounding mode "{mode}"; {nearest_names(mode, get_args(RoundingMode))}')
-    return rules[mode]
+    return by_mode[mode]
 
 
 def _half(shift: NDArray) -> NDArray:
@@ -269,7 +269,7 @@ def _toward_zero(kept: NDArray, discarded: NDArray, shift: NDArray) -> NDArray:
 
 
 def _stochastic(random_bits: NDArray, shape: tuple[int, ...]) -> _RoundsUp:
-    """Return the rule that adds random bits to the discarded fraction of values of a shape."""
+    """Return what adds random bits to the discarded fraction of values of a shape."""
     if random_bits.dtype.kind != "u":
         raise FormatError(f"random_bits must be unsigned integers, got {random_bits.dtype}; pass uint32")
     try:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import duotone.torch as dt
 from duotone.errors import LossScaleCollapse
-from duotone.torch.distributed.agreement import Agreement, SharedBy, note_ranks
+from duotone.torch.distributed.agreement import Agreement, SharedBy, set_ranks
 from duotone.torch.kernels import grad_stats
 from duotone.torch.parameters.shards import local
 
@@ -118,11 +118,11 @@ def test_all_ranks_skip_what_one_has_to(ranks, kind):
         assert first[2] == other[2]
 
 
-def a_loss_that_is_nan_on_one_rank(noted: bool):
+def a_loss_that_is_nan_on_one_rank(ranks_are_known: bool):
     """Return how the scale reacts if gradients are averaged, as DDP does, and one rank's loss was NaN."""
     param = nn.Parameter(torch.ones(2))
-    if noted:
-        note_ranks(param, dist.group.WORLD)
+    if ranks_are_known:
+        set_ranks(param, dist.group.WORLD)
     optimizer = dt.SGD([param], lr=0.1)
     scaler = dt.LossScaler("fp16", init_scale=8.0)
     loss = torch.tensor(math.nan if dist.get_rank() == 0 else 1.0)
@@ -169,10 +169,10 @@ def test_without_ranks_nobody_is_asked():
     assert agreement.any(flags) is flags
 
 
-def test_a_note_of_ranks_does_not_go_into_copies():
+def test_ranks_do_not_go_into_copies():
     import copy
     import pickle
 
-    note = SharedBy(object())
-    assert copy.deepcopy(note).group is None
-    assert pickle.loads(pickle.dumps(note)).group is None
+    shared_by = SharedBy(object())
+    assert copy.deepcopy(shared_by).group is None
+    assert pickle.loads(pickle.dumps(shared_by)).group is None

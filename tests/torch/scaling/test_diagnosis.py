@@ -10,7 +10,7 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import LossScaleCollapse, NonFiniteLoss
 from duotone.loss_scale import LossScale
-from duotone.torch.scaling.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
+from duotone.torch.scaling.diagnosis import collapse_error, loss_at, non_finite_gradients, non_finite_loss_error
 
 WITHOUT_NAME = "keep the part that overflows in FP32 by a rule, look for a division by 0"
 
@@ -96,23 +96,23 @@ def test_what_a_sparse_gradient_sums_up_to_is_what_counts():
     ],
 )
 def test_a_few_names_are_shown_and_always_the_last(names, shown):
-    error = collapse(names, 12, 50, 2.0**10, LossScale())
+    error = collapse_error(names, 12, 50, 2.0**10, LossScale())
     assert isinstance(error, LossScaleCollapse)
     assert str(error).startswith(f"50 steps in a row were skipped, the last at loss scale 1024: {shown}{WITHOUT_NAME}")
 
 
 def test_the_module_is_that_of_the_last_name_and_the_rule_can_be_followed():
-    text = str(collapse(["0.weight", "1.0.weight"], 4, 17, 1.0, LossScale()))
+    text = str(collapse_error(["0.weight", "1.0.weight"], 4, 17, 1.0, LossScale()))
     assert 'met the first in "1.0": keep that in FP32 by a rule, ' in text
     assert 'met the first in "1.0", or in what comes after it' in str(
-        collapse(["0.weight", "1.0.weight"], 2, 17, 1.0, LossScale())
+        collapse_error(["0.weight", "1.0.weight"], 2, 17, 1.0, LossScale())
     )
     rule = text.split('by a rule, "')[1].split('"', maxsplit=1)[0]
     for policy in ("fp16", "fp16-mixed"):
         model = dt.cast(two_layers(), f"{policy}; {rule}")
         assert [param.dtype for param in model[1].parameters()] == [torch.float32] * 2
-    assert "a rule" in str(collapse(["parameter 3 (64, 64)"], 4, 17, 1.0, LossScale()))
-    assert "met the first" not in str(collapse(["parameter 3 (64, 64)"], 4, 17, 1.0, LossScale()))
+    assert "a rule" in str(collapse_error(["parameter 3 (64, 64)"], 4, 17, 1.0, LossScale()))
+    assert "met the first" not in str(collapse_error(["parameter 3 (64, 64)"], 4, 17, 1.0, LossScale()))
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_the_module_is_that_of_the_last_name_and_the_rule_can_be_followed():
     ],
 )
 def test_where_the_scale_was(scale, settings, where):
-    assert where in str(collapse(["a"], 1, 50, scale, settings))
+    assert where in str(collapse_error(["a"], 1, 50, scale, settings))
 
 
 def test_a_loss_is_named_by_step_and_place():
-    error = non_finite_loss(12, 3, 50)
+    error = non_finite_loss_error(12, 3, 50)
     assert isinstance(error, NonFiniteLoss)
     assert str(error).startswith("50 steps in a row were skipped, and loss 3 of step 12 is not finite: ")
     assert loss_at(12, None) == "a loss of step 12 on another rank"

@@ -30,7 +30,7 @@ def ready(kind, scale=4.0, **settings):
 
 
 def collapsed(kind):
-    """Let every step overflow, 200 times or until it is told; return the scaler."""
+    """Let every step overflow, 200 times or until it is warned of; return the scaler."""
     param = parameter()
     optimizer = torch.optim.SGD([param], lr=1.0)
     scaler = ready(kind, 2.0**16)
@@ -244,7 +244,7 @@ def sharded(kind):
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    from duotone.torch.distributed.agreement import note_ranks
+    from duotone.torch.distributed.agreement import set_ranks
 
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -258,7 +258,7 @@ def sharded(kind):
     def plain(grad):
         made = parameter(grad)
         if kind == "duotone":
-            note_ranks(made, dist.group.WORLD)
+            set_ranks(made, dist.group.WORLD)
         return made
 
     cases = {

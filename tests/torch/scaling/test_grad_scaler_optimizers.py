@@ -31,57 +31,57 @@ def weight_of(optimizer):
     return optimizer.param_groups[0]["params"][0]
 
 
-class Telling(torch.optim.Optimizer):
-    """An optimizer that takes the scale out by itself and keeps what it was told."""
+class TakesScale(torch.optim.Optimizer):
+    """An optimizer that takes the scale out by itself and keeps what it was given."""
 
     def __init__(self):
         super().__init__([parameter(grad=4.0)], {})
         self._step_supports_amp_scaling = True
 
     def step(self, closure=None):
-        self.told = self.grad_scale, self.found_inf
+        self.seen = self.grad_scale, self.found_inf
         return "stepped"
 
 
-class Given(Telling):
+class TakesScaler(TakesScale):
     """One that wants the scaler itself."""
 
     def step(self, closure=None, *, grad_scaler=None):
-        self.told = grad_scaler
+        self.seen = grad_scaler
         assert not hasattr(self, "grad_scale")
         grad_scaler.unscale_(self)
 
 
 @SCALERS
 def test_optimizers_that_take_the_scale_out_themselves(kind):
-    scaler, optimizer = ready(kind), Telling()
+    scaler, optimizer = ready(kind), TakesScale()
     optimizer.grad_scale = torch.tensor(3.0)
     assert scaler.step(optimizer) == "stepped"
-    assert (optimizer.told[0].item(), optimizer.told[1].item()) == (12.0, 0.0)
+    assert (optimizer.seen[0].item(), optimizer.seen[1].item()) == (12.0, 0.0)
     assert not hasattr(optimizer, "grad_scale")
     assert not hasattr(optimizer, "found_inf")
-    unscaled = Telling()
+    unscaled = TakesScale()
     scaler.unscale_(unscaled)
     scaler.step(unscaled)
-    assert unscaled.told[0] is None
+    assert unscaled.seen[0] is None
     scaler.update()
     assert scaler._get_growth_tracker() == 1
 
 
 @SCALERS
 def test_optimizers_that_want_the_scaler(kind):
-    scaler, optimizer = ready(kind), Given()
+    scaler, optimizer = ready(kind), TakesScaler()
     with pytest.warns(FutureWarning, match="GradScaler is going to stop passing itself") as caught:
         assert scaler.step(optimizer) is None
     assert caught[0].filename == __file__
-    assert optimizer.told is scaler
+    assert optimizer.seen is scaler
     assert weight_of(optimizer).grad[0] == 1.0
     scaler.update()
 
 
 @SCALERS
 def test_an_optimizer_that_wants_the_scaler_has_to_check(kind):
-    class Careless(Given):
+    class Careless(TakesScaler):
         def step(self, closure=None, *, grad_scaler=None):
             pass
 
@@ -92,8 +92,8 @@ def test_an_optimizer_that_wants_the_scaler_has_to_check(kind):
         scaler.update()
 
 
-def test_what_a_failed_fused_step_was_told_is_gone():
-    class Failing(Telling):
+def test_after_a_failed_fused_step_its_scalars_are_gone():
+    class Failing(TakesScale):
         def step(self, closure=None):
             raise OSError
 
@@ -118,7 +118,7 @@ def test_step_hands_on_arguments_and_results(kind):
 
 @SCALERS
 @pytest.mark.parametrize("fused", [False, True])
-def test_gradients_that_break_after_unscaling_are_nobodys_to_judge(kind, fused):
+def test_gradients_that_break_after_unscaling_are_not_checked_again(kind, fused):
     scaler, optimizer = ready(kind), torch.optim.AdamW([parameter(grad=1.0)], lr=1.0, fused=fused)
     scaler.unscale_(optimizer)
     weight_of(optimizer).grad.fill_(math.nan)

@@ -49,7 +49,7 @@ def test_the_scale_backs_off_and_grows(parameter, optimizer):
         report = one_step(scaler, optimizer, parameter, value)
         assert report.skipped.item() == (not math.isfinite(value))
         scales.append(report.loss_scale.item())
-    # a report tells the scale that its gradients carried, which is the one before the step
+    # a report has the scale of its gradients, which is the one before the step
     assert scales == [16, 8, 8, 16, 16, 8, 4, 4]
     assert scaler.loss_scale.item() == 8
     assert scaler.skipped.item() == 3

@@ -1,4 +1,4 @@
-"""How a run that cannot go on ends: which module, which loss, after how many steps; and when nothing is said."""
+"""How a run that cannot go on ends: which module, which loss, after how many steps; and when there is no warning."""
 
 import copy
 import math
@@ -15,8 +15,8 @@ from duotone.torch.scaling import device_scale
 
 
 @pytest.fixture(params=["host", "device"])
-def lateness(request, monkeypatch):
-    """Return how many steps late a run ends: on a device the host learns of a step when the next one begins."""
+def delay(request, monkeypatch):
+    """Return how many steps later a run ends: on a device, the host reads an outcome when the next step begins."""
     if request.param == "device":
         monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     return int(request.param == "device")
@@ -47,11 +47,11 @@ def grouped(model):
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
 @pytest.mark.parametrize("policy", ["fp16", "fp16-mixed"])
-def test_a_collapse_names_the_module_and_its_rule_mends_it(policy, lateness):
+def test_a_collapse_names_the_module_and_its_rule_mends_it(policy, delay):
     model = dt.cast(steep_model(), policy)
     optimizer, scaler = dt.SGD(grouped(model), lr=0.0), dt.LossScaler(policy)
     # from 2^16 to 1 it takes 16 steps
-    for _ in range(16 + lateness):
+    for _ in range(16 + delay):
         assert one_step(scaler, optimizer, model).skipped.item()
     with pytest.raises(LossScaleCollapse) as caught:
         one_step(scaler, optimizer, model)
@@ -67,17 +67,17 @@ def test_a_collapse_names_the_module_and_its_rule_mends_it(policy, lateness):
 
 
 @pytest.mark.parametrize(("policy", "at"), [("fp16,loss_scale=8", "loss scale 8"), ("bf16", "no loss scale")])
-def test_a_scale_that_stands_still_ends_with_patience(policy, at, lateness):
+def test_a_scale_that_stands_still_ends_with_patience(policy, at, delay):
     model = nn.Linear(4, 1)
     optimizer, scaler = dt.SGD(model.named_parameters(), lr=0.0), dt.LossScaler(policy, patience=4)
     model.weight.register_hook(lambda grad: grad * math.inf)
-    for _ in range(3 + lateness):
+    for _ in range(3 + delay):
         one_step(scaler, optimizer, model)
     with pytest.raises(LossScaleCollapse, match=rf"4 steps .* at {at}: 1 of 2 gradients are not finite \(weight\)"):
         one_step(scaler, optimizer, model)
 
 
-def test_a_calibration_is_no_alarm(lateness):
+def test_a_calibration_is_no_alarm(delay):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler(LossScale(init_scale=2.0**32))
     with warnings.catch_warnings():
@@ -91,10 +91,10 @@ def test_a_calibration_is_no_alarm(lateness):
     assert scaler.skipped.item() == 34
 
 
-def test_patience_counts_steps_in_a_row(lateness):
+def test_patience_counts_steps_in_a_row(delay):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16", patience=3)
-    for value in [math.inf, math.inf, 1.0] * 3 + [math.nan, math.inf, math.inf][: 2 + lateness]:
+    for value in [math.inf, math.inf, 1.0] * 3 + [math.nan, math.inf, math.inf][: 2 + delay]:
         scaler.scale(torch.ones(()))
         parameter.grad = torch.full((1,), value)
         scaler.step(optimizer)
@@ -124,7 +124,7 @@ def test_patience_is_a_whole_number(patience):
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_a_loss_that_is_not_finite_is_named_and_leaves_the_scale_alone(bad, place, lateness):
+def test_a_loss_that_is_not_finite_is_named_and_leaves_the_scale_alone(bad, place, delay):
     parameter = nn.Parameter(torch.ones(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16", hysteresis=2)
     for step in range(1, 4):
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_is_named_and_leaves_the_scale_alone(bad, plac
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
-def test_losses_that_are_never_finite_end_the_run_as_what_they_are(lateness):
+def test_losses_that_are_never_finite_end_the_run_as_what_they_are(delay):
     parameter = nn.Parameter(torch.ones(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16", patience=3)
     ends = []
@@ -155,16 +155,16 @@ def test_losses_that_are_never_finite_end_the_run_as_what_they_are(lateness):
             scaler.step(optimizer)
         except NonFiniteLoss as error:
             ends.append((step, str(error).split(" is not")[0]))
-            # whoever goes on is told again by the next step
-            if lateness:
+            # a run that goes on is stopped again by the next step
+            if delay:
                 scaler.step(optimizer)
         optimizer.zero_grad()
-    told = [(n, f"{n} steps in a row were skipped, and loss 2 of step {n}") for n in (3, 4, 5, 6)]
-    assert ends == [(n + lateness, text) for n, text in told][: 4 - lateness]
+    expected = [(n, f"{n} steps in a row were skipped, and loss 2 of step {n}") for n in (3, 4, 5, 6)]
+    assert ends == [(n + delay, text) for n, text in expected][: 4 - delay]
     assert scaler.loss_scale.item() == 2.0**16
 
 
-def test_a_large_finite_loss_that_overflows_when_it_is_scaled_backs_off(lateness):
+def test_a_large_finite_loss_that_overflows_when_it_is_scaled_backs_off(delay):
     parameter = nn.Parameter(torch.ones(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16")
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def test_a_large_finite_loss_that_overflows_when_it_is_scaled_backs_off(lateness
     assert scaler.loss_scale.item() == 2.0**15
 
 
-def test_inside_of_torch_s_function_transforms_a_loss_is_scaled_and_not_looked_at(lateness):
+def test_inside_of_torch_s_function_transforms_a_loss_is_scaled_and_not_checked(delay):
     scaler = dt.LossScaler("fp16", init_scale=8.0)
     scaled = torch.vmap(lambda x: scaler.scale(x * 2))(torch.tensor([1.0, math.nan, 3.0]))
     assert scaled[[0, 2]].tolist() == [16.0, 48.0]
@@ -189,38 +189,38 @@ def test_inside_of_torch_s_function_transforms_a_loss_is_scaled_and_not_looked_a
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
-def test_a_copy_counts_on(lateness):
+def test_a_copy_counts_on(delay):
     model = nn.Linear(4, 1)
     optimizer, scaler = dt.SGD(model.parameters(), lr=0.0), dt.LossScaler("bf16", patience=3)
     for _ in range(2):
         one_step(scaler, optimizer, model, math.nan)
         scaler = copy.deepcopy(scaler)
-    if lateness:
+    if delay:
         one_step(scaler, optimizer, model, math.nan)
     with pytest.raises(NonFiniteLoss, match="3 steps in a row were skipped, and loss 1 of step 3"):
         one_step(scaler, optimizer, model, math.nan)
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
-def test_a_bad_loss_before_an_overflow_at_the_floor_is_no_second_overflow(lateness):
+def test_a_bad_loss_before_an_overflow_at_the_floor_is_no_second_overflow(delay):
     model = dt.cast(nn.Linear(4, 1), "fp16")
     optimizer, scaler = dt.SGD(model.parameters(), lr=0.0), dt.LossScaler("fp16", init_scale=1.0)
     for factor in (math.nan, 1e30, 1.0, 1e30, math.nan, 1e30, 1.0):
         # an FP32 loss of 1e30 is finite, its gradients in FP16 are not
         assert one_step(scaler, optimizer, model, factor).skipped.item() == (factor != 1.0)
-    for _ in range(1 + lateness):
+    for _ in range(1 + delay):
         assert one_step(scaler, optimizer, model, 1e30).skipped.item()
     with pytest.raises(LossScaleCollapse):
         one_step(scaler, optimizer, model, 1e30)
 
 
 @pytest.mark.parametrize("patience", [50, 3])
-def test_of_two_that_take_turns_the_one_that_only_skips_ends_the_run(lateness, patience):
+def test_of_two_that_take_turns_the_one_that_only_skips_ends_the_run(delay, patience):
     models = steep_model(), nn.Linear(4, 2)
     steep, other = (dt.SGD(dt.cast(model, "fp16").parameters(), lr=0.0) for model in models)
     scaler = dt.LossScaler("fp16", patience=patience)
     steps = min(patience, 17)
-    for _ in range(steps - 1 + lateness):
+    for _ in range(steps - 1 + delay):
         assert one_step(scaler, steep, models[0]).skipped.item()
         assert not one_step(scaler, other, models[1]).skipped.item()
     with pytest.raises(LossScaleCollapse, match=rf"^{steps} steps in a row were skipped, .* the first in \"1\.1\": "):
@@ -228,7 +228,7 @@ def test_of_two_that_take_turns_the_one_that_only_skips_ends_the_run(lateness, p
 
 
 @pytest.mark.parametrize("ends", ["step", "drain"])
-def test_a_loss_that_is_not_finite_is_said_once_where_two_take_turns(lateness, ends):
+def test_a_loss_that_is_not_finite_is_warned_of_once_where_two_take_turns(delay, ends):
     parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
     optimizers, scaler = [dt.SGD([each], lr=0.0) for each in parameters], dt.LossScaler("fp16")
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""The accelerator's way on a CPU: the same states and learning rates, learned one step late, and nobody waits."""
+"""What happens on an accelerator, on a CPU: the same states and learning rates, one step later, and no waiting."""
 
 import copy
 import math
@@ -17,12 +17,12 @@ RUNS = ["....", "o..o", "oo.o.o..", "n.", ".nn..o", "e.e", "oe.", ".oeo..", "ono
 
 
 @pytest.fixture
-def on_device(monkeypatch):
+def pretend(monkeypatch):
     """Return a function that has scalers treat every device as one that is to be waited for, or as it is."""
     true = device_scale.is_on_host
 
-    def choose(late):
-        monkeypatch.setattr(device_scale, "is_on_host", (lambda device: False) if late else true)
+    def choose(on_device):
+        monkeypatch.setattr(device_scale, "is_on_host", (lambda device: False) if on_device else true)
 
     return choose
 
@@ -57,7 +57,7 @@ def run(steps, kind, policy="fp16-mixed", **settings):
                 scaler.backward(model(torch.randn(4, 3)).square().mean() * factor)
         report = scaler.step(optimizer, scheduler=scheduler, clip_norm=1.0)
         optimizer.zero_grad()
-        # not state_dict, which would have the scheduler learn of the step now
+        # not state_dict, which would have the scheduler advance now
         leaves = vars(scaler._scale.state).values()
         states.append([torch.as_tensor(leaf).item() for leaf in leaves])
         reports.append([float(value) for value in (report.skipped, report.grad_norm, report.loss_scale)])
@@ -70,46 +70,46 @@ def run(steps, kind, policy="fp16-mixed", **settings):
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
 @pytest.mark.parametrize("steps", RUNS)
 @pytest.mark.parametrize("kind", [dt.AdamW, torch.optim.SGD])
-def test_both_ways_lead_to_the_same(steps, kind, on_device):
+def test_both_ways_lead_to_the_same(steps, kind, pretend):
     runs = []
-    for late in (False, True):
-        on_device(late)
+    for on_device in (False, True):
+        pretend(on_device)
         runs.append(run(steps, kind, hysteresis=2, growth_interval=2))
     assert runs[0] == runs[1]
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
 @pytest.mark.parametrize("policy", ["bf16-mixed", "fp16-mixed,loss_scale=8"])
-def test_both_ways_lead_to_the_same_where_the_scale_stands_still(policy, on_device):
+def test_both_ways_lead_to_the_same_where_the_scale_stands_still(policy, pretend):
     runs = []
-    for late in (False, True):
-        on_device(late)
+    for on_device in (False, True):
+        pretend(on_device)
         runs.append(run(".on.", dt.SGD, policy))
     assert runs[0] == runs[1]
 
 
-def test_saving_learns_of_the_last_step(on_device):
-    on_device(True)
+def test_saving_drains_the_last_step(pretend):
+    pretend(True)
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, scaler = dt.SGD([parameter], lr=1.0), dt.LossScaler("fp16")
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     rates = []
-    for learn in (lambda: None, scaler.drain, scaler.state_dict, lambda: copy.deepcopy(scaler), lambda: None):
+    for drain in (lambda: None, scaler.drain, scaler.state_dict, lambda: copy.deepcopy(scaler), lambda: None):
         scaler.backward(parameter.sum())
         scaler.step(optimizer, scheduler=scheduler)
-        learn()
+        drain()
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [1.0, 0.25, 0.125, 0.0625, 0.0625]
 
 
-def test_a_state_moves_between_host_and_device(on_device):
+def test_a_state_moves_between_host_and_device(pretend):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16")
-    for late in (False, True, False, True):
-        on_device(late)
+    for on_device in (False, True, False, True):
+        pretend(on_device)
         scaler.backward(parameter.sum() * 3e38)
         scaler.step(optimizer)
-        assert isinstance(scaler._scale.state.scale, torch.Tensor) == late
+        assert isinstance(scaler._scale.state.scale, torch.Tensor) == on_device
     assert (scaler.loss_scale.item(), scaler.loss_scale.dtype) == (2.0**12, torch.float32)
     assert (scaler.skipped.item(), scaler.skipped.dtype) == (4, torch.int32)
 
@@ -137,9 +137,9 @@ class NoReading(TorchFunctionMode):
 @pytest.mark.parametrize("policy", ["fp16", "bf16", "fp16,loss_scale=8"])
 @pytest.mark.parametrize("overflows", [False, True])
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
-def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflows, on_device, monkeypatch):
-    on_device(True)
-    # what comes in between is the kernels' own affair
+def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflows, pretend, monkeypatch):
+    pretend(True)
+    # what kernels do in between has tests of its own
     monkeypatch.setattr(dt.SGD, "step", lambda self, **scalars: None)
     model = dt.cast(nn.Linear(3, 2), policy)
     optimizers = [dt.SGD([param], lr=0.5) for param in model.parameters()]
@@ -175,8 +175,8 @@ def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflo
 
 
 @pytest.mark.parametrize("make", [lambda: dt.LossScaler("fp16", init_scale=8), lambda: dt.GradScaler("cpu", 8.0)])
-def test_a_loss_of_an_evaluation_leaves_a_scale_to_train_with(on_device, make):
-    on_device(True)
+def test_a_loss_of_an_evaluation_leaves_a_scale_to_train_with(pretend, make):
+    pretend(True)
     scaler, parameter = make(), nn.Parameter(torch.ones(1))
     with torch.inference_mode():
         assert scaler.scale(parameter.sum()).item() == 8.0

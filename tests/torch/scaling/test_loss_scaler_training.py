@@ -22,7 +22,7 @@ OPTIMIZERS = {
     "fused": lambda params: torch.optim.AdamW(params, lr=0.1, fused=True),
 }
 
-# settings, steps (o overflows, . does not), and the power of two that each one's gradients carried
+# settings, steps (o overflows, . does not), and the power of two of the scale in each
 TRAJECTORIES = [
     (LossScale(2.0**4, growth_interval=2), "o..o.....", [4, 3, 3, 4, 3, 3, 4, 4, 5]),
     (LossScale(2.0**4, 4.0, 0.25, growth_interval=1), ".o.oo..", [4, 6, 4, 6, 4, 2, 4]),
@@ -41,15 +41,15 @@ TRAJECTORIES = [
 def test_trajectories(kind, settings, steps, powers):
     parameter = nn.Parameter(torch.zeros(2))
     optimizer, scaler = OPTIMIZERS[kind]([parameter]), dt.LossScaler(settings)
-    carried = []
+    applied = []
     for step in steps:
         before = parameter.detach().clone()
         scaler.backward(parameter.sum() * (math.inf if step == "o" else 1.0) if step == "." else overflow(parameter))
         report = scaler.step(optimizer)
         optimizer.zero_grad()
-        carried.append(math.log2(report.loss_scale.item()))
+        applied.append(math.log2(report.loss_scale.item()))
         assert torch.equal(before, parameter) == report.skipped.item() == (step == "o")
-    assert carried == powers
+    assert applied == powers
     assert scaler.skipped.item() == steps.count("o")
 
 

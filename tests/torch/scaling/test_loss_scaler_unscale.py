@@ -187,10 +187,10 @@ def test_no_copies_between_it_and_the_step(copied):
     copied(scaler)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(("bad", "power"), [(None, 10), (math.inf, 9), (math.nan, 9)])
-def test_an_overflow_that_is_let_go_by_hand_moves_the_scale(monkeypatch, bad, power, late):
-    if late:
+def test_an_overflow_that_is_let_go_by_hand_moves_the_scale(monkeypatch, bad, power, on_device):
+    if on_device:
         monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     scaler, optimizer, parameter = scaled([1.0])
     if bad is not None:
@@ -207,9 +207,9 @@ def test_an_overflow_that_is_let_go_by_hand_moves_the_scale(monkeypatch, bad, po
     assert scaler.loss_scale.item() == 2.0**power
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_bad_loss_that_is_let_go_by_hand_leaves_the_scale_alone(monkeypatch, late):
-    if late:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_bad_loss_that_is_let_go_by_hand_leaves_the_scale_alone(monkeypatch, on_device):
+    if on_device:
         monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
     parameter = nn.Parameter(torch.zeros(1))
     scaler, optimizer = dt.LossScaler("fp16", init_scale=8), dt.SGD([parameter], lr=1.0)
@@ -220,7 +220,7 @@ def test_a_bad_loss_that_is_let_go_by_hand_leaves_the_scale_alone(monkeypatch, l
     assert (scaler.loss_scale.item(), scaler.skipped.item()) == (8.0, 1)
 
 
-def test_whoever_leaves_the_step_out_is_told_to_take_it():
+def test_a_step_that_is_left_out_is_asked_for():
     scaler, optimizer, parameter = scaled([math.inf])
     scaler.unscale_(optimizer)
     optimizer.zero_grad()

@@ -32,7 +32,7 @@ def test_the_first_is_remembered(values, first, on_host):
 
 
 @pytest.mark.parametrize("on_host", [True, False])
-def test_what_may_come_from_a_scaled_loss_is_not_looked_at(on_host):
+def test_what_may_come_from_a_scaled_loss_is_not_checked(on_host):
     losses = Losses()
     losses.add(torch.tensor(1.0), on_host=on_host)
     losses.ignore_later()

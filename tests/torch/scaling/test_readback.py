@@ -1,4 +1,4 @@
-"""Scalars that reach the host late: what is received, once, and the last of what was sent."""
+"""Scalars on their way to the host: they are received once, the last ones that were sent."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is said when overflows drive a scale down, and that an accelerator is not waited for."""
+"""Warnings and errors when overflows drive a scale down, and that an accelerator is not waited for."""
 
 import copy
 import math
@@ -45,7 +45,7 @@ def follow(alarm, scale, found_inf, like=torch.Tensor, optimizers=()):
     alarm.follow(torch.tensor(scale).as_subclass(like), torch.tensor(found_inf).as_subclass(like), optimizers)
 
 
-def test_below_one_is_said_once(recwarn):
+def test_below_one_is_warned_of_once(recwarn):
     alarm = ScaleAlarm()
     for scale, found_inf in [(2.0, 1.0), (1.0, 1.0), (0.5, 0.0)]:
         follow(alarm, scale, found_inf)
@@ -72,7 +72,7 @@ def test_a_collapse_names_gradients():
         follow(alarm, FLOOR, 1.0)
 
 
-def test_on_an_accelerator_it_is_said_one_step_late(monkeypatch, recwarn):
+def test_on_an_accelerator_it_comes_one_step_later(monkeypatch, recwarn):
     monkeypatch.setattr(scale_alarm, "Readback", Sent)
     alarm = ScaleAlarm()
     follow(alarm, 0.5, 1.0, Elsewhere)

@@ -3,7 +3,7 @@
 Where a gradient is cut over ranks (`fully_shard`, tensor parallelism), each sees a part; one all-gather of a few FP64
 scalars for each dimension of the mesh makes the sums those of the whole, in the order of ranks, so that every rank has
 the same bits, and every flag one of all. What is replicated counts once. Gradients that DDP has averaged are the same
-on all ranks already; the ranks that are noted on their parameters agree on what is not, losses for instance.
+on all ranks already; the ranks in their `Storage` agree on what is not, losses for instance.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from duotone.torch.parameters.storage import set_storage, storage_of
 
 
 class SharedBy:
-    """Names the ranks that hold copies of a parameter; copies of the note, and pickles, name none.
+    """Names the ranks that hold copies of a parameter; copies of this record, and pickles, name none.
 
     Args:
         group: a process group of torch.distributed, or None.
@@ -59,17 +59,17 @@ class SharedBy:
 
 
 class Agreement:
-    """The ranks that some gradients are spread over, and how they come to know the same.
+    """The ranks that some gradients are spread over, and how they agree.
 
     Args:
         params: the parameters that have a gradient, or might have.
-        group: a process group whose ranks agree besides; None for the one that is noted on the parameters.
+        group: a process group whose ranks agree besides; None for the one in their `Storage`.
 
     Raises:
-        OptimizerError: some of the ranks that are noted on the parameters may have stopped (`SharedBy.check_joint`).
+        OptimizerError: some of the ranks in the parameters' `Storage` may have stopped (`SharedBy.check_joint`).
 
     Attributes:
-        is_needed: whether ranks have to speak to each other at all.
+        is_needed: whether ranks have to exchange anything at all.
         is_known: whether it is known who the others are. It is not where torch.distributed runs several ranks, but
             neither the parameters nor the caller say which of them belong together.
     """
@@ -84,14 +84,14 @@ class Agreement:
         for param in shards_among(params):
             if _mesh_of(param) not in self._meshes:
                 self._meshes.append(_mesh_of(param))
-        # a mesh that lies in another speaks first, so that in the end all know what any found
+        # a mesh that lies in another exchanges first, so that in the end all ranks have the flags of all
         self._meshes.sort(key=lambda mesh: mesh.size())
         has_other_ranks = dist.get_world_size() > 1
         if group is None and not self._meshes and params and has_other_ranks:
-            note: SharedBy | None = storage_of(params[0]).ranks
-            if note is not None and note.group is not None:
-                note.check_joint()
-                group = note.group
+            shared_by: SharedBy | None = storage_of(params[0]).ranks
+            if shared_by is not None and shared_by.group is not None:
+                shared_by.check_joint()
+                group = shared_by.group
         self._group = group
         self.is_needed = bool(self._meshes) or group is not None
         self.is_known = self.is_needed or not has_other_ranks
@@ -144,7 +144,7 @@ class Agreement:
         return flags
 
     def _rounds(self) -> list[tuple[int | None, list[Any]]]:
-        """Return the process groups that speak one after another, with the index of the mesh that they are of."""
+        """Return the process groups that exchange one after another, with the index of the mesh that they are of."""
         rounds: list[tuple[int | None, list[Any]]] = [
             (index, [mesh.get_group(dimension) for dimension in range(mesh.ndim)])
             for index, mesh in enumerate(self._meshes)
@@ -152,8 +152,8 @@ class Agreement:
         return rounds if self._group is None else [*rounds, (None, [self._group])]
 
 
-def note_ranks(param: Tensor, group: Any, wrapper: Any = None) -> None:
-    """Note on a parameter which process group holds copies of it, and what keeps them the same."""
+def set_ranks(param: Tensor, group: Any, wrapper: Any = None) -> None:
+    """Set on a parameter which process group holds copies of it, and what keeps them the same."""
     set_storage(param, replace(storage_of(param), ranks=SharedBy(group, wrapper)))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
-from duotone.torch.distributed.agreement import note_ranks
+from duotone.torch.distributed.agreement import set_ranks
 from duotone.torch.distributed.fitness import CAST_DTYPES, check_cast, check_one_dtype
 from duotone.torch.parameters.shards import is_shard
 from duotone.torch.parameters.storage import storage_of
@@ -74,7 +74,7 @@ def data_parallel(model: nn.Module, process_group: Any = None, **ddp_arguments: 
     if ddp_arguments.get("init_sync", True):
         _send_tails(model, group)
     for param in model.parameters():
-        note_ranks(param, group, wrapped)
+        set_ranks(param, group, wrapped)
     return wrapped
 
 

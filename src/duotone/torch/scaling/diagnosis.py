@@ -1,4 +1,4 @@
-"""Which gradients are not finite, and what a run that only skips says in the end.
+"""Which gradients are not finite, and the errors that a run ends with if it only skips.
 
 The backward pass goes through the modules from the last to the first, and an Inf or a NaN spreads from where it arises
 to all that comes after. So the module to look at is that of the last parameter, in the order of the model, whose
@@ -24,11 +24,11 @@ def non_finite_gradients(
 ) -> tuple[list[str], int]:
     """Return the names of parameters whose gradients hold an Inf or a NaN, in the model's order, of how many.
 
-    That order is what `cast` noted; without it, it is the optimizers', whose groups may mix layers.
+    That order is known of a model that was cast; else it is the optimizers', whose groups may mix layers.
 
     Args:
-        optimizers: whose parameters are looked at. A name is the one that `cast` noted, else the one that the optimizer
-            was given, else a place: `"parameter 3 (64, 64)"`.
+        optimizers: whose parameters are checked. A name is the one in the model that was cast, else the one that the
+            optimizer was given, else index and shape: `"parameter 3 (64, 64)"`.
         agreement: of the ranks, which then all return the same; None for this rank's own part.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -42,8 +42,8 @@ def non_finite_gradients(
         params = [param for group in optimizer.param_groups for param in group["params"]]
         given = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
         for index, param in enumerate(params):
-            place = given[index] if len(given) == len(params) else f"parameter {index} {tuple(param.shape)}"
-            named.append((storage_of(param).name or place, param))
+            label = given[index] if len(given) == len(params) else f"parameter {index} {tuple(param.shape)}"
+            named.append((storage_of(param).name or label, param))
     if all(storage_of(param).name for _, param in named):
         named.sort(key=lambda each: storage_of(each[1]).order)
     flags = torch.tensor([param.grad is not None and not _is_finite(param.grad) for _, param in named])
@@ -53,7 +53,7 @@ def non_finite_gradients(
     return names, sum(param.grad is not None for _, param in named)
 
 
-def collapse(
+def collapse_error(
     names: Sequence[str], parameters: int, skipped: int, scale: float, settings: LossScale
 ) -> LossScaleCollapse:
     """Return the error of a run whose every step is skipped.
@@ -65,7 +65,7 @@ def collapse(
         scale: the loss scale that the gradients carried.
         settings: the loss scale's.
 
-    >>> print(collapse(["a.weight", "b.weight"], 6, 17, 1.0, LossScale()))
+    >>> print(collapse_error(["a.weight", "b.weight"], 6, 17, 1.0, LossScale()))
     17 steps in a row were skipped, the last at loss scale 1, its floor: 2 of 6 gradients are not finite (a.weight,
     b.weight); the backward pass met the first in "b": keep that in FP32 by a rule, "b:
     param=float32,compute=float32,output=float32", ...
@@ -75,14 +75,14 @@ def collapse(
         where += ", its floor"
     module = names[-1].rpartition(".")[0] if names else ""
     if not module:
-        begins = "keep the part that overflows in FP32 by a rule"
+        advice = "keep the part that overflows in FP32 by a rule"
     else:
         or_after = ", or in what comes after it, such as the loss" if len(names) == parameters else ""
         rule = f'"{module}: param=float32,compute=float32,output=float32"'
-        begins = f'the backward pass met the first in "{module}"{or_after}: keep that in FP32 by a rule, {rule}'
+        advice = f'the backward pass met the first in "{module}"{or_after}: keep that in FP32 by a rule, {rule}'
     return LossScaleCollapse(
         f"{skipped} steps in a row were skipped, the last at {where}: {len(names)} of {parameters} gradients are not "
-        f"finite ({some_of(names)}); {begins}, look for a division by 0 or a root of 0 there, lower the learning rate, "
+        f"finite ({some_of(names)}); {advice}, look for a division by 0 or a root of 0 there, lower the learning rate, "
         'or use policy "bf16"'
     )
 
@@ -96,7 +96,7 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= _SHOWN else [*names[: _SHOWN - 1], "...", names[-1]])
 
 
-def non_finite_loss(step: int, batch: int | None, skipped: int) -> NonFiniteLoss:
+def non_finite_loss_error(step: int, batch: int | None, skipped: int) -> NonFiniteLoss:
     """Return the error of a run whose loss is not a number in step after step.
 
     Args:

@@ -32,9 +32,9 @@ class GradScaler(torch.amp.GradScaler):
     `unscale_` was called. Clip after `unscale_`, never before: what is clipped there is the scaled gradient.
 
     Ranks agree on what they skip where parameters are DTensors (`fully_shard`, tensor parallelism), and where
-    gradients are the same on all of them (DDP). What FSDP1 flattens tells nothing: keep torch's `ShardedGradScaler`.
+    gradients are the same on all of them (DDP). For parameters that FSDP1 flattens keep torch's `ShardedGradScaler`.
 
-    A scale below 1 is allowed, and told once (`DuotoneWarning`). It never falls below 2**-126: a step that overflows
+    A scale below 1 is allowed, with one warning (`DuotoneWarning`). It never falls below 2**-126: a step that overflows
     there raises `LossScaleCollapse` in `update`, on an accelerator one `update` later, since nothing waits for it.
 
     Args:
@@ -269,17 +269,18 @@ class GradScaler(torch.amp.GradScaler):
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if not allow_fp16:
             self._widen(optimizer, params)
-        found = unscale_and_check_(params, inv_scale, found_inf)
+        on_devices = unscale_and_check_(params, inv_scale, found_inf)
         agreement = Agreement(params)
         if not agreement.is_needed:
-            return found
+            return on_devices
         device = local(params[0]).device
-        flags = torch.stack([_sum(found.values(), device), torch.full((), float(bool(found)), device=device)])
-        found_any, has_any = agreement.any(flags != 0)
+        has_gradients = torch.full((), float(bool(on_devices)), device=device)
+        own = torch.stack([_sum(on_devices.values(), device), has_gradients])
+        any_found_inf, any_has_gradients = agreement.any(own != 0)
         # a rank with gradients need not wait to know that there are some
-        if not found and not has_any:
+        if not on_devices and not any_has_gradients:
             return {}
-        return {found_inf.device: found_any.to(found_inf.device, found_inf.dtype)}
+        return {found_inf.device: any_found_inf.to(found_inf.device, found_inf.dtype)}
 
     def _widen(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> None:
         halves = [param for param in params if _is_float16(param)]

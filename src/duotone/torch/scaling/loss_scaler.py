@@ -118,9 +118,9 @@ class LossScaler:
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss in FP32 times the scale: where nothing is scaled, an FP32 loss itself.
 
-        A loss that is Inf or NaN before it is scaled is remembered: the step then leaves the scale alone. But what is
-        computed from a scaled loss, a gradient penalty for instance, may overflow for the sake of the scale: after a
-        loss that was scaled by this method, not by `backward`, a later one of the same step is not looked at.
+        After a loss that is Inf or NaN before it is scaled, the step leaves the scale alone. But what is computed from
+        a scaled loss, a gradient penalty for instance, may overflow because of the scale: after a loss that was scaled
+        by this method, not by `backward`, later ones of the same step are not checked.
 
         Args:
             loss: any floating-point dtype and shape.

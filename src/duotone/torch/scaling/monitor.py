@@ -16,7 +16,7 @@ import torch
 from duotone.errors import DuotoneWarning
 from duotone.loss_scale import LossScale
 from duotone.torch.distributed.agreement import Agreement
-from duotone.torch.scaling.diagnosis import collapse, loss_at, non_finite_gradients, non_finite_loss
+from duotone.torch.scaling.diagnosis import collapse_error, loss_at, non_finite_gradients, non_finite_loss_error
 from duotone.torch.scaling.outcome import Outcome
 from duotone.torch.scaling.readback import Readback
 from duotone.torch.scaling.schedulers import Schedule, advance
@@ -105,12 +105,12 @@ class StepMonitor:
         is_at_floor = settings.is_dynamic and last.loss_scale <= settings.min_scale and history.overflows_in_a_row > 1
         if last.any_non_finite_loss:
             if in_a_row >= self._patience:
-                raise non_finite_loss(last.step, last.non_finite_loss or None, in_a_row)
+                raise non_finite_loss_error(last.step, last.non_finite_loss or None, in_a_row)
         elif is_at_floor or in_a_row >= self._patience:
             names, parameters = non_finite_gradients(optimizers, agreement)
             # one step later, the run may have recovered
             if names:
-                raise collapse(names, parameters, in_a_row, last.loss_scale, settings)
+                raise collapse_error(names, parameters, in_a_row, last.loss_scale, settings)
 
     def _history_of(self, optimizers: Sequence[torch.optim.Optimizer]) -> _History:
         key = tuple(map(ref, optimizers))

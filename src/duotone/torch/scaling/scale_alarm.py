@@ -1,7 +1,7 @@
 """The range that a loss scale of `GradScaler` stays in, and what is said when overflows drive it to the lower end.
 
 Below 1 the scale makes gradients smaller instead of larger: that is said once. At the floor nothing is left to try. On
-an accelerator both are said one step late, so that nothing waits for the device.
+an accelerator both come one step later, so that nothing waits for the device.
 """
 
 import warnings

@@ -75,14 +75,14 @@ def unscale_and_check_(
         if param.grad is not None:
             part = _values_of(param)
             parts.setdefault((part.device, part.dtype), []).append(part)
-    found: dict[torch.device, Tensor] = {}
+    flags: dict[torch.device, Tensor] = {}
     for (device, _), grads in parts.items():
-        if device not in found:
-            found[device] = found_inf.to(device, copy=True)
+        if device not in flags:
+            flags[device] = found_inf.to(device, copy=True)
         torch._amp_foreach_non_finite_check_and_unscale_(  # type: ignore[attr-defined]
-            grads, found[device], inverse_scale.to(device)
+            grads, flags[device], inverse_scale.to(device)
         )
-    return found
+    return flags
 
 
 def _values_of(param: Tensor) -> Tensor:
