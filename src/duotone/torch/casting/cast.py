@@ -1,24 +1,32 @@
 """Puts a module into its policy: resident weights in `param`, arithmetic in `compute`, results in `output`.
 
-Weights change their dtype in place and keep every bit: what a 16-bit weight cannot hold waits on it as its tail. They
-are cast once, here, and not in every forward pass. How each is stored is planned in `storage_plan`, what happens in a
-forward pass stands in `cast_forward`. Running statistics and other buffers stay as they are.
+Weights change their dtype in place and keep every bit: what a 16-bit weight cannot hold is its tail. They are cast
+once, here, and not in every forward pass. `module_policies` resolves the policy of each module, `storage_plan` plans
+how each parameter is stored, `cast_forward` is what happens in a forward pass. Running statistics and other buffers
+stay as they are.
 """
 
 import warnings
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 from duotone.errors import DuotoneWarning, PolicyError
-from duotone.policy import ClassNames, Policy, Rule
+from duotone.policy import Policy
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
-from duotone.torch.casting.keep_float32 import is_kept_in_float32
-from duotone.torch.casting.storage_plan import ApplyWhenShaped, apply, in_float32, is_castable, is_lazy, plan
+from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_marks
+from duotone.torch.casting.storage_plan import (
+    ApplyWhenShaped,
+    apply,
+    in_float32,
+    is_castable,
+    is_lazy,
+    plan,
+    planned_fields,
+)
 from duotone.torch.parameters.shards import is_shard, is_sharded
 from duotone.torch.parameters.storage import set_storage, storage_of
 
@@ -54,10 +62,9 @@ def cast(model: Module, policy: Policy | str) -> Module:
     """
     check_module(model, "cast")
     _check_not_parallel(model, "cast")
-    classes = _class_names(model)
-    policy = _with_marks(model, Policy.parse(policy))
-    _check(model, policy, classes)
-    planned = plan(model, policy, classes)
+    policy = with_marks(model, Policy.parse(policy))
+    policies = resolve(model, policy)
+    planned = plan(model, policies)
     if not planned and any(param.dtype == torch.float64 for param in model.parameters()):
         warnings.warn(
             f"no parameter of this {type(model).__name__} was cast, for they are FP64; call model.float() first",
@@ -70,11 +77,12 @@ def cast(model: Module, policy: Policy | str) -> Module:
     for order, (name, param) in enumerate(model.named_parameters()):
         set_storage(param, replace(storage_of(param), name=name, order=order))
     for path, module in model.named_modules():
-        forward = _forward_for(module, path, policy, classes)
+        forward = _forward_for(module, path, policy, policies[path])
         if forward is not None:
             forward.install()
     _flatten_recurrent_weights(model)
-    if "float16" in _compute_formats(policy) and any(param.device.type == "cpu" for param in model.parameters()):
+    computes_in_half = any(each.effective.compute == "float16" for each in policies.values())
+    if computes_in_half and any(param.device.type == "cpu" for param in model.parameters()):
         say_once_how_half_runs_on_cpu()
     return model
 
@@ -129,57 +137,6 @@ def _check_not_parallel(model: nn.Module, verb: str) -> None:
             )
 
 
-def _class_names(model: nn.Module) -> ClassNames:
-    return {
-        path: tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))
-        for path, module in model.named_modules()
-    }
-
-
-def _with_marks(model: nn.Module, policy: Policy) -> Policy:
-    """Add a rule for every module that `keep_float32` has marked."""
-    marked = [path for path, module in model.named_modules() if is_kept_in_float32(module)]
-    if not marked or policy.param == policy.compute == "float32":
-        return policy
-    if "" in marked:
-        raise PolicyError(f'keep_float32 marks all of this {type(model).__name__}; cast it to policy "fp32"')
-    roles = (("param", "float32"), ("compute", "float32"), ("output", "float32"))
-    kept = tuple(Rule(path, roles) for path in marked)
-    return replace(policy, rules=policy.rules + tuple(rule for rule in kept if rule not in policy.rules))
-
-
-def _check(model: nn.Module, policy: Policy, classes: ClassNames) -> None:
-    name = type(model).__name__
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise PolicyError(
-                f'module "{path}" of this {name} is TorchScript, whose forward cannot be put into a policy; cast the '
-                "model before torch.jit.script"
-            )
-    for rule in policy.rules:
-        if not any(rule.matches(path, classes) for path in classes):
-            what_there_is = _what_there_is(rule.pattern, classes)
-            raise PolicyError(f'rule "{rule}" holds for no module of this {name}, {what_there_is}')
-    for path in classes:
-        compute = policy.for_module(path, classes).compute
-        if compute.startswith("float8"):
-            raise PolicyError(f"compute={compute} is not available in torch yet; use bfloat16 or float16")
-
-
-def _what_there_is(pattern: str, classes: ClassNames) -> str:
-    """Return the end of a sentence about a pattern that matches nothing."""
-    of_types = dict.fromkeys(name for names in classes.values() for name in names[:1])
-    wanted = pattern.removeprefix("type=").rpartition(".")[2]
-    if pattern != f"type={wanted}" and wanted in of_types:
-        return f"but {wanted} is a class there; write type={wanted}"
-    kind, known = ("classes", list(of_types)) if pattern.startswith("type=") else ("modules", [p for p in classes if p])
-    near = get_close_matches(wanted if kind == "classes" else pattern, known, n=3, cutoff=0.5)
-    if near:
-        return f"whose {kind} include {' and '.join(near)}; mend its pattern"
-    more = f" and {len(known) - 5} more" if len(known) > 5 else ""
-    return f"whose {kind} are {', '.join(known[:5]) or 'itself alone'}{more}; mend its pattern"
-
-
 def _remove_forwards(model: nn.Module) -> None:
     for module in model.modules():
         forward = cast_forward_of(module)
@@ -194,23 +151,18 @@ def _flatten_recurrent_weights(model: nn.Module) -> None:
             module.flatten_parameters()
 
 
-def _compute_formats(policy: Policy) -> set[str | None]:
-    return {policy.compute, *(dict(rule.roles).get("compute") for rule in policy.rules)}
-
-
-def _forward_for(module: nn.Module, path: str, policy: Policy, classes: ClassNames) -> CastForward | None:
-    effective = policy.for_module(path, classes)
-    around = policy.for_module(path.rpartition(".")[0], classes)
-    pending = ApplyWhenShaped(path, policy, classes) if is_lazy(module) else None
+def _forward_for(module: nn.Module, path: str, policy: Policy, own: ModulePolicy) -> CastForward | None:
+    """Return what is to stand in front of a module's forward; None for nothing."""
+    effective, outer = own.effective, own.outer
+    pending = ApplyWhenShaped(path, planned_fields(module, own)) if is_lazy(module) else None
     # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
     inputs = torch_dtype(effective.compute) if effective.param == effective.compute else None
     if path == "":
         output = torch_dtype(effective.output)
         return CastForward(module, policy, effective, inputs=inputs, output=output, pending=pending)
-    if any(getattr(effective, role) != getattr(around, role) for role in ("param", "compute", "output")):
-        # a part returns what its surroundings compute in, unless a rule says what it is to return
-        says = any(rule.holds_for(path, classes) and "output" in dict(rule.roles) for rule in policy.rules)
-        output = torch_dtype(effective.output if says else around.compute)
+    if any(getattr(effective, role) != getattr(outer, role) for role in ("param", "compute", "output")):
+        # a part returns what the module around it computes in, unless a rule says what it is to return
+        output = torch_dtype(effective.output if own.sets_output else outer.compute)
         return CastForward(module, effective, effective, inputs=inputs, output=output, pending=pending)
     is_container = type(module).forward is nn.Module.forward
     if is_container or (effective.compute == "float32" and pending is None):

@@ -37,6 +37,7 @@ class CastForward:
 
     Attributes:
         policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
+        effective: the module's policy, rules applied.
     """
 
     _has_asked_for_ranks = False
@@ -52,6 +53,7 @@ class CastForward:
         pending: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.policy = policy
+        self.effective = effective
         self._module = module
         self._forward = _innermost(module)
         self._inputs = inputs

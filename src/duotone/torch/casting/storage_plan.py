@@ -5,7 +5,7 @@ FP32: there are few of them, kernels take them beside 16-bit data, and small upd
 lose first. A rule that sets `param` for a norm itself, by its path or its type, goes before that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
-from duotone.policy import ClassNames, Policy
+from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.parameters.masters import beyond_range, read_master
 from duotone.torch.parameters.storage import Storage, set_storage, set_tail, storage_of
@@ -31,7 +31,7 @@ _FLOAT32: dict[str, Any] = {
 }
 
 
-def plan(model: nn.Module, policy: Policy, classes: ClassNames) -> dict[nn.Parameter, Storage]:
+def plan(model: nn.Module, policies: Mapping[str, ModulePolicy]) -> dict[nn.Parameter, Storage]:
     """Return how every parameter that a policy concerns is to be stored. Tails are made when the plan is applied.
 
     Raises:
@@ -39,7 +39,7 @@ def plan(model: nn.Module, policy: Policy, classes: ClassNames) -> dict[nn.Param
     """
     plans: dict[nn.Parameter, tuple[str, Storage]] = {}
     for path, module in model.named_modules():
-        for full_name, param, storage in _planned(module, path, policy, classes):
+        for full_name, param, storage in _planned(module, path, planned_fields(module, policies[path])):
             other_name, other = plans.setdefault(param, (full_name, storage))
             if other != storage:
                 raise PolicyError(
@@ -79,11 +79,10 @@ class ApplyWhenShaped:
     """Stores the parameters of a lazily shaped module as planned once they have a shape."""
 
     path: str
-    policy: Policy
-    classes: ClassNames
+    fields: Mapping[str, Any]
 
     def __call__(self, module: nn.Module) -> None:
-        for full_name, param, storage in _planned(module, self.path, self.policy, self.classes):
+        for full_name, param, storage in _planned(module, self.path, self.fields):
             _check_range(full_name, param, storage)
             apply(param, storage)
 
@@ -98,24 +97,20 @@ def is_castable(param: nn.Parameter) -> bool:
     return param.dtype in _CASTABLE and not isinstance(param, UninitializedParameter)
 
 
-def _planned(
-    module: nn.Module, path: str, policy: Policy, classes: ClassNames
-) -> Iterator[tuple[str, nn.Parameter, Storage]]:
-    dtypes = _dtypes(module, path, policy, classes)
+def planned_fields(module: nn.Module, own: ModulePolicy) -> dict[str, Any]:
+    """Return what a module's policy says about the records of its own parameters, by field."""
+    policy = own.effective
+    dtypes = {role: getattr(torch, getattr(policy, role)) for role in ("param", "grad", "reduce", "state")}
+    if isinstance(module, NORMS) and not own.sets_param:
+        return {**_FLOAT32, "reduce": dtypes["reduce"], "state": dtypes["state"]}
+    has_no_master = policy.param != "float32" and policy.master is None
+    return {**dtypes, "rounding": Rounding(policy.rounding) if has_no_master else None}
+
+
+def _planned(module: nn.Module, path: str, planned: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter, Storage]]:
     for name, param in module.named_parameters(recurse=False):
         if is_castable(param):
-            yield f"{path}.{name}" if path else name, param, replace(storage_of(param), **dtypes)
-
-
-def _dtypes(module: nn.Module, path: str, policy: Policy, classes: ClassNames) -> dict[str, Any]:
-    """Return what a policy says about the records of a module's own parameters, by field."""
-    effective = policy.for_module(path, classes)
-    dtypes = {role: getattr(torch, getattr(effective, role)) for role in ("param", "grad", "reduce", "state")}
-    says_param = any(rule.matches(path, classes) and "param" in dict(rule.roles) for rule in policy.rules)
-    if isinstance(module, NORMS) and not says_param:
-        return {**_FLOAT32, "reduce": dtypes["reduce"], "state": dtypes["state"]}
-    has_no_master = effective.param != "float32" and effective.master is None
-    return {**dtypes, "rounding": Rounding(effective.rounding) if has_no_master else None}
+            yield f"{path}.{name}" if path else name, param, replace(storage_of(param), **planned)
 
 
 def _check_range(name: str, param: nn.Parameter, storage: Storage) -> None:

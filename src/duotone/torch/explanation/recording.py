@@ -110,9 +110,7 @@ def _policies(model: nn.Module) -> dict[str, Policy]:
         forward = cast_forward_of(module)
         parent = path.rpartition(".")[0]
         if forward is not None:
-            # a cast model's own has the rules, and the model itself may be of a type that one names
-            classes = {"": tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))}
-            policies[path] = forward.policy.for_module("", classes)
+            policies[path] = forward.effective
         elif path and parent in policies:
             policies[path] = policies[parent]
     return policies
