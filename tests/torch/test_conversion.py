@@ -220,5 +220,61 @@ def test_hooks_of_the_step_are_taken_over_and_the_old_optimizer_steps_no_more(ki
     scaler.backward(model(torch.ones(1, 2)).sum())
     scaler.step(optimizer)
     assert calls == ["before", "after"]
-    with pytest.raises(OptimizerError, match=r"replaced by prepare|wrapped in MasterWeights"):
+    with pytest.raises(OptimizerError, match=r"replaced by one with FP32 masters|wrapped in MasterWeights"):
         first.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.NAdam, OwnAdamW])
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed"])
+def test_an_optimizer_converted_after_the_cast_is_what_prepare_makes(kind, policy):
+    model, optimizer = make(kind)
+    train(model, optimizer, 2)
+    expected = dt.prepare(model, optimizer, policy).optimizer
+    twin, theirs = make(kind)
+    train(twin, theirs, 2)
+    dt.cast(twin, policy)
+    converted = dt.convert_optimizer(theirs)
+    assert type(converted) is type(expected)
+    assert dt.convert_optimizer(converted) is converted
+    for each, stepping in ((model, expected), (twin, converted)):
+        train(each, stepping, 2)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(read_master(one), read_master(other))
+
+
+def test_an_optimizer_of_float32_weights_is_kept_whatever_else_a_rule_says():
+    model, optimizer = make(torch.optim.NAdam)
+    assert dt.prepare(model, optimizer, "bf16-mixed; 0: output=float32").optimizer is optimizer
+    assert dt.convert_optimizer(optimizer) is optimizer
+
+
+def test_parameters_without_a_shape_get_masters():
+    model = dt.cast(nn.Sequential(nn.LazyLinear(3)), "bf16")
+    optimizer = dt.convert_optimizer(torch.optim.NAdam(model.parameters(), lr=0.1))
+    assert type(optimizer) is dt.MasterWeights
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert storage_of(model[0].weight).tail.any()
+
+
+def test_moments_that_an_optimizer_does_not_keep_are_refused_after_the_cast():
+    model = dt.cast(nn.Linear(2, 1), "fp32,state=bf16")
+    with pytest.raises(OptimizerError, match=r"^the policy keeps moments in bfloat16, but NAdam keeps them in float32"):
+        dt.convert_optimizer(torch.optim.NAdam(model.parameters()))
+
+
+def converted_shards() -> list[bool]:
+    """Return whether an optimizer of sharded weights, converted, trains them as one that was built from them."""
+    masters = []
+    for convert in (True, False):
+        torch.manual_seed(0)
+        model = dt.fully_shard(dt.cast(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), "bf16"))
+        kind = torch.optim.AdamW if convert else dt.AdamW
+        optimizer = kind(model.parameters(), lr=0.01, weight_decay=0.1)
+        train(model, dt.convert_optimizer(optimizer), 3)
+        masters.append([master.to_local() for master in dt.master_weights(model).values()])
+    return [torch.equal(one, other) for one, other in zip(*masters, strict=True)]
+
+
+def test_an_optimizer_of_sharded_weights_is_converted(ranks):
+    assert ranks.run(2, converted_shards) == [[True] * 4] * 2

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
+from duotone.torch.memory_use import Memory
 
 
 def transformer_like() -> nn.Sequential:
@@ -12,7 +13,7 @@ def transformer_like() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(11, 8), norm, nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2))
 
 
-def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> dt.Memory:
+def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> Memory:
     model(torch.arange(6)).float().sum().backward()
     optimizer.step()
     return dt.memory(model, optimizer)
@@ -49,7 +50,7 @@ def test_every_role_of_bf16_with_adamw():
     told = train_once(model, dt.AdamW(model.parameters()))
     # beside each parameter's moments: a step count in int64 and two products of betas in FP64
     counters = 5 * (8 + 16)
-    assert told == dt.Memory(
+    assert told == Memory(
         parameters=count,
         weights_bytes=2 * count,
         tails_bytes=2 * count,
@@ -97,7 +98,7 @@ def test_frozen_weights_and_buffers_are_other():
     model[0].weight.requires_grad_(False)
     told = dt.memory(dt.cast(model, "bf16"))
     # running mean and variance in FP32, and the count of batches in int64
-    assert told == dt.Memory(0, 0, 0, 0, 0, other_bytes=15 * 2 + 2 * 5 * 4 + 8)
+    assert told == Memory(0, 0, 0, 0, 0, other_bytes=15 * 2 + 2 * 5 * 4 + 8)
     assert told.bytes_per_parameter == 0.0
 
 

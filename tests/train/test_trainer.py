@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import duotone.torch as dt
 from duotone.errors import CheckpointError, LossScaleCollapse, NonFiniteLoss, TaskError
+from duotone.torch.memory_use import Memory
 from duotone.train import Trainer, as_json
 
 from .small_task import no_batches, small_task
@@ -171,7 +171,7 @@ def test_the_summary_is_json(make_trainer):
     summary = as_json(trainer.summary())
     assert json.loads(json.dumps(summary))["bytes_per_parameter"] == 14.0
     assert summary["memory"]["moments_bytes"] == 8 * summary["memory"]["parameters"]
-    assert isinstance(trainer.summary().memory, dt.Memory)
+    assert isinstance(trainer.summary().memory, Memory)
 
 
 def test_an_empty_data_set_is_named(make_trainer):

@@ -7,6 +7,7 @@ optimizer = dt.AdamW(model.parameters(), lr=3e-4)
 scaler = dt.LossScaler("fp16")
 """
 
+from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 from duotone.torch import checkpoints
 from duotone.torch.casting.activation_checkpointing import checkpoint_activations
@@ -15,11 +16,11 @@ from duotone.torch.casting.cast import cast, policy_of, uncast
 from duotone.torch.casting.keep_float32 import keep_float32
 from duotone.torch.casting.own_rules import op_rule, op_rules
 from duotone.torch.checkpoints.contents import load_checkpoint, save_checkpoint
-from duotone.torch.conversion import Prepared, prepare
+from duotone.torch.conversion import convert_optimizer, prepare
 from duotone.torch.distributed.data_parallel import data_parallel
 from duotone.torch.distributed.fully_shard import fully_shard
 from duotone.torch.explanation import explain
-from duotone.torch.memory_use import Memory, memory
+from duotone.torch.memory_use import memory
 from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
 from duotone.torch.parameters.masters import load_master_weights, master_weights
 from duotone.torch.scaling.grad_scaler import GradScaler
@@ -30,16 +31,16 @@ __all__ = [
     "AdamW",
     "GradScaler",
     "Lion",
+    "LossScale",
     "LossScaler",
     "MasterWeights",
-    "Memory",
     "Policy",
-    "Prepared",
     "Rule",
     "autocast",
     "cast",
     "checkpoint_activations",
     "checkpoints",
+    "convert_optimizer",
     "data_parallel",
     "explain",
     "fully_shard",

@@ -1,15 +1,17 @@
-"""All three mechanisms put into an existing model and torch optimizer with one call."""
+"""An existing model and torch optimizer made Duotone's: all three mechanisms in one call, or the optimizer alone."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import OptimizerError
 from duotone.policy import Policy
 from duotone.torch.casting.cast import cast
+from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.optim import SGD, AdamW, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
+from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.loss_scaler import LossScaler
 
 
@@ -22,16 +24,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy | str) -> Prepared:
-    """Cast a model, give its torch optimizer FP32 masters, and make the scaler.
-
-    Hyper-parameters, parameter groups and state are taken over. `torch.optim.AdamW` and `SGD` become Duotone's own; any
-    other optimizer, and AdamW with amsgrad, is kept if the policy's weights are FP32, and wrapped in `MasterWeights` if
-    some are 16-bit.
+    """Cast a model, convert its torch optimizer, and make the scaler: `cast`, `convert_optimizer` and `LossScaler`.
 
     Args:
         model: a module; cast in place.
-        optimizer: its optimizer; a Duotone optimizer is kept. Use the returned one from here on. Schedulers may be
-            built on either, for both share their groups.
+        optimizer: its optimizer; see `convert_optimizer`. Use the returned one from here on.
         policy: a policy or its text.
 
     Returns:
@@ -48,42 +45,95 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy |
     ('duotone.torch.optim.adamw', 0.0003)
     """
     policy = Policy.parse(policy)
-    convert = _conversion(optimizer, policy)
+    _check_convertible(optimizer, policy)
     model = cast(model, policy)
-    return Prepared(model, convert(optimizer), LossScaler(policy))
+    return Prepared(model, convert_optimizer(optimizer), LossScaler(policy))
 
 
-def _conversion(
-    optimizer: torch.optim.Optimizer, policy: Policy
-) -> Callable[[torch.optim.Optimizer], torch.optim.Optimizer]:
+def convert_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return an optimizer with FP32 masters that goes on where a torch optimizer is.
+
+    Hyper-parameters, parameter groups, state and hooks are taken over. `torch.optim.AdamW` and `SGD` become Duotone's
+    own. Any other optimizer, and AdamW with amsgrad, is wrapped in `MasterWeights` if some of its weights are 16-bit;
+    if all are FP32, it is returned as it is, and so is an optimizer of Duotone's.
+
+    Call it after `cast`, and after `fully_shard` or `data_parallel` if there are several ranks.
+
+    Args:
+        optimizer: a torch optimizer. Use the returned one from here on: one that was replaced or wrapped refuses to
+            step. Schedulers may be built on either, for both share their groups.
+
+    Raises:
+        OptimizerError: the optimizer can neither be replaced nor wrapped, or would keep moments in another dtype than
+            the policy that its parameters were cast to.
+
+    >>> import duotone.torch as dt
+    >>> model = dt.cast(nn.Linear(2, 1), "bf16")
+    >>> optimizer = convert_optimizer(torch.optim.AdamW(model.parameters(), lr=3e-4))
+    >>> type(optimizer).__module__, optimizer.param_groups[0]["lr"]
+    ('duotone.torch.optim.adamw', 0.0003)
+    """
     if isinstance(optimizer, MasterOptimizer):
-        return lambda kept: kept
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+        return optimizer
+    params = _parameters(optimizer)
+    counterpart = _counterpart(optimizer)
+    if counterpart is not None:
+        check_parameters(params)
+        return _taken_over(optimizer, *counterpart)
+    _check_moments(optimizer, {str(storage_of(param).state).removeprefix("torch.") for param in params}, "the policy")
+    # a lazily shaped parameter is cast when it gets its shape
+    if any(param.dtype in SPLIT_DTYPES or isinstance(param, UninitializedParameter) for param in params):
+        return MasterWeights(optimizer)
+    return optimizer
+
+
+def _check_convertible(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
+    """Raise if `convert_optimizer` would raise once the model is cast.
+
+    Raises:
+        OptimizerError: it would.
+    """
+    if isinstance(optimizer, MasterOptimizer):
+        return
+    if _counterpart(optimizer) is not None:
+        check_parameters(_parameters(optimizer))
+        return
+    _check_moments(optimizer, _formats(policy, "state"), f'policy "{policy.name}"')
+    if _formats(policy, "param") != {"float32"}:
+        check_wrappable(optimizer)
+
+
+def _counterpart(optimizer: torch.optim.Optimizer) -> tuple[type[AdamW | SGD], tuple[str, ...]] | None:
+    """Return Duotone's optimizer of the same update, and the settings that it takes over; None if there is none."""
     # exact types: a subclass may change the update
     if type(optimizer) is torch.optim.AdamW and not any(group["amsgrad"] for group in optimizer.param_groups):
-        check_parameters(params)
-        return lambda theirs: _taken_over(theirs, AdamW, ("lr", "betas", "eps", "weight_decay", "maximize"))
+        return AdamW, ("lr", "betas", "eps", "weight_decay", "maximize")
     if type(optimizer) is torch.optim.SGD:
-        check_parameters(params)
-        settings = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return lambda theirs: _taken_over(theirs, SGD, settings)
-    _check_moments(optimizer, policy)
-    if policy.param == "float32" and not policy.rules:
-        return lambda kept: kept
-    check_wrappable(optimizer)
-    return MasterWeights
+        return SGD, ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    return None
 
 
-def _check_moments(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
-    formats = {policy.state, *(dict(rule.roles).get("state") for rule in policy.rules)} - {None}
-    if formats != {"float32"}:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _formats(policy: Policy, role: str) -> set[str]:
+    """Return the formats of a role in a policy and its rules."""
+    return {getattr(policy, role), *filter(None, (dict(rule.roles).get(role) for rule in policy.rules))}
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, formats: set[str], who: str) -> None:
+    if formats - {"float32"}:
         raise OptimizerError(
-            f'policy "{policy.name}" keeps moments in bfloat16, but {type(optimizer).__name__} keeps them in float32; '
+            f"{who} keeps moments in bfloat16, but {type(optimizer).__name__} keeps them in float32; "
             "use a policy with state=float32, or AdamW or SGD"
         )
 
 
-def _taken_over(optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], settings: tuple[str, ...]) -> Any:
+def _taken_over(
+    optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], settings: tuple[str, ...]
+) -> torch.optim.Optimizer:
+    """Return an optimizer of another kind with a torch optimizer's settings, groups, state and hooks."""
     groups = [{"params": group["params"]} for group in optimizer.param_groups]
     converted = kind(groups, **{name: optimizer.defaults[name] for name in settings})
     converted.load_portable_state_dict(optimizer.state_dict())
@@ -99,5 +149,6 @@ def _taken_over(optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], setti
 
 def _refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     raise OptimizerError(
-        f"this {type(optimizer).__name__} was replaced by prepare; step the optimizer that prepare returned"
+        f"this {type(optimizer).__name__} was replaced by one with FP32 masters; step the optimizer that prepare or "
+        "convert_optimizer returned"
     )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import duotone.torch as dt
+from duotone.torch.memory_use import Memory
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Summary:
     seconds: float
     units_per_second: float
     evaluation: Mapping[str, float]
-    memory: dt.Memory
+    memory: Memory
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
