@@ -368,7 +368,6 @@ def test_public_names() -> None:
         "master_weights",
         "memory",
         "op_rule",
-        "op_rules",
         "policy_of",
         "prepare",
         "save_checkpoint",

@@ -14,7 +14,7 @@ from duotone.torch.casting.activation_checkpointing import checkpoint_activation
 from duotone.torch.casting.autocast import autocast
 from duotone.torch.casting.cast import cast, policy_of, uncast
 from duotone.torch.casting.keep_float32 import keep_float32
-from duotone.torch.casting.own_rules import op_rule, op_rules
+from duotone.torch.casting.own_kinds import op_rule
 from duotone.torch.checkpoints.contents import load_checkpoint, save_checkpoint
 from duotone.torch.conversion import convert_optimizer, prepare
 from duotone.torch.distributed.data_parallel import data_parallel
@@ -50,7 +50,6 @@ __all__ = [
     "master_weights",
     "memory",
     "op_rule",
-    "op_rules",
     "policy_of",
     "prepare",
     "save_checkpoint",

@@ -52,14 +52,14 @@ def test_inside_of_torch_autocast_it_is_ours(dtype):
 
 
 @HALVES
-def test_keep_float32_and_op_rules_inside(dtype):
+def test_keep_float32_and_op_rule_inside(dtype):
     half = x().to(dtype)
     with dt.autocast("cpu", dtype):
         with dt.keep_float32():
             assert dtypes(half) == (torch.float32,) * 3
             with dt.autocast("cpu", dtype):
                 assert dtypes(half) == (dtype, torch.float32, dtype)
-        with dt.op_rules({torch.exp: "as_given", torch.matmul: "float32"}):
+        with dt.op_rule({torch.exp: "as_given", torch.matmul: "float32"}):
             assert dtypes(half) == (torch.float32, dtype, dtype)
         assert dt.op_rule(lambda a, b: a + b, "compute")(x(), x()).dtype == dtype
         assert dt.keep_float32(lambda a: a @ a.T)(half).dtype == torch.float32

@@ -205,12 +205,12 @@ def blocks(dtype: torch.dtype) -> dict[str, AbstractContextManager[None]]:
     return {
         "region": Region(dtype).on("cpu"),
         "keep_float32": dt.keep_float32(),
-        "op_rules": dt.op_rules({torch.exp: "as_given"}),
+        "op_rule": dt.op_rule({torch.exp: "as_given"}),
     }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
-@pytest.mark.parametrize("name", ["region", "keep_float32", "op_rules"])
+@pytest.mark.parametrize("name", ["region", "keep_float32", "op_rule"])
 def test_nothing_is_left_behind(name, dtype):
     before = state()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), blocks(dtype)[name]:

@@ -192,7 +192,7 @@ def same_operation() -> Mapping[Function, list[Function]]:
         namespaces = (torch, torch.functional, F, Tensor, torch.linalg, torch.fft, torch.special)
         listed = get_overridable_functions()
         for function in (function for namespace in namespaces for function in listed[namespace]):
-            if function.__name__ != "__get__":
+            if function.__name__ != "__get__" and not isinstance(function, type):
                 same = list(functions_named(function.__name__))
                 _same_operation[function] = same if function in same else [function]
         for name in kinds_by_name():

@@ -1,4 +1,4 @@
-"""Rules of one's own: `op_rule` on functions and operators, `op_rules` in a block of code."""
+"""Kinds of one's own: `op_rule` on functions and operators, and in a block of code."""
 
 import copy
 import threading
@@ -101,14 +101,14 @@ def test_compute_gives_the_policys_dtype():
 
 @POLICIES
 @pytest.mark.parametrize("kind", KINDS)
-def test_outside_of_cast_models_a_rule_does_nothing(kind, policy):
+def test_outside_of_cast_models_a_kind_does_nothing(kind, policy):
     seen_dtypes.clear()
     dt.op_rule(seeing, kind)(*fp32_and_narrow(policy))
     assert seen_dtypes == [torch.float32, NARROW[policy]]
 
 
 @POLICIES
-def test_no_rules_hold_inside_of_the_function(policy):
+def test_no_kinds_hold_inside_of_the_function(policy):
     def function(a: Tensor) -> tuple[torch.dtype, ...]:
         return a.exp().dtype, a.sum().dtype, (a @ a).dtype, torch.sigmoid(a).dtype
 
@@ -119,7 +119,7 @@ def test_no_rules_hold_inside_of_the_function(policy):
 
 
 @POLICIES
-def test_rules_hold_again_after_the_function_even_if_it_fails(policy):
+def test_kinds_hold_again_after_the_function_even_if_it_fails(policy):
     def fails(a: Tensor) -> Tensor:
         raise ArithmeticError
 
@@ -152,13 +152,22 @@ def test_other_dtypes_are_left_alone():
     assert inside("bf16", dt.op_rule(lambda: 7, "float32")) == 7
 
 
-def test_a_function_keeps_its_name():
+def test_a_function_keeps_its_name_and_may_be_a_method():
+    class Reader:
+        def read(self, a: Tensor) -> torch.dtype:
+            return a.dtype
+
+        read_wide = dt.op_rule(read, "float32")
+
     assert dt.op_rule(seeing, "float32").__name__ == "seeing"
+    assert dt.op_rule(torch.exp, "float32").__name__ == "exp"
+    half = torch.ones(1).bfloat16()
+    assert inside("bf16", Reader().read_wide, half) == torch.float32
 
 
 @POLICIES
 @pytest.mark.parametrize("function", [double, Cube.apply, torch.ops.duotone_tests.double], ids=["op", "apply", "ops"])
-def test_custom_operators_and_functions_come_under_rules(function, policy):
+def test_custom_operators_and_functions_run_under_kinds(function, policy):
     data = torch.linspace(0, 1, 5).to(NARROW[policy]).requires_grad_()
     assert inside(policy, function, data).dtype == NARROW[policy]
     got = inside(policy, dt.op_rule(function, "float32"), data)
@@ -170,27 +179,38 @@ def test_custom_operators_and_functions_come_under_rules(function, policy):
 
 
 relative = dt.op_rule(lambda a, b: (a - b) / b, "float32")
-ruled = dt.op_rule(double, "float32")
+wide_double = dt.op_rule(double, "float32")
 
 
-def with_own_rules(hidden: Tensor) -> Tensor:
-    return relative(hidden, hidden + 1) + ruled(hidden)
+def with_own_kinds(hidden: Tensor) -> Tensor:
+    return relative(hidden, hidden + 1) + wide_double(hidden)
 
 
 def with_a_listed_function(hidden: Tensor) -> Tensor:
-    with dt.op_rules({torch.exp: "as_given"}):
+    with dt.op_rule({torch.exp: "as_given"}):
         return hidden.exp() + torch.exp(hidden)
 
 
 def with_an_unlisted_function(hidden: Tensor) -> Tensor:
-    with dt.op_rules({torch.sigmoid: "float32"}):
+    with dt.op_rule({torch.sigmoid: "float32"}):
         return hidden.sigmoid()
+
+
+wide_sigmoid = dt.op_rule(torch.sigmoid, "float32")
+
+
+def with_one_function(hidden: Tensor) -> Tensor:
+    with dt.op_rule(torch.exp, "as_given"):
+        inside = hidden.exp()
+    return inside + hidden.exp() + wide_sigmoid(hidden)
 
 
 @POLICIES
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
-@pytest.mark.parametrize("function", [with_own_rules, with_a_listed_function, with_an_unlisted_function])
-def test_rules_of_ones_own_compile_whole(function, backend, policy, same_bits):
+@pytest.mark.parametrize(
+    "function", [with_own_kinds, with_a_listed_function, with_an_unlisted_function, with_one_function]
+)
+def test_kinds_of_ones_own_compile_whole(function, backend, policy, same_bits):
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -210,11 +230,11 @@ def test_rules_of_ones_own_compile_whole(function, backend, policy, same_bits):
 
 
 @POLICIES
-def test_a_block_has_other_rules_for_functions_methods_and_operators(policy):
+def test_a_block_has_other_kinds_for_functions_methods_and_operators(policy):
     half = torch.linspace(0.1, 1, 4).to(NARROW[policy])
 
     def function() -> list[torch.dtype]:
-        with dt.op_rules({torch.exp: "as_given", torch.Tensor.__pow__: "as_given", torch.sigmoid: "float32"}):
+        with dt.op_rule({torch.exp: "as_given", torch.Tensor.__pow__: "as_given", torch.sigmoid: "float32"}):
             inner = [torch.exp(half), half.exp(), half**2, 2**half, torch.pow(half, 2), half.sigmoid(), half.log()]
         return [result.dtype for result in (*inner, half.exp(), half.sigmoid())]
 
@@ -223,12 +243,44 @@ def test_a_block_has_other_rules_for_functions_methods_and_operators(policy):
 
 
 @POLICIES
+@pytest.mark.parametrize(
+    "which", [torch.exp, torch.Tensor.exp, {torch.exp: "as_given"}], ids=["one", "method", "several"]
+)
+def test_a_block_may_be_for_one_function_or_for_several(which, policy):
+    half = torch.ones(2).to(NARROW[policy])
+
+    def function() -> list[torch.dtype]:
+        with dt.op_rule(which) if isinstance(which, dict) else dt.op_rule(which, "as_given"):
+            in_block = [torch.exp(half), half.exp(), half.log()]
+        return [result.dtype for result in (*in_block, half.exp())]
+
+    narrow, wide = NARROW[policy], torch.float32
+    assert inside(policy, function) == [narrow, narrow, wide, wide]
+
+
+def test_one_block_may_be_entered_again_and_its_function_called():
+    half, narrow_exp = torch.ones(2).bfloat16(), dt.op_rule(torch.exp, "as_given")
+
+    def function() -> list[torch.dtype]:
+        with narrow_exp:
+            with narrow_exp:
+                first = half.exp()
+            again = half.exp()
+        return [result.dtype for result in (first, again, half.exp(), narrow_exp(half))]
+
+    assert inside("bf16", function) == [torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16]
+    with pytest.raises(ArithmeticError), narrow_exp:
+        raise ArithmeticError
+    assert inside("bf16", half.exp).dtype == torch.float32
+
+
+@POLICIES
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_may_be_given_in_a_block(kind, policy):
     wide, narrow = fp32_and_narrow(policy)
 
     def function() -> torch.dtype:
-        with dt.op_rules({torch.add: kind}):
+        with dt.op_rule({torch.add: kind}):
             return torch.add(wide, narrow).dtype
 
     assert inside(policy, function) == (NARROW[policy] if kind == "compute" else torch.float32)
@@ -238,8 +290,8 @@ def test_the_inner_of_two_blocks_holds():
     half = torch.ones(2).bfloat16()
 
     def function() -> list[torch.dtype]:
-        with dt.op_rules({torch.exp: "as_given", torch.log: "as_given"}):
-            with dt.op_rules({torch.exp: "float32"}):
+        with dt.op_rule({torch.exp: "as_given", torch.log: "as_given"}):
+            with dt.op_rule({torch.exp: "float32"}):
                 inner = half.exp(), half.log()
             return [result.dtype for result in (*inner, half.exp())]
 
@@ -249,7 +301,7 @@ def test_the_inner_of_two_blocks_holds():
 def test_a_block_around_a_model_is_inside_of_no_cast_model():
     # the model's own region is the inner one
     half = torch.ones(2).bfloat16()
-    with dt.op_rules({torch.exp: "as_given"}):
+    with dt.op_rule({torch.exp: "as_given"}):
         assert half.exp().dtype == torch.bfloat16
         assert inside("bf16", half.exp).dtype == torch.float32
 
@@ -258,7 +310,7 @@ def test_blocks_are_of_their_thread():
     half, found = torch.ones(2).bfloat16(), []
 
     def function() -> torch.dtype:
-        with dt.op_rules({torch.exp: "as_given"}):
+        with dt.op_rule({torch.exp: "as_given"}):
             thread = threading.Thread(target=lambda: found.append(inside("bf16", half.exp).dtype))
             thread.start()
             thread.join()
@@ -277,12 +329,12 @@ def test_both_hold_under_torch_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert function(half).dtype == torch.float32
         assert dt.op_rule(torch.matmul, "as_given")(half.float(), half.float()).dtype == torch.float32
-        with dt.op_rules({torch.sigmoid: "float32", torch.matmul: "as_given"}):
+        with dt.op_rule({torch.sigmoid: "float32", torch.matmul: "as_given"}):
             assert half.sigmoid().dtype == torch.float32
             assert (half.float() @ half.float()).dtype == torch.float32
-        with torch.autocast("cpu", enabled=False), dt.op_rules({torch.sigmoid: "float32"}):
+        with torch.autocast("cpu", enabled=False), dt.op_rule({torch.sigmoid: "float32"}):
             assert function(half).dtype == half.sigmoid().dtype == torch.bfloat16
-    with dt.op_rules({torch.sigmoid: "float32"}):
+    with dt.op_rule({torch.sigmoid: "float32"}):
         assert half.sigmoid().dtype == torch.bfloat16
 
 
@@ -291,7 +343,7 @@ def test_both_hold_in_keep_float32():
     with dt.keep_float32():
         assert dt.op_rule(torch.sigmoid, "compute")(half).dtype == torch.float32
         assert dt.op_rule(torch.matmul, "as_given")(half, half).dtype == torch.bfloat16
-        with dt.op_rules({torch.matmul: "as_given"}):
+        with dt.op_rule({torch.matmul: "as_given"}):
             assert (half @ half).dtype == torch.bfloat16
 
 
@@ -302,20 +354,26 @@ def test_what_is_refused():
         dt.op_rule(seeing, "refused")
     with (
         pytest.raises(OperationError, match='cannot be "floats32"; did you mean float32'),
-        dt.op_rules({torch.exp: "floats32"}),
+        dt.op_rule({torch.exp: "floats32"}),
     ):
         pass
+    with pytest.raises(OperationError, match=r'give torch.exp, not its name or a class, or {torch.exp: "float32"}'):
+        dt.op_rule("exp", "float32")
+    with pytest.raises(OperationError, match="holds the kinds itself; leave out the second argument"):
+        dt.op_rule({torch.exp: "float32"}, "float32")
+    with pytest.raises(OperationError, match="op_rule needs the kind of the function"):
+        dt.op_rule(torch.exp)
     for no_function_of_torch in (seeing, double, len):
         with (
             pytest.raises(
-                OperationError, match=r"put functions of your own under a rule with op_rule\(function, kind\)"
+                OperationError, match=r"for a function of your own, call what op_rule\(function, kind\) returns"
             ),
-            dt.op_rules({no_function_of_torch: "float32"}),
+            dt.op_rule({no_function_of_torch: "float32"}),
         ):
             pass
 
 
-def test_a_model_with_rules_may_be_copied():
+def test_a_model_with_own_kinds_may_be_copied():
     model = dt.cast(Calls(dt.op_rule(seeing, "float32"), *fp32_and_narrow("bf16")), "bf16")
     seen_dtypes.clear()
     copy.deepcopy(model)(torch.zeros(1))
