@@ -61,8 +61,8 @@ def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "
     import torch
 
     import duotone.torch as dt
-    from duotone.torch.casting.nested import map_tensors
     from duotone.torch.explanation import explain
+    from duotone.train.task import on_device
 
     model = dt.cast(task.model.to(device), settings.policy)
     # the first batch of a run with this seed, as the trainer draws it
@@ -70,5 +70,5 @@ def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "
     batch = next(iter(task.batches(generator)), None)
     if batch is None:
         raise TaskError(f"the data set of task {task.name!r} is empty: an epoch yields no batch")
-    batch = map_tensors(lambda tensor: tensor.to(device), batch)
+    batch = on_device(batch, device)
     return explain(model, run=lambda: task.loss(model, batch))

@@ -151,14 +151,25 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     >>> on_device({"x": [torch.ones(2), "a name"]}, torch.device("meta"))["x"][0].device
     device(type='meta')
     """
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: on_device(item, device) for key, item in batch.items()}
-    if isinstance(batch, list | tuple):
-        items = [on_device(item, device) for item in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
+    return map_batch(lambda tensor: tensor.to(device, non_blocking=True), batch)
+
+
+def map_batch(change: Callable[..., torch.Tensor], *batches: Batch) -> Batch:
+    """Return a batch like the first, made of what `change` returns for the tensors that all have in one place.
+
+    >>> map_batch(torch.add, {"x": [torch.tensor(1), "a name"]}, {"x": [torch.tensor(2), "another"]})
+    {'x': [tensor(3), 'a name']}
+    """
+    first = batches[0]
+    if isinstance(first, torch.Tensor):
+        return change(*batches)
+    if isinstance(first, Mapping):
+        return {key: map_batch(change, *(batch[key] for batch in batches)) for key in first}
+    if isinstance(first, list | tuple):
+        items = [map_batch(change, *parts) for parts in zip(*batches, strict=True)]
+        # a named tuple takes its items one by one, unless it is told to take them all
+        return getattr(first, "_make", type(first))(items)
+    return first
 
 
 def check_loss(task: Task, loss: object) -> None:

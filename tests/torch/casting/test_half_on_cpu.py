@@ -17,7 +17,7 @@ import duotone.torch as dt
 from duotone.errors import DuotoneError, DuotoneWarning
 from duotone.torch.casting import half_on_cpu
 from duotone.torch.casting.half_on_cpu import multiply_in_float32, say_once_how_half_runs_on_cpu
-from duotone.torch.casting.nested import map_tensors
+from duotone.torch.nested import map_tensors
 
 
 def plainly(func, args, kwargs):

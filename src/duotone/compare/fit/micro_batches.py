@@ -4,7 +4,7 @@ Each sample keeps its place in the order. Where a batch cannot be cut, because s
 samples, or joined, because sequences differ in length, that is an error: padding would be another task.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import CompareError, TaskError
-from duotone.train.task import Batch, Task, samples_in
+from duotone.train.task import Batch, Task, map_batch, samples_in
 
 _INSTEAD = "or compare without a search for the largest micro-batch"
 
@@ -71,23 +71,9 @@ def resized(task: Task, samples: int) -> Task:
 def _taken(held: list[Batch], left: int) -> Batch:
     """Take the batches of a list as one, all but the last `left` samples, which stay; no data are in memory twice."""
     *whole, last = held
-    held[:] = [_mapped(lambda tensor: tensor[-left:], last)] if left else []
-    parts = [*whole, _mapped(lambda tensor: tensor[: len(tensor) - left], last)]
-    return _mapped(lambda first, *others: torch.cat([first, *others]) if others else first, *parts)
-
-
-def _mapped(change: Callable[..., Tensor], *batches: Batch) -> Batch:
-    """Return a batch of the same form, made of what `change` returns for the tensors in the same place of each."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return change(*batches)
-    if isinstance(first, Mapping):
-        return {key: _mapped(change, *(batch[key] for batch in batches)) for key in first}
-    if isinstance(first, list | tuple):
-        items = [_mapped(change, *parts) for parts in zip(*batches, strict=True)]
-        # a named tuple takes its items one by one, unless it is told to take them all
-        return getattr(first, "_make", type(first))(items)
-    return first
+    held[:] = [map_batch(lambda tensor: tensor[-left:], last)] if left else []
+    parts = [*whole, map_batch(lambda tensor: tensor[: len(tensor) - left], last)]
+    return map_batch(lambda first, *others: torch.cat([first, *others]) if others else first, *parts)
 
 
 def _count(name: str, batch: Batch) -> int:

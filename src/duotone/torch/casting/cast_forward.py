@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
-from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import Region
+from duotone.torch.nested import cast_floating
 from duotone.torch.parameters.storage import set_storage, storage_of
 
 

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch._C import _autograd
 from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from duotone.errors import DuotoneWarning, OperationError
-from duotone.torch.casting.nested import map_tensors
+from duotone.torch.nested import map_tensors
 
 
 def cpu_has_half_products() -> bool:
@@ -68,8 +67,8 @@ def multiply_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs:
     if torch.compiler.is_compiling():
         # the compiler follows conversions, not hooks; it widens again in backward by itself
         with torch.autocast("cpu", enabled=False):
-            wide_args, wide_kwargs = tree_map_only(Tensor, _widen, (args, dict(kwargs)))
-            return tree_map_only(Tensor, _round, func(*wide_args, **wide_kwargs))
+            wide_args, wide_kwargs = map_tensors(_widen, (args, dict(kwargs)))
+            return map_tensors(_round, func(*wide_args, **wide_kwargs))
     call = _Call(func)
     # several times cheaper than torch.autocast, but the compiler does not know it
     with torch._C._DisableAutocast():

@@ -10,9 +10,9 @@ from torch import nn
 
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import cast_forward_of
-from duotone.torch.casting.nested import cast_floating
 from duotone.torch.casting.region import float32_everywhere
 from duotone.torch.casting.tracing import not_by_itself
+from duotone.torch.nested import cast_floating
 
 Part = TypeVar("Part", bound=Callable[..., Any])
 

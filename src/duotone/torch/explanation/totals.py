@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from duotone.torch.casting.nested import tensors_in
 from duotone.torch.casting.operation_table import kinds, kinds_by_name
 from duotone.torch.explanation.records import (
     NO_HALF,
@@ -22,6 +21,7 @@ from duotone.torch.explanation.records import (
     Widening,
     add_up,
 )
+from duotone.torch.nested import tensors_in
 from duotone.torch.watching.callers import Caller, in_emulation
 from duotone.torch.watching.modes import is_kept
 from duotone.torch.watching.observer import Call

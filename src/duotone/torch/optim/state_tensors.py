@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.torch.nested import tensors_in
 from duotone.torch.parameters.shards import cut, is_shard
 
 
@@ -31,7 +32,7 @@ def copy_state(value: Any, device: torch.device | None = None, param: Tensor | N
             return cut(tensor.detach().clone().to(goal), param)
         return torch.empty_like(param, dtype=tensor.dtype, device=goal, requires_grad=False).copy_(tensor.detach())
 
-    return _mapped(copied, value)
+    return _copied(copied, value)
 
 
 def in_float32(value: Any, *dtypes: torch.dtype) -> Any:
@@ -40,15 +41,9 @@ def in_float32(value: Any, *dtypes: torch.dtype) -> Any:
     >>> in_float32([torch.ones(1, dtype=torch.bfloat16), torch.tensor(1)], torch.bfloat16)
     [tensor([1.]), tensor(1)]
     """
-    return _mapped(lambda tensor: tensor.float() if tensor.dtype in dtypes else tensor, value)
+    return _copied(lambda tensor: tensor.float() if tensor.dtype in dtypes else tensor, value)
 
 
-def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _mapped(change, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [_mapped(change, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return copy.deepcopy(value)
+def _copied(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    # a deep copy takes from its memo what stands in place of an object
+    return copy.deepcopy(value, {id(tensor): change(tensor) for tensor in tensors_in(value)})

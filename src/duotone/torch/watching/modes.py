@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from duotone.torch.casting.nested import tensors_in
 from duotone.torch.casting.region import compute_dtype
+from duotone.torch.nested import tensors_in
 from duotone.torch.watching.callers import find_caller
 from duotone.torch.watching.observer import Call, MixedOperands, Observer
 from duotone.torch.watching.saved import in_backward

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from duotone.torch.casting.nested import cast_floating, map_tensors, tensors_in
+from duotone.torch.nested import cast_floating, map_tensors, tensors_in
 
 ONE = torch.ones(2)
 
