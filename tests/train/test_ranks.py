@@ -15,7 +15,7 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError, DuotoneWarning, NonFiniteLoss, TaskError
-from duotone.train import Alone, Group, RunFolder, RunSettings, Task, Trainer, open_ranks
+from duotone.train import Group, RunFolder, RunSettings, Task, Trainer, open_ranks
 
 BLOCKS, STEPS = 3, 6
 
@@ -63,7 +63,7 @@ def make_task(dropout: float = 0.0, **changes: Any) -> Task:
 
 def make(task: Task | None = None, folder: Path | None = None, **settings: Any) -> Trainer:
     told = {"steps": STEPS, "log_every": 3, "evaluate_every": 3, "learning_rate": 1e-2, **settings}
-    ranks = Group() if dist.is_initialized() else Alone()
+    ranks = Group.join() if dist.is_initialized() else Group()
     place = None if folder is None else RunFolder(folder)
     trainer = Trainer(task or make_task(), RunSettings(**told), place, ranks)
     if folder is not None and not ranks.first(folder.exists):
@@ -222,7 +222,7 @@ def oddities(folder: str) -> dict[str, Any]:
     trainer = make(folder=Path(folder, "empty"))
     answer["empty"] = raised(trainer.resume, CheckpointError)
 
-    group = Group()
+    group = Group.join()
     fails = lambda: int("one") if rank == 1 else rank  # noqa: E731
     answer["agree"] = raised(lambda: group.agree(fails), TaskError)
     answer["first"] = raised(lambda: group.first(lambda: int("none")), (TaskError, ValueError))
@@ -262,19 +262,19 @@ def speak(folder: str, cases: list[Any]) -> list[bool | None]:
     """Return whether this rank speaks of an error that comes after a while; one after another case."""
     from torch.distributed import FileStore
 
-    from duotone.train import ranks
+    from duotone.train import group
 
-    ranks._PATIENCE_SECONDS = 1.0
+    group._PATIENCE_SECONDS = 1.0
     answer = []
     for number, case in enumerate(cases):
-        group = Group(store=FileStore(f"{folder}/{number}", 2))
+        joined = Group.join(store=FileStore(f"{folder}/{number}", 2))
         dist.barrier()
         mine = case[dist.get_rank()]
         if mine is None:
             answer.append(None)
         else:
             time.sleep(mine[0])
-            answer.append(group.speaks(ValueError(mine[1])))
+            answer.append(joined.prints(ValueError(mine[1])))
         dist.barrier()
     return answer
 

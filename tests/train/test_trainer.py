@@ -11,6 +11,7 @@ from torch import nn
 
 from duotone.errors import CheckpointError, LossScaleCollapse, NonFiniteLoss, TaskError
 from duotone.torch.memory_use import Memory
+from duotone.torch.scaling import loss_scaler
 from duotone.train import Trainer, as_json
 
 from .small_task import no_batches, small_task
@@ -21,7 +22,7 @@ def bits_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     bits = {f"weight.{name}": param.detach() for name, param in trainer.model.named_parameters()}
     for index, state in trainer.optimizer.state_dict()["state"].items():
         bits |= {f"state.{index}.{name}": value for name, value in state.items()}
-    bits["schedule"] = trainer.schedule.learning_rate
+    bits["schedule"] = torch.tensor(trainer.schedule.get_last_lr())
     bits["random"] = torch.get_rng_state()
     return bits
 
@@ -163,6 +164,27 @@ def test_the_schedule_stands_still_on_skipped_steps(make_trainer):
             )
     assert line.skipped > 0
     assert rates[2] == rates[3] > rates[1]
+
+
+def test_a_schedule_that_learns_of_skips_late_changes_no_bit(make_trainer, tmp_path, monkeypatch):
+    settings = {"policy": "fp16", "steps": 9, "log_every": 1, "warmup_steps": 6, "learning_rate": 0.5}
+    results = []
+    for late in (False, True):
+        if late:
+            # as on an accelerator
+            monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+        trainer = make_trainer(small_task, tmp_path / f"{late}", **settings)
+        trainer.scaler.load_state_dict(
+            {**trainer.scaler.state_dict(), "state": {**trainer.scaler.state_dict()["state"], "scale": 2.0**19}}
+        )
+        lines = list(trainer.run(5))
+        trainer = make_trainer(small_task, tmp_path / f"{late}", resume=True, **settings)
+        lines += trainer.run()
+        results.append(([(line.loss, line.lr, line.skipped) for line in lines], bits_of(trainer)))
+    (lines, bits), (late_lines, late_bits) = results
+    assert late_lines == lines
+    assert 0 < lines[-1][2] < 9
+    assert all(torch.equal(late_bits[name], value) for name, value in bits.items())
 
 
 def test_the_summary_is_json(make_trainer):

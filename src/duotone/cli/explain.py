@@ -3,10 +3,11 @@
 One batch goes through the model and its loss, forward only; nothing is trained and nothing is written.
 """
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duotone.cli.settings_flags import with_settings
 from duotone.errors import TaskError
 
 if TYPE_CHECKING:
@@ -16,21 +17,12 @@ if TYPE_CHECKING:
     from duotone.train import RunSettings, Task
 
 
+@with_settings("task", "policy", "seed", "device")
 def explain_command(
-    task: Annotated[
-        str | None,
-        typer.Argument(
-            help="stdlib-text (the default), digits, name:variant, or a path/to/task.py.", show_default=False
-        ),
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, bf16-mixed, fp16-mixed, ... (default: bf16)")
-    ] = None,
+    given: dict[str, Any],
     modules: Annotated[
         int | None, typer.Option(metavar="DEPTH", help="Show modules down to this depth. (default: all)", min=0)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the model and the batch. (default: 0)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, nothing left out.")] = False,
 ) -> None:
     """Show where precision is in a model: dtypes, casts, bytes saved for backward, and what stands out."""
@@ -38,8 +30,6 @@ def explain_command(
 
     from duotone.train import find_device, find_task, resolve_settings
 
-    flags = {"task": task, "policy": policy, "seed": seed, "device": device}
-    given = {name: value for name, value in flags.items() if value is not None}
     # whatever the task does not decide is checked before its data are read
     early = resolve_settings(given)
     find_device(early.device)

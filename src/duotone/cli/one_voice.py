@@ -10,7 +10,7 @@ import typer
 from duotone.errors import DuotoneError
 
 if TYPE_CHECKING:
-    from duotone.train import Ranks
+    from duotone.train import Group
 
 
 def exit_code_of(error: Exception) -> int:
@@ -19,7 +19,7 @@ def exit_code_of(error: Exception) -> int:
 
 
 @contextmanager
-def one_voice(ranks: "Ranks") -> Iterator[None]:
+def one_voice(ranks: "Group") -> Iterator[None]:
     """Have a block's warnings and errors come from one rank only; alone, nothing changes.
 
     A rank that has nothing to say of the error that ends it exits with the error's code. Of an error that comes on a
@@ -33,8 +33,8 @@ def one_voice(ranks: "Ranks") -> Iterator[None]:
     except typer.Exit:
         raise
     except Exception as raised:
-        error = ranks.in_words(raised)
-        if not ranks.speaks(error):
+        error = ranks.readable(raised)
+        if not ranks.prints(error):
             raise SystemExit(exit_code_of(error)) from error
         if ranks.rank and isinstance(error, DuotoneError):
             raise type(error)(f"rank {ranks.rank}: {error}") from raised

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from duotone.cli.settings_flags import with_settings
 from duotone.errors import TaskError, nearest_names
 
 if TYPE_CHECKING:
-    from duotone.train import Ranks, RunFolder, RunSettings, Task, Trainer
+    from duotone.train import Group, RunFolder, RunSettings, Task, Trainer
 
 RESUMES = ("latest", "latest-valid")
 _RUNS = Path("runs")
@@ -49,89 +50,25 @@ def with_resume_value(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def _norm(text: str) -> float | str:
-    return "none" if text == "none" else float(text)
-
-
+@with_settings()
 def train_command(
-    task: Annotated[
-        str | None,
-        typer.Argument(
-            help="stdlib-text (the default), digits, name:variant, or a path/to/task.py.", show_default=False
-        ),
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, bf16-mixed, fp16-mixed, ... (default: bf16)")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the model and the batches. (default: 0)")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Of the optimizer's kernels: auto, reference, cpu, cuda. (default: auto)")
-    ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, sgd or lion.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", "--lr", help="The highest of the schedule.")
-    ] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of linear warm-up before the cosine.")] = None,
-    final_lr_fraction: Annotated[float | None, typer.Option(help="Where the cosine ends, of the highest rate.")] = None,
-    betas: Annotated[tuple[float, float] | None, typer.Option(help="AdamW's or Lion's.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="SGD's.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="The optimizer's.")] = None,
-    clip_norm: Annotated[
-        Any, typer.Option(help="Largest norm of the true gradient, or none.", parser=_norm, metavar="FLOAT|none")
-    ] = None,
-    parallel: Annotated[
-        str | None,
-        typer.Option(
-            help="Of ranks that torchrun starts: ddp, a copy on each; fsdp, a part; auto, ddp if there are several. "
-            "(default: auto)"
-        ),
-    ] = None,
-    micro_batches: Annotated[int | None, typer.Option(help="Batches accumulated into one step, on each rank.")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between lines of metrics.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints that stay, the newest. (default: 2)")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of these settings; flags go before it.")] = None,
+    given: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML and exit.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The run's folder. (default: runs/TASK-POLICY-N)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. (default: runs/TASK-POLICY-N)")] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on with the run in --out, from its newest checkpoint or its newest intact one.",
+            help="Resume the run in --out from its newest checkpoint, or from its newest intact one.",
             metavar="[latest|latest-valid]",
         ),
     ] = None,
-    stop_after: Annotated[int | None, typer.Option(help="Stop cleanly after this step; --resume goes on.")] = None,
+    stop_after: Annotated[int | None, typer.Option(help="Stop after this step, saved; --resume goes on.")] = None,
 ) -> None:
     """Train a task under a policy: metrics, checkpoints, and a summary at the end."""
     from duotone.cli.one_voice import one_voice
     from duotone.train import open_ranks
 
-    flags = {
-        "task": task,
-        "policy": policy,
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-        "backend": backend,
-        "parallel": parallel,
-        "optimizer": optimizer,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps,
-        "final_lr_fraction": final_lr_fraction,
-        "betas": betas,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "clip_norm": clip_norm,
-        "micro_batches": micro_batches,
-        "log_every": log_every,
-        "evaluate_every": evaluate_every,
-        "checkpoint_every": checkpoint_every,
-        "keep": keep,
-    }
-    given = {name: None if value == "none" else value for name, value in flags.items() if value is not None}
     with open_ranks() as ranks, one_voice(ranks):
         if stop_after is not None and stop_after < 1:
             raise TaskError(f"--stop-after is {stop_after}; it must be at least 1")
@@ -139,15 +76,15 @@ def train_command(
             raise TaskError(f'--resume is "{resume}"; {nearest_names(resume, RESUMES)}')
         if resume and out is None:
             raise TaskError("--resume needs --out, the folder of the run to go on with")
-        found, settings = _open_task(given, config, out if resume else None, ranks)
+        chosen, settings = _open_task(given, config, out if resume else None, ranks)
         if print_config:
             ranks.first(lambda: typer.echo(settings.to_yaml(), nl=False))
             return
-        _run(_open_trainer(found, settings, out, resume, ranks), stop_after)
+        _run(_open_trainer(chosen, settings, out, resume, ranks), stop_after)
 
 
 def _open_trainer(
-    task: "Task", settings: "RunSettings", out: Path | None, resume: str | None, ranks: "Ranks"
+    task: "Task", settings: "RunSettings", out: Path | None, resume: str | None, ranks: "Group"
 ) -> "Trainer":
     from duotone.train import RunFolder, Trainer, next_free_folder
 
@@ -165,7 +102,7 @@ def _open_trainer(
 
 
 def _open_task(
-    given: dict[str, Any], config: Path | None, resumed: Path | None, ranks: "Ranks"
+    given: dict[str, Any], config: Path | None, resumed: Path | None, ranks: "Group"
 ) -> "tuple[Task, RunSettings]":
     import random
 
@@ -177,20 +114,20 @@ def _open_task(
     def read() -> dict[str, Any]:
         own = RunFolder(resumed).settings() if resumed is not None else {}
         if ranks.size == 1:
-            # how several shared the run's model does not bind one
+            # how several ranks shared the run's model does not bind a single one
             own.pop("parallel", None)
         return own | (read_config(config) if config is not None else {}) | given
 
-    told = ranks.first(read)
-    # whatever the task does not decide is checked before its data are read
-    early = resolve_settings(told)
+    values = ranks.first(read)
+    # settings that the task does not decide are checked before its data are read
+    early = resolve_settings(values)
     ranks.mode(early.parallel)
     # a task may draw from any of them, and a run that starts again must draw the same
     random.seed(early.seed)
     np.random.seed(early.seed % 2**32)
     torch.manual_seed(early.seed)
     task = ranks.agree(lambda: find_task(early.task))
-    return task, resolve_settings(dict(task.settings), told)
+    return task, resolve_settings(dict(task.settings), values)
 
 
 def _run(trainer: "Trainer", stop_after: int | None) -> None:
@@ -206,7 +143,7 @@ def _run(trainer: "Trainer", stop_after: int | None) -> None:
     try:
         _train(trainer, folder, stop_after)
     except KeyboardInterrupt:
-        # the others may be anywhere, so nothing is agreed upon with them
+        # other ranks may be at any point, so nothing is exchanged with them
         if ranks.rank == 0:
             saved = folder.checkpoints()
             since = f"since step {step_of(saved[0])}" if saved else "yet"
@@ -247,7 +184,7 @@ def _finished(trainer: "Trainer", folder: "RunFolder", summary: Mapping[str, Any
     return f"{folder.path} is finished at step {trainer.step}{figure}; there is nothing left to do"
 
 
-def _command(folder: "RunFolder", ranks: "Ranks") -> str:
+def _command(folder: "RunFolder", ranks: "Group") -> str:
     start = "duotone train" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} -m duotone train"
     return f"{start} --resume --out {shlex.quote(str(folder.path))}"
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from duotone.policy import Policy
 from duotone.train import Metrics, Summary, Task, Trainer
 
 
@@ -31,9 +30,7 @@ def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View
     console = console or Console(highlight=False)
     settings, task = trainer.settings, trainer.task
     count = sum(param.numel() for param in trainer.model.parameters())
-    console.print(
-        f"[bold]{task.name}[/bold] under [bold]{Policy.parse(settings.policy).name}[/bold] on {_place(trainer)}"
-    )
+    console.print(f"[bold]{task.name}[/bold] under [bold]{settings.policy.name}[/bold] on {_place(trainer)}")
     console.print(f"  parameters: {count:,}")
     for name, fact in task.facts.items():
         console.print(f"  {name}: {fact}")
@@ -75,7 +72,7 @@ class _LineView:
         table = Table(title=f"{'lower' if task.lower_is_better else 'higher'} is better")
         table.add_column("method")
         table.add_column(f"held-out {task.quality}", justify="right")
-        table.add_row(f"this run, {Policy.parse(self._trainer.settings.policy).name}", f"{quality:.4f}", style="bold")
+        table.add_row(f"this run, {self._trainer.settings.policy.name}", f"{quality:.4f}", style="bold")
         for name, value in task.baselines.items():
             table.add_row(name, f"{value:.4f}")
         self._console.print(table)

@@ -1,22 +1,22 @@
 """Training runs: a `Task` says what, `RunSettings` say how, a `Trainer` does it."""
 
+from duotone.run_settings import RunSettings, read_config, resolve_settings
+from duotone.train.device import find_device
+from duotone.train.group import Group, open_ranks
 from duotone.train.interruption import Interruption, print_at_once, stop_on_signal
 from duotone.train.metrics import Metrics, Summary, as_json
 from duotone.train.optimizer import optimizer_of
-from duotone.train.ranks import Alone, Group, Ranks, open_ranks
 from duotone.train.run_folder import RunFolder, next_free_folder
-from duotone.train.settings import RunSettings, find_device, read_config, resolve_settings
+from duotone.train.schedule import cosine_schedule
 from duotone.train.task import Task
 from duotone.train.tasks import BUILT_IN, built_in_task, find_task
 from duotone.train.trainer import Trainer
 
 __all__ = [
     "BUILT_IN",
-    "Alone",
     "Group",
     "Interruption",
     "Metrics",
-    "Ranks",
     "RunFolder",
     "RunSettings",
     "Summary",
@@ -24,6 +24,7 @@ __all__ = [
     "Trainer",
     "as_json",
     "built_in_task",
+    "cosine_schedule",
     "find_device",
     "find_task",
     "next_free_folder",

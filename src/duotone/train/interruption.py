@@ -1,7 +1,7 @@
 """Signals that ask a run to stop: SIGTERM, and SIGINT, which is Ctrl-C.
 
-While a run is under way the first of them only asks it to stop, which it does after the step that it is in; that is
-said at once, for a step may be long. A second Ctrl-C raises KeyboardInterrupt, as usual. Schedulers and shells send
+During a run the first of them only asks it to stop, which it does after the current step; a line says so at once, for a
+step may be long. A second Ctrl-C raises KeyboardInterrupt, as usual. Schedulers and shells send
 SIGTERM more than once: that changes nothing. A signal that the process was started to ignore stays ignored.
 """
 
@@ -41,7 +41,7 @@ def stop_on_signal(stop: Callable[[], None], tell: Callable[[str], None] = lambd
 
     Args:
         stop: should set a flag and no more, as `Trainer.stop` does.
-        tell: takes a line for whoever waits; it should print as `print_at_once` does, or not at all.
+        tell: prints a line, as `print_at_once` does, or ignores it.
 
     >>> with stop_on_signal(lambda: print("asked to stop"), print) as interruption:
     ...     os.kill(os.getpid(), signal.SIGTERM)
@@ -75,7 +75,7 @@ def stop_on_signal(stop: Callable[[], None], tell: Callable[[str], None] = lambd
 
 def print_at_once(line: str) -> None:
     """Print a line among the errors, past all buffers and locks, so that a signal handler may do it at any moment."""
-    # on a terminal it takes the place of a progress bar, which is drawn again below it, and of the "^C"
+    # on a terminal it overwrites the progress bar, which is drawn again below it, and the "^C"
     start = "\r\x1b[2K" if os.isatty(_ERRORS) else ""
     with suppress(OSError):
         os.write(_ERRORS, f"{start}{line}\n".encode())

@@ -1,4 +1,4 @@
-"""What a run reports: a line of metrics per logged step, and a summary at the end."""
+"""What a run reports: a line of metrics for each logged step, and a summary at the end."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,12 +16,12 @@ class Metrics:
         loss: mean training loss since the last line, over all ranks.
         quality: the task's quality on held-out data if it was evaluated at this step, else None.
         lr: learning rate of this step.
-        loss_scale: that this step's gradients carried.
+        loss_scale: factor of this step's gradients.
         skipped: steps skipped so far.
         grad_norm: of this step's true gradient before clipping; None if the step was skipped.
-        units_per_second: what the task counts, on all ranks together, evaluation and checkpoints apart.
+        units_per_second: what the task counts, on all ranks together, without evaluation and checkpoints.
         peak_memory_bytes: the device's peak allocation; on a CPU the peak resident set of the process, None on
-            systems that do not tell. The largest of all ranks.
+            systems that do not report it. The largest of all ranks.
     """
 
     step: int
@@ -37,13 +37,13 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         step: optimizer steps, skipped ones included.
         skipped: steps skipped.
-        seconds: spent in training steps by this process, evaluation and checkpoints apart; of a run that was resumed,
-            those since then.
+        seconds: spent in training steps by this process, without evaluation and checkpoints; of a resumed run, since
+            it was resumed.
         units_per_second: over those seconds, on all ranks together.
         evaluation: every figure of the task's evaluation at the end.
         memory: bytes by role, on this rank.

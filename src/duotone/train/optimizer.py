@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
-from duotone.train.settings import RunSettings
+from duotone.run_settings import RunSettings
 
 
 def optimizer_of(model: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:

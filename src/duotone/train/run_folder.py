@@ -7,19 +7,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import duotone.torch as dt
 from duotone.durable_files import append_line, flush, make_folder, partial_path, replace_text
 from duotone.errors import CheckpointError, TaskError
-from duotone.policy import Policy
-from duotone.train.settings import RunSettings, read_config, resolve_settings
+from duotone.run_settings import RunSettings, read_config, resolve_settings
 
 _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
 _CHECKPOINT = re.compile(r"step-\d+")
-# settings that say how a run is watched or where it runs; the others decide its result
+# settings of where a run is carried out and how often it reports; the others decide its result
 _FREE = frozenset({"device", "backend", "parallel", "log_every", "evaluate_every", "checkpoint_every", "keep"})
 
 
@@ -85,12 +83,12 @@ class RunFolder:
             TaskError: another setting is.
         """
         own = resolve_settings(self.settings())
-        if Policy.parse(own.policy) != Policy.parse(settings.policy):
+        if own.policy != settings.policy:
             raise CheckpointError(
-                f'{self.path} is a run under policy "{own.policy}", not "{settings.policy}"; '
+                f'{self.path} is a run under policy "{own.policy.name}", not "{settings.policy.name}"; '
                 "resume it under its own policy, or start a new run in another --out"
             )
-        there, here = asdict(own), asdict(settings)
+        there, here = own.to_values(), settings.to_values()
         for name in there.keys() - _FREE - {"policy"}:
             if there[name] != here[name]:
                 raise TaskError(
@@ -104,14 +102,14 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints, intact or not, the newest first."""
-        found = dt.checkpoints.list_all(self.path / "checkpoints")
-        return sorted((path for path in found if _CHECKPOINT.fullmatch(path.name)), key=step_of, reverse=True)
+        paths = dt.checkpoints.list_all(self.path / "checkpoints")
+        return sorted((path for path in paths if _CHECKPOINT.fullmatch(path.name)), key=step_of, reverse=True)
 
     def find_checkpoint(self, which: Literal["latest", "latest-valid"]) -> tuple[Path, list[str]]:
         """Return a checkpoint whose every byte is right, and the newer ones with what is wrong with each.
 
         Args:
-            which: `"latest"` stands for the newest and nothing else.
+            which: `"latest"` is the newest and no other.
 
         Raises:
             CheckpointError: there is none, or the newest is damaged and no other was asked for.
@@ -135,16 +133,16 @@ class RunFolder:
     def remove_old_checkpoints(self, step: int, keep: int) -> None:
         """Keep the checkpoint of a step and those before it, `keep` in all.
 
-        Later ones go too: whoever is at this step now went back behind them, because they were damaged.
+        Later ones go too: the run went back behind them to this step, because they were damaged.
         """
-        found = self.checkpoints()
-        kept = [path for path in found if step_of(path) <= step][:keep]
-        for path in found:
+        paths = self.checkpoints()
+        kept = [path for path in paths if step_of(path) <= step][:keep]
+        for path in paths:
             if path not in kept:
                 dt.checkpoints.remove(path)
 
     def remove_leftovers(self) -> None:
-        """Remove what a process that died in writing or removing a checkpoint left of it."""
+        """Remove what processes that died left of checkpoints that they were writing or removing."""
         dt.checkpoints.remove_leftovers(self.path / "checkpoints")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
@@ -212,8 +210,8 @@ class RunFolder:
 
     def what_remains(self) -> str:
         """Return what a run that cannot write has on the disk, and what to do, in a few words."""
-        found = self.checkpoints()
-        last = f"{found[0].name} is untouched" if found else "the run has no checkpoint yet"
+        paths = self.checkpoints()
+        last = f"{paths[0].name} is untouched" if paths else "the run has no checkpoint yet"
         return f"{last}; when that is mended, go on with --resume"
 
 
@@ -233,7 +231,7 @@ def next_free_folder(root: Path, settings: RunSettings) -> Path:
     'digits-convnet-fp16-loss_scale-8-1'
     """
     task = Path(settings.task).stem if settings.task.endswith(".py") else settings.task
-    text = f"{task}-{Policy.parse(settings.policy).name}"
+    text = f"{task}-{settings.policy.name}"
     stem = "-".join("".join(char if char.isalnum() or char == "_" else " " for char in text).split())
     number = 1
     while (root / f"{stem}-{number}").exists():

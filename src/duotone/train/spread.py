@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import duotone.torch as dt
 from duotone.errors import TaskError
-from duotone.train.ranks import Mode
+from duotone.train.group import Mode
 
 Result = TypeVar("Result")
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -174,13 +174,13 @@ def _units_in(module: nn.Module, *, is_inside: bool) -> Iterator[nn.Module]:
 
 def _leaves_of(loss: Any) -> set[Tensor]:
     """Return the leaves of the graph that a loss was computed by."""
-    found: set[Any] = {getattr(loss, "grad_fn", None)} - {None}
-    left = list(found)
-    while left:
-        new = {node for node, _ in left.pop().next_functions} - found - {None}
-        found |= new
-        left += new
-    return {node.variable for node in found if hasattr(node, "variable")}
+    nodes: set[Any] = {getattr(loss, "grad_fn", None)} - {None}
+    queue = list(nodes)
+    while queue:
+        new = {node for node, _ in queue.pop().next_functions} - nodes - {None}
+        nodes |= new
+        queue += new
+    return {node.variable for node in nodes if hasattr(node, "variable")}
 
 
 def _unused(which: str) -> TaskError:

@@ -1,8 +1,8 @@
 """What a run trains: a model, its loss, its batches and its evaluation, as one value.
 
-A `Task` knows nothing of precision, devices or optimizers; whoever trains it decides those. It draws the
-model from torch's global seed and its batches from the generator it is given, so repeating two seeds repeats
-a run. Left out: worker processes and prefetching, which a task's `batches` may do by itself.
+A `Task` has no precision, device or optimizer; the trainer decides those. It draws the model from torch's global
+seed and its batches from the generator it is given, so the same two seeds give the same run. Left out: worker
+processes and prefetching, which a task's `batches` may do by itself.
 """
 
 import importlib.util
@@ -57,11 +57,11 @@ class Task:
         batches: maps a CPU generator to one epoch's batches; the same state must give the same batches. Several ranks
             all draw all of them, and each trains on its share.
         evaluate: maps the model to its figures on held-out data; deterministic. See `evaluating`.
-        quality: the figure that stands for the run's quality.
+        quality: name of the figure that the run is judged by.
         lower_is_better: which way `quality` improves.
         unit: what throughput counts.
         units_in: how many units a batch holds; by default the length of its first tensor.
-        settings: run settings that suit the task (`steps`, `learning_rate`, ...); a user's own go first.
+        settings: run settings that suit the task (`steps`, `learning_rate`, ...); a user's own take precedence.
         baselines: `quality` of reference methods on the same held-out data.
         facts: about the data, a line each.
 
@@ -220,7 +220,7 @@ def load_task_file(path: str | Path) -> Task:
         define_task = getattr(module, "task", None)
         task = define_task() if callable(define_task) else None
     except Exception as error:
-        raise TaskError(f"{place_of(error, path)}: {type(error).__name__}: {first_line(error)}") from error
+        raise TaskError(f"{location_of(error, path)}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         sys.path.remove(folder)
         del sys.modules[TASK_FILE_MODULE]
@@ -231,7 +231,7 @@ def load_task_file(path: str | Path) -> Task:
     return task
 
 
-def place_of(error: Exception, path: Path) -> str:
+def location_of(error: Exception, path: Path) -> str:
     """Name `path` and the last of its lines that the error passed through, or the one that does not parse."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]

@@ -2,8 +2,8 @@
 
 `Trainer.run()` yields one `Metrics` per logged step; between them nothing waits for the device. Everything that the
 next step depends on goes into a checkpoint, so a run that was stopped and resumed ends in the same bits. Several ranks
-each have a trainer, and do the same at the same time: N ranks with M micro-batches each take the batches that one
-process with N * M does, and rank 0 alone writes, but for the parts of checkpoints that are cut.
+each have a trainer and take the same steps: N ranks with M micro-batches use the batches that one process with N * M
+does. Rank 0 alone writes, except for the sharded parts of checkpoints.
 """
 
 import math
@@ -20,12 +20,12 @@ from torch import Tensor
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError, DuotoneWarning, NonFiniteLoss, TaskError
+from duotone.run_settings import RunSettings
+from duotone.train.group import Group
 from duotone.train.metrics import Metrics, Summary
 from duotone.train.optimizer import optimizer_of
-from duotone.train.ranks import Alone, Ranks
 from duotone.train.run_folder import RunFolder, step_of
-from duotone.train.schedule import WarmupCosine
-from duotone.train.settings import RunSettings
+from duotone.train.schedule import SavedSchedule, cosine_schedule
 from duotone.train.spread import spread
 from duotone.train.task import Batch, Task, check_evaluation, check_loss, on_device
 
@@ -35,17 +35,17 @@ class Trainer:
 
     Attributes:
         step: optimizer steps so far.
-        resumed_at: the step that it went on from, or None if it began the run.
+        resumed_at: the step that it was resumed at, or None if it began the run.
 
     Args:
         task: what to train; its model is cast in place.
         settings: how.
-        folder: where metrics and checkpoints go, the same on all ranks; None to keep nothing.
-        ranks: those who train, of which this process is one; None if it is alone.
+        folder: where metrics and checkpoints are written, the same on all ranks; None to write nothing.
+        ranks: the processes that train together; None for this one alone.
 
     Raises:
-        TaskError: the device is not there, or the settings ask for ranks and there are none.
-        PolicyError: the model cannot be cast, or not be spread over ranks.
+        TaskError: the machine lacks the device, or the settings ask for ranks and there are none.
+        PolicyError: the model cannot be cast, or not distributed over ranks.
 
     >>> from duotone.train import RunSettings, built_in_task, resolve_settings
     >>> task = built_in_task("stdlib-text:tiny")
@@ -58,26 +58,20 @@ class Trainer:
     """
 
     def __init__(
-        self, task: Task, settings: RunSettings, folder: RunFolder | None = None, ranks: Ranks | None = None
+        self, task: Task, settings: RunSettings, folder: RunFolder | None = None, ranks: Group | None = None
     ) -> None:
         self.task = task
         self.settings = settings
         self.folder = folder
-        self.ranks = ranks or Alone()
+        self.ranks = ranks or Group()
         mode = self.ranks.mode(settings.parallel)
         self.device = self.ranks.device(settings.device)
-        self.model = dt.cast(self.ranks.send(task.model.to(self.device)), settings.policy)
+        self.model = dt.cast(self.ranks.broadcast(task.model.to(self.device)), settings.policy)
         self._spread = spread(self.model, mode)
         self.optimizer = optimizer_of(self.model, settings)
         self.scaler = dt.LossScaler(settings.policy)
-        self.schedule = WarmupCosine(
-            self.optimizer,
-            self.device,
-            peak=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            steps=settings.steps,
-            final_fraction=settings.final_lr_fraction,
-        )
+        self.schedule = cosine_schedule(self.optimizer, settings)
+        self._saved_schedule = SavedSchedule(self.schedule)
         self.step = 0
         self.resumed_at: int | None = None
         self._epoch = 0
@@ -88,14 +82,14 @@ class Trainer:
         self._seconds = 0.0
         self._stop_asked = False
         self._batches_per_step = self.ranks.size * settings.micro_batches
-        self.ranks.part_ways(settings.seed)
+        self.ranks.seed_generators(settings.seed)
 
     def resume(self, which: Literal["latest", "latest-valid"] = "latest") -> None:
         """Go on from a checkpoint in the folder.
 
         Args:
-            which: the newest, or the newest that is intact: a warning then says what is passed over, and so removed,
-                and how much is done again.
+            which: the newest, or the newest intact one. A warning then names the damaged ones, which are removed, and
+                says how many steps are done again.
 
         Raises:
             CheckpointError: there is none, or it is damaged, of another policy, or does not fit. Nothing is changed
@@ -105,7 +99,7 @@ class Trainer:
             raise CheckpointError("a run without a folder has no checkpoint to resume from")
         folder = self.folder
         path, broken = self.ranks.first(lambda: folder.find_checkpoint(which))
-        progress = dt.load_checkpoint(path, self.model, self.optimizer, self.scaler, scheduler=self.schedule)
+        progress = dt.load_checkpoint(path, self.model, self.optimizer, self.scaler, scheduler=self._saved_schedule)
         self.step = self.resumed_at = progress["step"]
         self._epoch = progress["epoch"]
         self._batches_taken = progress["batches_taken"]
@@ -161,7 +155,7 @@ class Trainer:
                     self.ranks.first(partial(self.folder.append_metrics, asdict(metrics)))
                 yield metrics
             self.optimizer.zero_grad()
-            # read once: whoever asks from here on gets one more step, and that one is saved
+            # read once: a stop that is asked for from here on gets one more step, and that one is saved
             stops = stop_asked()
             if stops or self.step == last or self.step % self.settings.checkpoint_every == 0:
                 self.save()
@@ -191,14 +185,14 @@ class Trainer:
         self.ranks.first(folder.flush_metrics)
         try:
             dt.save_checkpoint(
-                path, self.model, self.optimizer, self.scaler, scheduler=self.schedule, progress=progress
+                path, self.model, self.optimizer, self.scaler, scheduler=self._saved_schedule, progress=progress
             )
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self.ranks.first(folder.what_remains)}") from error
         self.ranks.first(lambda: folder.remove_old_checkpoints(self.step, self.settings.keep))
 
     def summary(self) -> Summary:
-        """Evaluate the model as it is, and sum the run up."""
+        """Evaluate the model as it is, and return the result of the run."""
         units, seconds = zip(*self.ranks.gather((self._units, self._seconds)), strict=True)
         return Summary(
             step=self.step,
@@ -209,7 +203,7 @@ class Trainer:
             memory=dt.memory(self.model, self.optimizer),
         )
 
-    def _train_step(self, batches: Iterator[Batch]) -> tuple[Any, Tensor]:
+    def _train_step(self, batches: Iterator[Batch]) -> tuple[Any, float]:
         started = time.perf_counter()
         for left in reversed(range(self.settings.micro_batches)):
             batch = next(batches)
@@ -219,20 +213,21 @@ class Trainer:
             self._losses += loss.detach().float().reshape(())
             self._losses_added += 1
             self._units += self.task.units_in(batch)
-        lr = self.schedule.learning_rate.clone()
-        report = self.scaler.step(self.optimizer, clip_norm=self.settings.clip_norm)
-        self.schedule.advance(report.skipped)
+        # on a GPU the schedule advances for the step before now, as the step itself would have it
+        self.scaler.drain()
+        lr = float(self.schedule.get_last_lr()[0])
+        report = self.scaler.step(self.optimizer, clip_norm=self.settings.clip_norm, scheduler=self.schedule)
         self.step += 1
         self._seconds += time.perf_counter() - started
         return report, lr
 
-    def _metrics(self, report: Any, lr: Tensor, evaluates: bool, timed_units: int, timed_seconds: float) -> Metrics:
+    def _metrics(self, report: Any, lr: float, evaluates: bool, timed_units: int, timed_seconds: float) -> Metrics:
         started = time.perf_counter()
         own_loss = self._losses.item()
-        # what the device had still to do is part of the steps before
+        # work that the device had still to do belongs to the steps before
         self._seconds += time.perf_counter() - started
-        told = (own_loss, self._losses_added, self._units - timed_units, self._seconds - timed_seconds)
-        losses, added, units, seconds = zip(*self.ranks.gather(told), strict=True)
+        own = (own_loss, self._losses_added, self._units - timed_units, self._seconds - timed_seconds)
+        losses, added, units, seconds = zip(*self.ranks.gather(own), strict=True)
         loss = sum(losses) / sum(added)
         self._losses.zero_()
         self._losses_added = 0
@@ -243,7 +238,7 @@ class Trainer:
             step=self.step,
             loss=loss,
             quality=quality,
-            lr=lr.item(),
+            lr=lr,
             loss_scale=report.loss_scale.item(),
             skipped=int(self.scaler.skipped),
             grad_norm=grad_norm if math.isfinite(grad_norm) else None,
@@ -253,7 +248,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         own = {name: float(value) for name, value in self._spread.evaluate(self.task.evaluate).items()}
-        # the same data on every rank, but what a rank rounds may depend on its machine
+        # all ranks use the same data, but rounding may depend on the machine
         figures = self.ranks.gather(own)[0]
         check_evaluation(self.task, figures)
         return figures
@@ -274,7 +269,7 @@ class Trainer:
             )
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield batches for ever, from where the run stands, and note where it stands then."""
+        """Yield batches without end, from the run's position in the data, and keep that position."""
         while True:
             generator = torch.Generator().manual_seed(self.settings.seed * 2**32 + self._epoch)
             epoch = iter(self.task.batches(generator))

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from duotone.compare.arms.cosine import cosine_schedule
 from duotone.compare.arms.fused import fused_optimizer
 from duotone.compare.arms.stepper import Assignment, Taken
 from duotone.errors import ArmError
+from duotone.train import cosine_schedule
 
 
 class AccelerateStepper:

@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 
 import duotone.torch as dt
-from duotone.compare.arms.cosine import cosine_schedule
 from duotone.compare.arms.stepper import Assignment, Taken
 from duotone.errors import ArmError
-from duotone.train import optimizer_of
+from duotone.train import cosine_schedule, optimizer_of
 
 
 class DuotoneStepper:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duotone.compare.arms.cosine import cosine_schedule
 from duotone.compare.arms.fused import fused_optimizer
 from duotone.compare.arms.stepper import Assignment, Taken
+from duotone.train import cosine_schedule
 
 
 class PlainStepper:

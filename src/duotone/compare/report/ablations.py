@@ -1,6 +1,7 @@
 """What an ablation shows: which mechanism its policy goes without, and what its result says about that one."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from duotone.compare.report.report import ArmResult, Verdict
 from duotone.policy import Policy
@@ -27,41 +28,39 @@ def lesson(arm: ArmResult, arms: Sequence[ArmResult]) -> str:
         arm: the ablation.
         arms: all results, its own among them.
     """
-    if arm.policy is None:
+    policy = _policy_of(arm)
+    mechanism = "" if policy is None else _lacks(policy)
+    if policy is None or not mechanism:
         return ""
-    mechanism = _lacks(arm.policy)
-    if not mechanism:
-        return ""
-    whole = _verdict_of(arms, _whole(arm.policy))
+    whole = _verdict_of(arms, Policy.parse(_whole(policy)))
     if arm.quality_verdict == "worse" and whole != "no worse":
         return f"that says nothing of {mechanism}, for it is worse with it too" if whole == "worse" else ""
     if mechanism == _STOCHASTIC and arm.quality_verdict == "no worse":
-        nearest = Policy.parse(f"{_whole(arm.policy)}-true,rounding=nearest").name
+        nearest = replace(policy, rounding="nearest")
         if _verdict_of(arms, nearest) != "worse":
             return ""
     return _LESSONS.get((mechanism, arm.quality_verdict), "")
 
 
-def _whole(text: str) -> str:
+def _policy_of(arm: ArmResult) -> Policy | None:
+    return None if arm.policy is None else Policy.parse(arm.policy)
+
+
+def _whole(policy: Policy) -> str:
     """Return the preset that an ablation leaves a mechanism out of."""
-    policy = Policy.parse(text)
     return {"bfloat16": "bf16", "float16": "fp16"}.get(policy.param, "fp16-mixed")
 
 
-def _verdict_of(arms: Sequence[ArmResult], policy: str) -> Verdict | None:
-    for arm in arms:
-        if arm.policy is not None and Policy.parse(arm.policy).name == policy:
-            return arm.quality_verdict
-    return None
+def _verdict_of(arms: Sequence[ArmResult], policy: Policy) -> Verdict | None:
+    return next((arm.quality_verdict for arm in arms if _policy_of(arm) == policy), None)
 
 
-def _lacks(text: str) -> str:
+def _lacks(policy: Policy) -> str:
     """Return what a policy goes without, or in the case of stochastic rounding, what it has in its place.
 
-    >>> _lacks("fp16,loss_scale=1"), _lacks("bf16-true,rounding=nearest"), _lacks("bf16")
-    ('loss scaling', 'master weights', '')
+    >>> [_lacks(Policy.parse(text)) for text in ("fp16,loss_scale=1", "bf16-true,rounding=nearest", "bf16")]
+    ['loss scaling', 'master weights', '']
     """
-    policy = Policy.parse(text)
     if policy.rounding is not None:
         return _STOCHASTIC if policy.rounding == "stochastic" else _MASTERS
     return _SCALING if policy.loss_scale == 1.0 else ""

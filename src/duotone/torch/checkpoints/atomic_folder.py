@@ -154,7 +154,7 @@ def replace_folder(partial: Path, path: Path) -> None:
 
 
 def _follow_link(path: Path) -> Path:
-    # a renamed folder would take the place of the link, perhaps on another disk
+    # a renamed folder would replace the link, perhaps on another disk
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
@@ -207,7 +207,7 @@ def _remove_unless_locked(folder: Path) -> None:
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            # locked until it is removed, so that whoever has just made it finds out
+            # locked until it is removed, so that a writer that has just made it finds out
             if _lock(descriptor):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from duotone.errors import CheckpointError, DuotoneError
 from duotone.policy import Policy
+from duotone.ranks import Ranks
 from duotone.torch.casting.cast import policy_of
 from duotone.torch.checkpoints import shard_files
 from duotone.torch.checkpoints.folder import is_sharded, read_folder, read_manifest, write_folder
+from duotone.torch.checkpoints.process_group import check_same, ranks_of
 from duotone.torch.checkpoints.random_states import random_states, restore_of_rank
-from duotone.torch.checkpoints.ranks import Ranks
 from duotone.torch.kernels import decode
 from duotone.torch.parameters.masters import (
     beyond_range,
@@ -80,7 +81,7 @@ def save_checkpoint(
     ...     load_checkpoint(path, model)
     {'step': 3}
     """
-    path, model, ranks = Path(path), _unwrapped(model), Ranks(process_group)
+    path, model, ranks = Path(path), _unwrapped(model), ranks_of(process_group)
     contents = ranks.agree(lambda: _contents(model, optimizer, scaler, scheduler, progress))
     if ranks.size == 1 and not _has_shards(model):
         write_folder(path, contents)
@@ -123,10 +124,10 @@ def load_checkpoint(
         CheckpointError: the folder is missing, damaged, of another policy, or does not fit the model, the optimizer
             or the scheduler, on this rank or another. Nothing is changed then, on any rank.
     """
-    path, model, ranks = Path(path), _unwrapped(model), Ranks(process_group)
+    path, model, ranks = Path(path), _unwrapped(model), ranks_of(process_group)
     reshard(model)
     given = {"optimizer": optimizer, "scaler": scaler, "scheduler": scheduler}
-    ranks.check_same([name for name, part in given.items() if part is not None], "choice of what to load")
+    check_same(ranks, [name for name, part in given.items() if part is not None], "choice of what to load")
     contents = _read(path, model, given, ranks)
     converting = ranks.agree(lambda: _check(path, contents, model, given, convert))
     _load_all(path, ranks.agree(lambda: _states(contents, given, converting)), ranks)
@@ -154,13 +155,15 @@ def _contents(
     """Return what a checkpoint holds: of this rank, where there are several."""
     policy = policy_of(model)
     _check_tails(model)
+    # first, for it lets schedulers advance, which changes an optimizer's learning rates
+    scaler_state = None if scaler is None else scaler.state_dict()
     return {
         "policy": None if policy is None else policy.to_json(),
         "model": _model_tensors(model),
         "tails": _tails(model),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "optimizer_parameters": None if optimizer is None else _parameter_names(model, optimizer),
-        "scaler": None if scaler is None else scaler.state_dict(),
+        "scaler": scaler_state,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
         "random": random_states(),
         "progress": dict(progress or {}),
@@ -324,7 +327,7 @@ def _load_all(path: Path, parts: list[tuple[Any, dict[str, Any]]], ranks: Ranks)
 
     try:
         ranks.agree(load)
-    except CheckpointError:
+    except Exception:
         for part, old in reversed(undo):
             part.load_state_dict(old)
         raise

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from duotone.durable_files import flush
 from duotone.errors import CheckpointError
+from duotone.ranks import Ranks
 from duotone.torch.checkpoints.atomic_folder import partial_folder, resolve
 from duotone.torch.checkpoints.folder import (
     check_files,
@@ -32,7 +33,7 @@ from duotone.torch.checkpoints.folder import (
     unpack,
     write_errors,
 )
-from duotone.torch.checkpoints.ranks import Ranks
+from duotone.torch.checkpoints.process_group import check_same
 from duotone.torch.parameters.shards import is_shard
 
 _SUFFIX = ".safetensors"
@@ -49,16 +50,15 @@ def write_folder(path: Path, contents: Mapping[str, Any], ranks: Ranks) -> None:
     Raises:
         CheckpointError: something failed on a rank; on every rank, and what was at `path` is untouched.
     """
-    ranks.check_same(str(path.absolute()), "path")
+    check_same(ranks, str(path.absolute()), "path")
     shards = ranks.agree(lambda: _shards(contents))
-    ranks.check_same(list(shards), "set of sharded tensors")
+    check_same(ranks, list(shards), "set of sharded tensors")
     with ExitStack() as stack:
-        # only rank 0 makes the folder, which it removes if any rank fails
-        made: list[str] = []
-        ranks.first(lambda: made.append(_made(path, stack)))
-        partial = Path(ranks.gather("".join(made))[0])
+        # rank 0 makes the folder, and removes it if any rank fails
+        made = ranks.agree(lambda: _make_partial(path, stack) if ranks.rank == 0 else "")
+        partial = Path(ranks.gather(made)[0])
         digests = _write_shards(partial, path, shards, ranks) if shards else {}
-        ranks.first(lambda: _complete(partial, path, contents, digests))
+        ranks.agree(lambda: _complete(partial, path, contents, digests) if ranks.rank == 0 else None)
 
 
 def read_folder(
@@ -82,7 +82,7 @@ def read_folder(
     path = resolve(path)
     manifest = ranks.agree(lambda: read_manifest(path))
     digests = file_digests(manifest)
-    ranks.check_same(json_sha256(manifest), f"checkpoint at {path}")
+    check_same(ranks, json_sha256(manifest), f"checkpoint at {path}")
     own = dict(list(digests.items())[ranks.rank :: ranks.size])
     ranks.agree(lambda: check_files(path, own))
     packed = {name: None if name in left_out else value for name, value in manifest.items()}
@@ -100,16 +100,16 @@ def _shards(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items() if is_shard(tensor)}
 
 
-def _made(path: Path, stack: ExitStack) -> str:
+def _make_partial(path: Path, stack: ExitStack) -> str:
     with write_errors(path):
         return str(stack.enter_context(partial_folder(path)))
 
 
 def _complete(partial: Path, path: Path, contents: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    unseen = [name for name in digests if not (partial / name).exists()]
-    if unseen:
+    missing = [name for name in digests if not (partial / name).exists()]
+    if missing:
         raise CheckpointError(
-            f"cannot write the checkpoint {path}: rank 0 does not see {', '.join(unseen)}, which other ranks wrote; "
+            f"cannot write the checkpoint {path}: rank 0 does not see {', '.join(missing)}, which other ranks wrote; "
             "give a path on a file system that all ranks share"
         )
     with write_errors(path):
@@ -132,21 +132,21 @@ def _write_shards(partial: Path, path: Path, shards: dict[str, Tensor], ranks: R
         except CheckpointException as error:
             raise CheckpointError(f"cannot write the checkpoint {path}: {_reasons(error)}") from error
 
-    def move_up() -> dict[str, str]:
+    def move_files() -> dict[str, str]:
         # a rank whose parts are copies of another's has no file
         digests = {}
         with write_errors(path):
             for file in folder.iterdir():
-                place = partial / f"tensors-{ranks.rank + 1:05d}-of-{ranks.size:05d}{_SUFFIX}"
+                moved = partial / f"tensors-{ranks.rank + 1:05d}-of-{ranks.size:05d}{_SUFFIX}"
                 # torch flushes the file before Python has handed over all of its bytes
                 flush(file)
-                file.rename(place)
-                digests[place.name] = file_sha256(place)
+                file.rename(moved)
+                digests[moved.name] = file_sha256(moved)
             folder.rmdir()
         return digests
 
     ranks.agree(write)
-    each = ranks.gather(ranks.agree(move_up))
+    each = ranks.gather(ranks.agree(move_files))
     return {name: digest for digests in each for name, digest in digests.items()}
 
 
@@ -165,7 +165,7 @@ def _read(
         )
     reader = HuggingFaceStorageReader(str(path))
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    tensors = {name: _room_for(saved[name], cut_like(name, saved[name].size)) for name in sorted(names)}
+    tensors = {name: _empty(saved[name], cut_like(name, saved[name].size)) for name in sorted(names)}
     with warnings.catch_warnings():
         # each rank reads by itself what it needs, and says by itself what went wrong
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -176,7 +176,7 @@ def _read(
     return tensors
 
 
-def _room_for(saved: Any, whole: Tensor | None) -> Tensor:
+def _empty(saved: Any, whole: Tensor | None) -> Tensor:
     dtype = saved.properties.dtype
     if whole is None:
         return torch.empty(saved.size, dtype=dtype)

@@ -1,48 +1,50 @@
-"""What a run is told: every setting by name, its default, and where each value came from.
+"""A training run's settings, by name: types, defaults, limits, and the YAML file that holds them.
 
-A task's own settings go before the defaults, a configuration file's before the task's, a flag before them all.
+A task's own settings take precedence over the defaults, a configuration file's over the task's, a flag over all.
+The command line makes its flags from `RunSettings`, so this module loads no framework.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-import torch
 import yaml
 
 from duotone.errors import TaskError, nearest_names
 from duotone.policy import Policy
 
+_BF16 = Policy.parse("bf16")
+
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that a run's result depends on besides its task, and how it is watched.
+    """Everything that a run's result depends on besides its task, and how often it reports.
+
+    The text of each attribute is also the help of its flag.
 
     Attributes:
-        task: a built-in task's name or the path of a task file.
-        policy: a policy's text.
-        device: `"auto"` (a GPU if there is one), `"cpu"`, `"cuda"`, `"cuda:1"`, ...
-        backend: of the optimizer's kernels: `"auto"` (the device's own), `"reference"`, `"cpu"` or `"cuda"`; the
-            result is the same bits.
-        parallel: what several ranks do: `"ddp"` (a copy of the model on each), `"fsdp"` (a part on each), or `"auto"`,
-            which is ddp if there are several.
-        seed: of the model, the batches and anything else random.
-        steps: optimizer steps in all.
-        micro_batches: batches whose gradients are accumulated into one step, on each rank.
-        optimizer: `"adamw"`, `"sgd"` or `"lion"`.
-        learning_rate: the highest of the schedule.
-        warmup_steps: steps of linear warm-up.
-        final_lr_fraction: where the cosine ends, as a fraction of `learning_rate`.
-        betas: AdamW's or Lion's.
-        momentum: SGD's.
-        weight_decay: the optimizer's.
-        clip_norm: the largest gradient norm; None for no clipping.
-        log_every: steps between two lines of metrics.
-        evaluate_every: steps between two evaluations; there is always one at the end.
-        checkpoint_every: steps between two checkpoints; there is always one at the end.
-        keep: how many checkpoints stay, the newest ones.
+        task: A built-in task (stdlib-text, digits), a variant of one (digits:convnet), or the path of a task file.
+        policy: Dtype of every role: fp32, bf16, fp16, bf16-mixed, fp16-mixed, ...
+        device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
+        backend: Kernels of the optimizer; auto takes the device's own. The bits are the same.
+        parallel: How ranks share the model: ddp, a copy on each; fsdp, a part on each; auto, ddp if there are several.
+        seed: Seed of the model, the batches and everything else random.
+        steps: Optimizer steps in all.
+        micro_batches: Batches accumulated into one step, on each rank.
+        optimizer: Duotone's optimizer.
+        learning_rate: Highest learning rate of the schedule.
+        warmup_steps: Steps of linear warm-up before the cosine.
+        final_lr_fraction: Where the cosine ends, as a fraction of the highest learning rate.
+        betas: Decay rates of the moments, of AdamW and Lion.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of the optimizer.
+        clip_norm: Largest norm of the true gradient; none for no clipping.
+        log_every: Steps between lines of metrics.
+        evaluate_every: Steps between evaluations; the last step always has one.
+        checkpoint_every: Steps between checkpoints; the last step always has one.
+        keep: How many checkpoints stay, the newest.
 
     Raises:
         TaskError: a value is out of range or of the wrong type.
@@ -54,7 +56,7 @@ class RunSettings:
     """
 
     task: str = "stdlib-text"
-    policy: str = "bf16"
+    policy: Policy = _BF16
     device: str = "auto"
     backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
@@ -84,22 +86,31 @@ class RunSettings:
         self._require("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "between 0 and 1")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
         self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive, or none")
-        Policy.parse(self.policy)
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise TaskError(f"{name} is {getattr(self, name)}; it must be {allowed}")
 
+    def to_values(self) -> dict[str, Any]:
+        """Return the settings by name as values of YAML, the policy as its shortest text.
+
+        >>> RunSettings(policy="float16").to_values()["policy"]
+        'fp16'
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "policy": self.policy.name, "betas": list(self.betas)}
+
     def to_yaml(self) -> str:
         """Return the settings as a configuration file that `read_config` reads back."""
-        return yaml.safe_dump(asdict(self) | {"betas": list(self.betas)}, sort_keys=False)
+        return yaml.safe_dump(self.to_values(), sort_keys=False)
 
 
 def resolve_settings(*sources: Mapping[str, Any]) -> RunSettings:
-    """Merge mappings of settings, later ones before earlier ones.
+    """Merge mappings of settings; where two set the same one, the later mapping decides.
 
     Raises:
-        TaskError: a name is unknown, or a value cannot be.
+        TaskError: a name is unknown, or a value is out of range or of the wrong type.
+        PolicyError: the policy cannot be read.
 
     >>> resolve_settings({"steps": 50, "seed": 1}, {"steps": 20}).steps
     20
@@ -134,28 +145,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def find_device(name: str) -> torch.device:
-    """Return the device that a setting names.
-
-    Raises:
-        TaskError: there is no such device on this machine.
-
-    >>> find_device("cpu")
-    device(type='cpu')
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        raise TaskError(f'device "{name}" is not there; this machine has {here}') from error
-    return device
-
-
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as a setting of type `kind`; whole numbers serve as floats, and lists as pairs."""
+    """Return `value` as a setting of type `kind`, read from a text, a whole number or a list where it may be."""
+    if kind is Policy:
+        return Policy.parse(value)
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         if value not in choices:
