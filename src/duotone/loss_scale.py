@@ -27,16 +27,16 @@ class LossScale:
     """The settings of a loss scale: dynamic by default; static and none are the same thing standing still.
 
     Attributes:
-        init_scale: The first scale.
-        growth_factor: What the scale is multiplied by after a clean window; 1 or more.
-        backoff_factor: What it is multiplied by when it backs off; above 0, at most 1.
-        growth_interval: The length of a clean window: steps in a row without overflow.
-        hysteresis: Which overflow since the last clean window is the first to back off; 1 tolerates none.
-        min_scale: The floor.
-        max_scale: The ceiling.
+        init_scale: the first scale.
+        growth_factor: what the scale is multiplied by after a clean window; 1 or more.
+        backoff_factor: what it is multiplied by when it backs off; above 0, at most 1.
+        growth_interval: the length of a clean window: steps in a row without overflow.
+        hysteresis: which overflow since the last clean window is the first to back off; 1 tolerates none.
+        min_scale: the floor.
+        max_scale: the ceiling.
 
     Raises:
-        LossScaleError: If a scale, factor or bound is not a power of two, or a setting is out of range.
+        LossScaleError: a scale, factor or bound is not a power of two, or a setting is out of range.
 
     >>> LossScale.parse("dynamic") == LossScale() == LossScale.dynamic()
     True
@@ -93,7 +93,7 @@ class LossScale:
         True
 
         Raises:
-            LossScaleError: If `value` is neither of the two words nor a power of two from 1 to 2**32.
+            LossScaleError: `value` is neither of the two words nor a power of two from 1 to 2**32.
         """
         if value == "none":
             return cls.none()
@@ -122,12 +122,12 @@ class LossScaleState:
     """What a loss scale remembers between steps. Leaves are Python numbers, or arrays of one shape.
 
     Attributes:
-        scale: The factor of the next loss: float, or a float32 array.
-        growth_tracker: Clean steps since the last overflow or full window: int, or an int32 array, as all
+        scale: the factor of the next loss: float, or a float32 array.
+        growth_tracker: clean steps since the last overflow or full window: int, or an int32 array, as all
             below.
-        hysteresis_tracker: Overflows that will still be tolerated before one backs off.
-        skipped: Steps skipped in all.
-        skipped_in_a_row: Steps skipped since the last clean one.
+        hysteresis_tracker: overflows that will still be tolerated before one backs off.
+        skipped: steps skipped in all.
+        skipped_in_a_row: steps skipped since the last clean one.
     """
 
     scale: Number
@@ -178,12 +178,12 @@ def update(
     waits for a device, many scales can share one array, and dtypes are kept.
 
     Args:
-        settings: The loss scale's settings.
-        state: The state before the step.
-        found_inf: Whether the step overflowed: a bool, or any number or array that is 0 for a clean step; NaN
+        settings: the loss scale's settings.
+        state: the state before the step.
+        found_inf: whether the step overflowed: a bool, or any number or array that is 0 for a clean step; NaN
             is an overflow. Shape as the state's leaves.
-        loss_is_finite: Whether the loss was a finite number before it was scaled: a bool, or as `found_inf`.
-        where: The framework's element-wise choice; the default is for Python numbers.
+        loss_is_finite: whether the loss was a finite number before it was scaled: a bool, or as `found_inf`.
+        where: the framework's element-wise choice; the default is for Python numbers.
 
     >>> settings = LossScale()
     >>> after = update(settings, init_state(settings), True)

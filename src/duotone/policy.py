@@ -30,13 +30,13 @@ class Rule:
     """Roles that are different in some modules.
 
     Attributes:
-        pattern: A pattern as `fnmatch` reads it, over dotted module paths; `*` matches dots too, and case counts.
+        pattern: a pattern as `fnmatch` reads it, over dotted module paths; `*` matches dots too, and case counts.
             After `type=`, a pattern over the names of modules' classes, base classes among them. The rule holds for
             the modules that it matches and for everything inside them.
-        roles: Pairs of a role and its value there; any role but loss_scale, which is one for the whole model.
+        roles: pairs of a role and its value there; any role but loss_scale, which is one for the whole model.
 
     Raises:
-        PolicyError: If the pattern cannot be written in a policy's text, or a role or value does not exist.
+        PolicyError: the pattern cannot be written in a policy's text, or a role or value does not exist.
 
     >>> print(Rule("blocks.*.norm", (("param", "fp32"), ("compute", "fp32"))))
     blocks.*.norm: param=float32,compute=float32
@@ -88,20 +88,20 @@ class Policy:
     spells out each role, `policy.name` is the shortest form.
 
     Attributes:
-        param: Resident weights.
-        compute: Arithmetic and activations; float8_e4m3fn and float8_e5m2 are allowed here alone.
-        output: What the model returns.
-        grad: What gradients accumulate in: float32, or the format of 16-bit weights.
-        reduce: What ranks reduce gradients in.
-        master: What the optimizer updates: float32 or None. FP32 weights are their own master.
-        state: Optimizer moments: float32 or bfloat16.
-        rounding: How an update is stored in 16-bit weights without a master, "nearest" or "stochastic"; None
+        param: resident weights.
+        compute: arithmetic and activations; float8_e4m3fn and float8_e5m2 are allowed here alone.
+        output: what the model returns.
+        grad: what gradients accumulate in: float32, or the format of 16-bit weights.
+        reduce: what ranks reduce gradients in.
+        master: what the optimizer updates: float32 or None. FP32 weights are their own master.
+        state: optimizer moments: float32 or bfloat16.
+        rounding: how an update is stored in 16-bit weights without a master, "nearest" or "stochastic"; None
             elsewhere.
         loss_scale: "none", "dynamic", or a static scale, a power of two from 1 to 2**32.
-        rules: Modules in which roles differ; where several set a role, the last one wins.
+        rules: modules in which roles differ; where several set a role, the last one wins.
 
     Raises:
-        PolicyError: If a value does not exist, or the roles do not fit each other.
+        PolicyError: a value does not exist, or the roles do not fit each other.
 
     >>> policy = Policy.parse("bf16; blocks.*.norm: param=float32,compute=float32")
     >>> policy.for_module("blocks.0.norm").name
@@ -142,7 +142,7 @@ class Policy:
         fp16-mixed and bf16-mixed here.
 
         Raises:
-            PolicyError: If the text cannot be read, or the policy cannot be.
+            PolicyError: the text cannot be read, or means a policy that cannot work.
 
         >>> Policy.parse("fp16,loss_scale=1024").loss_scale
         1024.0
@@ -184,7 +184,7 @@ class Policy:
         policy's.
 
         Raises:
-            PolicyError: If the rules give the module roles that do not fit each other.
+            PolicyError: the rules give the module roles that do not fit each other.
 
         >>> Policy.parse("fp16; head: output=bf16").for_module("head").output
         'bfloat16'
@@ -213,7 +213,7 @@ class Policy:
         """Return the policy that `to_json` wrote.
 
         Raises:
-            PolicyError: If the text is not such an object: every key must be there, and no other.
+            PolicyError: the text is not such an object: every key must be there, and no other.
         """
         try:
             content = json.loads(text)

@@ -92,7 +92,7 @@ def read_value(role: str, value: object) -> Value:
     ('bfloat16', None, 1024.0)
 
     Raises:
-        PolicyError: If there is no such role, or the role cannot hold the value.
+        PolicyError: there is no such role, or the role cannot hold the value.
     """
     if role == "loss_scale":
         return _read_loss_scale(value)
@@ -139,7 +139,7 @@ def read(text: str) -> tuple[Roles, list[tuple[str, Roles]]]:
     follows `compute`; the rest is float32, and the loss scale is dynamic if gradients pass through float16.
 
     Raises:
-        PolicyError: If the text is malformed; the message shows the part that is.
+        PolicyError: the text is malformed; the message shows the part that is.
     """
     head, *rule_texts = text.split(";")
     rules = [_read_rule(rule_text, text) for rule_text in rule_texts]

@@ -63,27 +63,11 @@ class LossScaler:
         process_group: Any = None,
         **overrides: Any,
     ) -> None:
-        if isinstance(policy, LossScale):
-            settings = policy
-        else:
-            policy = Policy.parse(policy)
-            settings = LossScale.parse(policy.loss_scale)
-        if overrides:
-            known = [field.name for field in fields(LossScale)]
-            for name in overrides:
-                if name not in known:
-                    raise LossScaleError(f'there is no setting "{name}"; {nearest_names(name, known)}')
-            if not settings.is_dynamic:
-                raise LossScaleError(
-                    f"{', '.join(sorted(overrides))} given, but this policy does not move its loss scale; "
-                    'use a policy with loss_scale=dynamic, such as "fp16"'
-                )
-            settings = LossScale.dynamic(**(asdict(settings) | overrides))
         if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
             raise LossScaleError(f"patience is {patience!r}; it must be a whole number from 1 on, or None")
         self.process_group = process_group
         self._patience = patience
-        self._scale = initial_scale(settings)
+        self._scale = initial_scale(_settings_of(policy, overrides))
         self._steps = 0
         self._losses = Losses()
         # what unscale_ found, by the id of the optimizer, and the parameters whose gradients are FP32 until the step
@@ -352,3 +336,17 @@ class LossScaler:
         if self._widened:
             narrow(self._widened)
         self._losses, self._found_inf_ahead, self._widened = Losses(), {}, []
+
+
+def _settings_of(policy: Policy | str | LossScale, overrides: dict[str, Any]) -> LossScale:
+    settings = policy if isinstance(policy, LossScale) else LossScale.parse(Policy.parse(policy).loss_scale)
+    known = [field.name for field in fields(LossScale)]
+    for name in overrides:
+        if name not in known:
+            raise LossScaleError(f'there is no setting "{name}"; {nearest_names(name, known)}')
+    if overrides and not settings.is_dynamic:
+        raise LossScaleError(
+            f"{', '.join(sorted(overrides))} given, but this policy does not move its loss scale; "
+            'use a policy with loss_scale=dynamic, such as "fp16"'
+        )
+    return replace(settings, **overrides)
