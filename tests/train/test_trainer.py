@@ -11,7 +11,7 @@ from torch import nn
 
 from duotone.errors import CheckpointError, LossScaleCollapse, NonFiniteLoss, TaskError
 from duotone.torch.memory_use import Memory
-from duotone.torch.scaling import loss_scaler
+from duotone.torch.scaling import device_scale
 from duotone.train import Trainer, as_json
 
 from .small_task import no_batches, small_task
@@ -172,7 +172,7 @@ def test_a_schedule_that_learns_of_skips_late_changes_no_bit(make_trainer, tmp_p
     for late in (False, True):
         if late:
             # as on an accelerator
-            monkeypatch.setattr(loss_scaler, "is_on_host", lambda device: False)
+            monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
         trainer = make_trainer(small_task, tmp_path / f"{late}", **settings)
         trainer.scaler.load_state_dict(
             {**trainer.scaler.state_dict(), "state": {**trainer.scaler.state_dict()["state"], "scale": 2.0**19}}
