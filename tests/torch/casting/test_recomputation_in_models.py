@@ -11,7 +11,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import duotone.torch as dt
-from duotone.torch.casting.region import Region, RulesMode
+from duotone.torch.casting.region import Region, RegionMode
 
 KINDS = pytest.mark.parametrize("reentrant", [False, True])
 HALVES = pytest.mark.parametrize("policy", ["bf16", "fp16"])
@@ -134,7 +134,7 @@ def test_a_mode_is_entered_once(reentrant):
         return checkpoint(noting, x, use_reentrant=reentrant)
 
     gradients("bf16", run)
-    assert modes == [[RulesMode]] * 2
+    assert modes == [[RegionMode]] * 2
 
 
 @KINDS

@@ -226,13 +226,13 @@ def test_nothing_is_left_behind(name, dtype):
 
 
 @HALVES
-def test_a_region_knows_whether_it_still_holds(dtype):
+def test_a_region_knows_whether_it_is_active(dtype):
     region = Region(dtype)
-    assert not region.still_holds()
+    assert not region.is_active()
     with region.on("cpu"):
-        assert region.still_holds()
-    assert not region.still_holds()
-    assert Region(torch.float32).still_holds()
+        assert region.is_active()
+    assert not region.is_active()
+    assert Region(torch.float32).is_active()
 
 
 @HALVES
@@ -240,7 +240,7 @@ def test_a_region_holds_in_a_recomputation(dtype):
     region, asked = Region(dtype), []
 
     def part(operand: Tensor) -> Tensor:
-        asked.append(region.still_holds())
+        asked.append(region.is_active())
         return operand.exp().sum()
 
     with region.on("cpu"):

@@ -1,4 +1,4 @@
-"""Activation checkpointing by rule: chosen modules keep their inputs alone and run again in the backward pass.
+"""Activation checkpointing by pattern: chosen modules keep their inputs alone and run again in the backward pass.
 
 Training deep nets with sublinear memory cost (Chen et al., arXiv:1604.06174), on `torch.utils.checkpoint`, its variant
 without reentrant autograd. The second run finds what the first one found: autocast and random numbers, which torch
@@ -103,7 +103,7 @@ class CheckpointedForward:
             return checkpoint(call, *tensors, use_reentrant=False)
 
     def _mark_for_compiler(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call checkpoint, which is traced and becomes a mark on the graph; all that is around it is in the graph."""
+        """Call checkpoint, which is traced and becomes a mark on the graph."""
         modes = _function_modes()
 
         def run(*args: Any) -> Any:
@@ -156,19 +156,19 @@ class _Call:
         self._given = args, kwargs
         leaves, self._structure = tree_flatten((args, kwargs))
         # a tensor given twice must stay one: attention takes another way where its query is its key
-        places: dict[Tensor, int] = {}
+        positions: dict[Tensor, int] = {}
         self._leaves = [
-            (places.setdefault(leaf, len(places)), None) if isinstance(leaf, Tensor) else (None, leaf)
+            (positions.setdefault(leaf, len(positions)), None) if isinstance(leaf, Tensor) else (None, leaf)
             for leaf in leaves
         ]
-        return list(places)
+        return list(positions)
 
     def __call__(self, *tensors: Tensor) -> Any:
         if self._given is not None:
             # the module gets the very lists and dicts that it was given, once: it may write to them
             (args, kwargs), self._given = self._given, None
             return self._inner(*args, **kwargs)
-        leaves = [leaf if place is None else tensors[place] for place, leaf in self._leaves]
+        leaves = [leaf if position is None else tensors[position] for position, leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
         with ExitStack() as stack:
             _enter_missing(self._modes, stack)
@@ -252,7 +252,7 @@ def _choose(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
                     f'pattern "{pattern}" matches "{path}", a {type(modules[path]).__name__}, which has no forward to '
                     f'run again; write "{path}.*" for the modules inside it'
                 )
-    outermost = [path for path in chosen if not any(path.startswith(f"{around}.") for around in chosen)]
+    outermost = [path for path in chosen if not any(path.startswith(f"{outer}.") for outer in chosen)]
     return list(dict.fromkeys(chosen[path] for path in outermost))
 
 

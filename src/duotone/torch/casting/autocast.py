@@ -18,7 +18,7 @@ import torch
 from duotone.errors import AutocastError, DuotoneWarning
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.handlers import Handlers, handlers_for
-from duotone.torch.casting.region import RulesMode, under_rules
+from duotone.torch.casting.region import RegionMode, mode_context
 from duotone.torch.casting.tracing import not_by_itself
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -37,7 +37,7 @@ class autocast:
     Args:
         device_type: `"cpu"`, `"cuda"`, ...; tensors elsewhere are left alone.
         dtype: BF16 or FP16; None for `torch.get_autocast_dtype(device_type)`: BF16 on CPUs, FP16 on CUDA, and that of
-            the region around, if there is one. FP32 on CUDA widens what is listed; elsewhere it switches autocast off.
+            the region that it is in, if any. FP32 on CUDA widens what is listed; elsewhere it switches autocast off.
         enabled: False for a part in which autocast is off.
         cache_enabled: without effect, there is no cache.
 
@@ -77,8 +77,8 @@ class autocast:
 
     def _context(self) -> AbstractContextManager[Any]:
         if self._enabled:
-            return under_rules(
-                RulesMode(_handlers(self._dtype, self._device_type), self._device_type, self._dtype, is_users=True)
+            return mode_context(
+                RegionMode(_handlers(self._dtype, self._device_type), self._device_type, self._dtype, is_users=True)
             )
         return _off(self._device_type, self._dtype)
 
@@ -128,7 +128,7 @@ _make_handlers._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @contextmanager
 def _off(device_type: str, dtype: torch.dtype) -> Iterator[None]:
-    # the mode of a region around sees that autocast is off, or that it has another dtype
+    # the mode of an outer region sees that autocast is off, or that it has another dtype
     with torch.autocast(device_type, dtype, enabled=False, cache_enabled=False):
         yield
 

@@ -64,18 +64,18 @@ class CastForward:
             torch_dtype(effective.output),
         )
         self._region = Region(torch_dtype(effective.compute))
-        self._is_spared = self._region.spares(module)
+        self._runs_without_mode = self._region.runs_without_mode(module)
         # its name and its signature; whatever else it carries is its own
         functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._output is None and self._pending is None:
-            if self._is_spared and len(args) == 1 and type(args[0]) is Tensor and self._region.is_all_there_is():
+            if self._runs_without_mode and len(args) == 1 and type(args[0]) is Tensor and self._region.is_only_mode():
                 # a mode takes longer to call a function than a small one takes to run
                 with torch._C.DisableTorchFunction():
                     return self._forward(*args, **kwargs)
             tracing = torch.compiler.is_compiling()
-            if self._region.still_holds(_device_type(self._module, args) if tracing else "cpu"):
+            if self._region.is_active(_device_type(self._module, args) if tracing else "cpu"):
                 return self._forward(*args, **kwargs)
         if self._pending is not None:
             self._pending(self._module)

@@ -2,7 +2,7 @@
 
 Such CPUs emulate FP16 products several times slower than FP32 ones. Here the operands of a product, a convolution
 or an attention are rounded to FP16, widened, multiplied in FP32 and the result rounded once to FP16, which is what a
-tensor core does. Autograd sees the conversions, so the backward products take the same way without any mode around it.
+tensor core does. Autograd sees the conversions, so the backward products take the same way without any mode.
 It saves the operands in 16 bits, and widens them again for backward: hooks on saved tensors know a widened operand by
 its memory. Left out: the FP32 values inside a function of several steps (a recurrent network's gates, the projections
 of `multi_head_attention_forward`), which are saved in FP32, and torch.compile, torch.func and tensor subclasses,
@@ -159,19 +159,19 @@ class _Call:
     def keep(self, saved: "_Saved", tensor: Tensor) -> None:
         """Fill `saved` with the 16-bit tensor behind `tensor`, or, if there is none, with itself."""
         half = tensor
-        found = self.by_memory.get(tensor.untyped_storage()._cdata)
+        widened = self.by_memory.get(tensor.untyped_storage()._cdata)
         # one that has been changed is no longer what was widened; widening a tensor of inference mode, which has no
         # version to check in backward, leaves another version than 0 as well
-        if found is not None and tensor.dtype is torch.float32 and tensor._version == 0:
-            half, wide = found
+        if widened is not None and tensor.dtype is torch.float32 and tensor._version == 0:
+            half, wide = widened
             saved.stride = wide.stride()
             if tensor is not wide and (tensor.stride() != saved.stride or tensor.shape != wide.shape):
-                place = tensor.shape, tensor.stride(), int(tensor.storage_offset())
+                view = tensor.shape, tensor.stride(), int(tensor.storage_offset())
                 if tensor.is_contiguous() and tensor.numel() < wide.numel() and half.stride() == saved.stride:
-                    half = half.as_strided(place[0], place[1], half.storage_offset() + place[2])
-                    saved.stride = place[1]
+                    half = half.as_strided(view[0], view[1], half.storage_offset() + view[2])
+                    saved.stride = view[1]
                 else:
-                    saved.place = place
+                    saved.view = view
         elif tensor.dtype is torch.float32 and getattr(self.func, "__name__", None) in _MAY_COPY:
             copy = tensor.half()
             if torch.equal(copy.float(), tensor):
@@ -191,7 +191,7 @@ class _Saved:
     # of the widened tensor; None if `kept` was not widened
     stride: tuple[int, ...] | None = None
     # shape, stride and offset in the widened tensor of a view of it
-    place: tuple[Sequence[int], Sequence[int], int] | None = None
+    view: tuple[Sequence[int], Sequence[int], int] | None = None
     unpack_outer: Callable[[Any], Tensor] | None = None
 
     def unpack(self) -> Tensor:
@@ -206,7 +206,7 @@ class _Saved:
         if wide.stride() != self.stride:
             # an outer hook may bring another layout, and so does cloning
             wide = wide.new_empty_strided(wide.shape, self.stride).copy_(wide)
-        return wide if self.place is None else wide.as_strided(*self.place)
+        return wide if self.view is None else wide.as_strided(*self.view)
 
     def complain(self) -> NoReturn:
         name = getattr(self.func, "__name__", self.func)

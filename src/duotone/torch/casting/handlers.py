@@ -238,10 +238,10 @@ def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    found = list(operands((args, tuple(kwargs.values()))))
+    floats = list(operands((args, tuple(kwargs.values()))))
     # as everywhere in torch, a tensor without dimensions has no say beside one with
-    dtypes = {operand.dtype for operand in found if operand.dim()} or {operand.dtype for operand in found}
-    if all(operand.dtype in dtypes for operand in found) and len(dtypes) < 2:
+    dtypes = {operand.dtype for operand in floats if operand.dim()} or {operand.dtype for operand in floats}
+    if all(operand.dtype in dtypes for operand in floats) and len(dtypes) < 2:
         return func(*args, **kwargs)
     return _call_in(torch.float32 if len(dtypes) > 1 else next(iter(dtypes)), func, args, kwargs)
 

@@ -104,7 +104,8 @@ class _OfTorch:
     """A function of torch under a kind, and the block in which it has that kind."""
 
     def __init__(self, function: Function, kind: Kind) -> None:
-        self._function, self._kind = function, kind
+        self._function = function
+        self._kind: Kind = kind
         self._mode = _KindsMode(dict.fromkeys(functions_like(function), kind))
         self.__name__, self.__doc__ = function.__name__, function.__doc__
 

@@ -1,12 +1,12 @@
 """Where operations run by their kinds: a region, entered around a part of a model.
 
-A region is torch.autocast without its weight cache, and a function mode that calls the handlers. The mode
-decides for every listed operation that user code calls; autocast casts what is multiplied inside of functions that
-torch composes itself, and tells code that asks that it runs in 16 bits. A weight cache would go stale when weights
-change inside, and is not needed where weights are 16-bit already. Whoever switches autocast off or to another dtype
-inside (`torch.autocast(enabled=False)`, `torch.amp.custom_fwd`) switches the rules off with it. `autocast` enters the
-same mode, marked as the user's own. Left out: functions that Python code of torch's calls inside of an unlisted
-function see autocast's rules alone.
+A region is torch.autocast without its weight cache, and a function mode that calls the handlers. The mode decides for
+every listed operation that user code calls. Autocast casts what is multiplied inside of functions that torch composes
+itself, and tells code that asks that it runs in 16 bits. A weight cache would go stale when weights change inside, and
+is not needed where weights are 16-bit already. Whoever switches autocast off or to another dtype inside
+(`torch.autocast(enabled=False)`, `torch.amp.custom_fwd`) switches the handlers off with it. `autocast` enters the same
+mode, marked as the user's own. Left out: where Python code of torch's calls functions inside of an unlisted function,
+autocast alone decides.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ class Region:
     """Where operations run in one dtype where that is safe, and in FP32 where it is not.
 
     Args:
-        compute: BF16 or FP16; FP32 switches off whatever is around it.
+        compute: BF16 or FP16; FP32 switches off the region that it is in.
 
     >>> with Region(torch.bfloat16).on("cpu"):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype, torch.ones(2).bfloat16().exp().dtype
@@ -54,12 +54,12 @@ class Region:
         """Return a context in which tensors on `"cpu"`, `"cuda"`, ... are in the region."""
         if self.compute == torch.float32:
             return torch.autocast(device_type, enabled=False)
-        return under_rules(
-            RulesMode(self._on_cpu if device_type == "cpu" else self._elsewhere, device_type, self.compute)
+        return mode_context(
+            RegionMode(self._on_cpu if device_type == "cpu" else self._elsewhere, device_type, self.compute)
         )
 
-    def still_holds(self, device_type: str = "cpu") -> bool:
-        """Return whether a region, entered around this call, holds here too."""
+    def is_active(self, device_type: str = "cpu") -> bool:
+        """Return whether the region of a cast model is entered, and still decides here."""
         if self.compute == torch.float32:
             return True
         if torch.compiler.is_compiling():
@@ -68,17 +68,17 @@ class Region:
         depth = torch._C._len_torch_function_stack()
         # the innermost mode first: it is the one nearly always
         modes = (torch._C._get_function_stack_at(at) for at in range(depth - 1, -1, -1))
-        return any(isinstance(mode, RulesMode) and not mode.is_users for mode in modes)
+        return any(isinstance(mode, RegionMode) and not mode.is_users for mode in modes)
 
-    def is_all_there_is(self) -> bool:
-        """Return whether a region with this `compute` is around this call, and no other mode."""
+    def is_only_mode(self) -> bool:
+        """Return whether a region with this `compute` is entered, and no other mode."""
         if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
             return False
         mode = torch._C._get_function_stack_at(0)
-        return type(mode) is RulesMode and mode.compute is self.compute and not mode.is_users
+        return type(mode) is RegionMode and mode.compute is self.compute and not mode.is_users
 
-    def spares(self, module: nn.Module) -> bool:
-        """Return whether a module runs the same without the rules, under autocast alone, where `is_all_there_is`.
+    def runs_without_mode(self, module: nn.Module) -> bool:
+        """Return whether a module runs the same without the mode, under autocast alone, where `is_only_mode`.
 
         It is so if it calls one function of torch, and that is a product, or one that is not listed.
         """
@@ -86,15 +86,15 @@ class Region:
         return type(module) in (_UNLISTED if on_cpu else _UNLISTED + _PRODUCTS)
 
 
-def under_rules(mode: "RulesMode") -> AbstractContextManager[Any]:
-    """Return a context in which autocast is on without its cache, and a mode carries out the rules."""
+def mode_context(mode: "RegionMode") -> AbstractContextManager[Any]:
+    """Return a context in which autocast is on without its cache, and a mode calls the handlers."""
     return _OnCpu(mode) if mode.device_type == "cpu" and not torch.compiler.is_compiling() else _on(mode)
 
 
 @contextmanager
-def _on(mode: "RulesMode") -> Iterator[None]:
+def _on(mode: "RegionMode") -> Iterator[None]:
     if not torch.compiler.is_compiling():
-        mode.around = hooks_around()
+        mode.outer_hooks = hooks_around()
     with torch.autocast(mode.device_type, mode.compute, cache_enabled=False), mode:
         yield
 
@@ -102,12 +102,12 @@ def _on(mode: "RulesMode") -> Iterator[None]:
 class _OnCpu:
     """The same for a CPU, outside of tracers, at a third of the time: what torch.autocast sets, set."""
 
-    def __init__(self, mode: "RulesMode") -> None:
+    def __init__(self, mode: "RegionMode") -> None:
         self._mode = mode
 
     @not_by_itself
     def __enter__(self) -> None:
-        self._mode.around = hooks_around()
+        self._mode.outer_hooks = hooks_around()
         self._before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         self._cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_enabled("cpu", True)
@@ -131,9 +131,9 @@ class _OnCpu:
 def float32_everywhere() -> Iterator[None]:
     """Enter a region, on every device, where listed operations cast 16-bit operands to FP32 and give FP32."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    mode = RulesMode(handlers_for(torch.float32, "cpu"), device_type, torch.float32)
+    mode = RegionMode(handlers_for(torch.float32, "cpu"), device_type, torch.float32)
     if not torch.compiler.is_compiling():
-        mode.around = hooks_around()
+        mode.outer_hooks = hooks_around()
     with (
         torch.autocast("cpu", torch.float32, enabled=False),
         torch.autocast(device_type, torch.float32, enabled=False),
@@ -154,8 +154,8 @@ def compute_dtype(device_type: str) -> torch.dtype | None:
     return dtype if dtype == torch.float32 or torch.is_autocast_enabled(device_type) else None
 
 
-class RulesMode(TorchFunctionMode):
-    """Carries out rules for the functions that have one, wherever autocast is as the region left it.
+class RegionMode(TorchFunctionMode):
+    """Calls the handlers of listed functions, wherever autocast is as the region left it.
 
     What `torch.utils.checkpoint` runs again is run under the mode again.
 
@@ -167,7 +167,7 @@ class RulesMode(TorchFunctionMode):
             devices are left alone.
 
     Attributes:
-        around: the hooks on saved tensors that were there as it was entered, as `follow_checkpoint` takes them.
+        outer_hooks: the hooks on saved tensors that were there as it was entered, as `follow_checkpoint` takes them.
     """
 
     def __init__(self, handlers: Handlers, device_type: str, compute: torch.dtype, *, is_users: bool = False) -> None:
@@ -176,7 +176,7 @@ class RulesMode(TorchFunctionMode):
         self.device_type = device_type
         self.compute = compute
         self.is_users = is_users
-        self.around: Callable[[], Any] | None = None
+        self.outer_hooks: Callable[[], Any] | None = None
 
     @not_by_itself
     def __torch_function__(
@@ -189,18 +189,18 @@ class RulesMode(TorchFunctionMode):
         tracing = torch.compiler.is_compiling()
         # looked at here too, because this is called for every function
         if tracing or top_hooks(False) is not None or func is torch._C._set_grad_enabled:
-            args = follow_checkpoint(self, func, args, self.around)
+            args = follow_checkpoint(self, func, args, self.outer_hooks)
         handler = self._handlers.find(func) if tracing else self._handlers.by_function.get(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
         if handler is self._handlers.product and handler is not None and not kwargs and are_ready(args, self.compute):
             return func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
-        if handler is None or compute_dtype(self.device_type) is not self.compute or not self._concerns(args, kwargs):
+        if handler is None or compute_dtype(self.device_type) is not self.compute or not self._acts_on(args, kwargs):
             return func(*args, **kwargs) if kwargs else func(*args)
         with no_autocast(self.device_type):
             return handler(func, args, kwargs or {})
 
-    def _concerns(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
+    def _acts_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
         if not self.is_users:
             return True
         given = (args, tuple(kwargs.values())) if kwargs else args

@@ -134,17 +134,17 @@ def cross_entropy_in_float32(
 def _chunks(logits: Tensor) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
     """Yield indices into the logits, `(N, C)` or `(N, C, D)`, and the same ones into the targets, `(N)` or `(N, D)`."""
     elements = _ELEMENTS_OF_A_THREAD * torch.get_num_threads() if logits.is_cpu else _ELEMENTS
-    rows, classes, *places = logits.shape
-    columns = places[0] if places else 1
+    rows, classes, *inner = logits.shape
+    columns = inner[0] if inner else 1
     row_step = max(1, elements // max(1, classes * columns))
     # whole vectors, so that the same columns are left to the end of one as in a single call
     column_step = max(_VECTOR, elements // max(1, classes) // _VECTOR * _VECTOR)
     for row in range(0, rows, row_step):
         some = slice(row, row + row_step)
-        if not places:
+        if not inner:
             yield (some,), (some,)
         # several rows are taken whole
-        for column in range(0, columns if places else 0, column_step if row_step == 1 else max(1, columns)):
+        for column in range(0, columns if inner else 0, column_step if row_step == 1 else max(1, columns)):
             across = slice(column, column + column_step if row_step == 1 else columns)
             yield (some, slice(None), across), (some, across)
 

@@ -124,16 +124,16 @@ def embedding_bag_in_float32(
 
     # a bag sums a table of its own rows, each of which stands in it once
     indices = input.reshape(-1)
-    places = torch.arange(len(indices), dtype=input.dtype, device=input.device)
+    positions = torch.arange(len(indices), dtype=input.dtype, device=input.device)
     if padding_idx is not None:
         # rows that do not count become the last row of that table, which is its padding
-        places, padding_idx = torch.where(indices == row, len(indices), places), len(indices)
+        positions, padding_idx = torch.where(indices == row, len(indices), positions), len(indices)
         indices = torch.cat([indices, indices.new_full((1,), row)])
     rows = apply(_Lookup, weight, indices, row, scale_grad_by_freq, torch.float32)
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.float()
     rest = (False, mode, False, per_sample_weights, include_last_offset, padding_idx)
-    return func(places.view_as(input), rows, offsets, None, norm_type, *rest).to(weight.dtype)
+    return func(positions.view_as(input), rows, offsets, None, norm_type, *rest).to(weight.dtype)
 
 
 def _padding_row(weight: Tensor, padding_idx: int | None) -> int | None:

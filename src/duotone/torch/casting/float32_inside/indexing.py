@@ -34,10 +34,10 @@ def getitem_in_float32(func: Callable[..., Any], source: Tensor, index: Any) -> 
     >>> x.grad.tolist()
     [1000.0, 0.0]
     """
-    kind = type(index)
-    if kind in _SIMPLE or not needs_sum(source):
+    index_type = type(index)
+    if index_type in _SIMPLE or not needs_sum(source):
         return func(source, index)
-    indices = index if kind is tuple else (index,)
+    indices = index if index_type is tuple else (index,)
     for item in indices:
         if type(item) not in _SIMPLE:
             break
@@ -49,11 +49,11 @@ def getitem_in_float32(func: Callable[..., Any], source: Tensor, index: Any) -> 
     basic, advanced = split
     view = func(source, basic)
     if len(advanced) == 1:
-        ((dim, places),) = advanced.items()
-        return apply(GatherRows, view, dim, places, False)
+        ((dim, positions),) = advanced.items()
+        return apply(GatherRows, view, dim, positions, False)
     # torch.compile refuses the same tensor twice
-    places = [index.view_as(index) if dim else index for dim, index in enumerate(advanced.values())]
-    return apply(_Points, view, tuple(advanced), *places)
+    positions = [index.view_as(index) if dim else index for dim, index in enumerate(advanced.values())]
+    return apply(_Points, view, tuple(advanced), *positions)
 
 
 class _Points(Function):
@@ -63,8 +63,8 @@ class _Points(Function):
 
     @staticmethod
     def forward(source: Tensor, dims: tuple[int, ...], *indices: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        places = dict(zip(dims, indices, strict=True))
-        return source[tuple(places.get(dim, slice(None)) for dim in range(dims[-1] + 1))]
+        positions = dict(zip(dims, indices, strict=True))
+        return source[tuple(positions.get(dim, slice(None)) for dim in range(dims[-1] + 1))]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -74,8 +74,8 @@ class _Points(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        places = dict(zip(ctx.dims, ctx.saved_tensors, strict=True))
-        indices = [places.get(dim) for dim in range(ctx.dims[-1] + 1)]
+        positions = dict(zip(ctx.dims, ctx.saved_tensors, strict=True))
+        indices = [positions.get(dim) for dim in range(ctx.dims[-1] + 1)]
         zeros = grad.new_zeros(ctx.shape, dtype=torch.float32)
         return torch.ops.aten.index_put.default(zeros, indices, grad.float(), True), None, *(None for _ in ctx.dims)
 
@@ -85,19 +85,19 @@ def _split(source: Tensor, indices: tuple[Any, ...]) -> tuple[tuple[Any, ...], d
 
     Returns None where no integer tensor is among them, or something that torch alone understands.
     """
-    found = [_as_tensor(item, source) for item in indices]
-    if not any(tensor is not None and tensor.dim() > 0 and tensor.dtype not in _MASKS for tensor in found):
+    tensors = [_as_tensor(item, source) for item in indices]
+    if not any(tensor is not None and tensor.dim() > 0 and tensor.dtype not in _MASKS for tensor in tensors):
         return None
-    taken = sum(1 if item is None else item.dim() if item.dtype in _MASKS else 1 for item in found)
+    taken = sum(1 if item is None else item.dim() if item.dtype in _MASKS else 1 for item in tensors)
     taken -= sum(item is None or item is Ellipsis for item in indices)
     basic: list[Any] = []
     advanced: dict[int, Tensor] = {}
     dim, ellipses = 0, 0
-    for item, tensor in zip(indices, found, strict=True):
+    for item, tensor in zip(indices, tensors, strict=True):
         if tensor is not None and (tensor.dim() > 0 or tensor.dtype in _MASKS):
-            for places in tensor.nonzero(as_tuple=True) if tensor.dtype in _MASKS else (tensor,):
+            for positions in tensor.nonzero(as_tuple=True) if tensor.dtype in _MASKS else (tensor,):
                 basic.append(slice(None))
-                advanced[dim] = places
+                advanced[dim] = positions
                 dim += 1
         elif item is None or isinstance(item, slice):
             basic.append(item)

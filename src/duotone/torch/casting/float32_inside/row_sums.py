@@ -40,8 +40,8 @@ def sum_rows(index: Tensor, rows: Tensor, shape: tuple[int, ...], dim: int, dtyp
             [0.]], dtype=torch.bfloat16)
     """
     if dtype != torch.float32 and is_eager() and rows.is_cpu and 2 * len(index) < shape[dim]:
-        found, places = index.unique(return_inverse=True)
-        sums = rows.new_zeros((*shape[:dim], len(found), *shape[dim + 1 :])).index_add_(dim, places, rows)
-        return rows.new_zeros(shape, dtype=dtype).index_copy_(dim, found.long(), sums.to(dtype))
+        present, positions = index.unique(return_inverse=True)
+        sums = rows.new_zeros((*shape[:dim], len(present), *shape[dim + 1 :])).index_add_(dim, positions, rows)
+        return rows.new_zeros(shape, dtype=dtype).index_copy_(dim, present.long(), sums.to(dtype))
     # on a CPU up to twenty times as fast as index_put
     return rows.new_zeros(shape).index_add_(dim, index, rows)
