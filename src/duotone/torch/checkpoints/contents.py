@@ -56,10 +56,10 @@ def save_checkpoint(
     Where torch.distributed runs several ranks, all of them call this, and return once the folder is in place.
 
     Args:
-        path: the folder; a checkpoint that is there already is replaced, and only once the new one is complete.
-            Ranks give the same one, which all of them can write to.
-        model: weights, tails and persistent buffers are saved; tied ones once. `DistributedDataParallel` around it is
-            looked through; of DTensors, as `fully_shard` makes them, every rank saves its parts.
+        path: the folder, the same one for every rank, on a disk that all of them can write to. A checkpoint at this
+            path is replaced once the new one is complete.
+        model: weights, tails and persistent buffers are saved; tied ones once. A model in `DistributedDataParallel` is
+            saved as the model itself; of DTensors, as `fully_shard` makes them, every rank saves its parts.
         optimizer: its state, Duotone's or torch's.
         scaler: its settings and state.
         scheduler: anything with a `state_dict` of JSON values and tensors.
@@ -103,18 +103,18 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore what `save_checkpoint` saved, bit for bit, random states included.
 
-    Where torch.distributed runs several ranks, all of them call this. It does not matter how many saved, nor whether
-    the model was sharded then or is now, but for random states: as many ranks as saved get back their own; of another
-    number, rank 0 gets back rank 0's, and every other is seeded from that state and its number.
+    Where torch.distributed runs several ranks, all of them call this. Their number may differ from the number that
+    saved, and the model may have been sharded then or be sharded now. Each rank gets its random states if the number
+    is the same; otherwise rank 0 gets rank 0's, and every other rank is seeded from that state and its number.
 
     Args:
         path: the folder, the same one for every rank.
         model: the model, cast to the policy that the checkpoint was saved under; sharded or wrapped as it will be used.
-        optimizer: to be restored; it must have been saved. Left out, it is not restored; so for the next two.
+        optimizer: to be restored, which needs it in the checkpoint; None to leave it. The same holds for the next two.
         scaler: as `optimizer`.
         scheduler: as `optimizer`.
-        convert: take a checkpoint of another policy: the FP32 masters and moments are kept, weights and tails are
-            made anew for the model's policy, and the scaler stays as it is.
+        convert: load a checkpoint of another policy: FP32 masters and moments are kept, weights and tails are made
+            from them for the model's policy, and the scaler stays as it is.
         process_group: the ranks that load together; default all of them.
 
     Returns:
