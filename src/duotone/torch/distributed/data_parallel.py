@@ -102,8 +102,8 @@ def _wider(dtype: torch.dtype, reduce: torch.dtype) -> torch.dtype:
 
 
 def _reduce_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that a model's policy reduces in, once all its parameters are found fit."""
-    found: dict[torch.dtype, str] = {}
+    """Return the dtype that a model's policy reduces in, once all its parameters are checked."""
+    names: dict[torch.dtype, str] = {}
     for name, param in model.named_parameters():
         reduce = storage_of(param).reduce
         if is_shard(param):
@@ -111,14 +111,14 @@ def _reduce_dtype(model: nn.Module) -> torch.dtype:
         check_cast(name, param, "data_parallel")
         check_one_dtype(name, param, "DistributedDataParallel", "leave grad= out of the policy")
         if reduce is not None and param.requires_grad:
-            found.setdefault(reduce, name)
-    if len(found) > 1:
-        (first, name), (second, other) = list(found.items())[:2]
+            names.setdefault(reduce, name)
+    if len(names) > 1:
+        (first, name), (second, other) = list(names.items())[:2]
         raise PolicyError(
             f'"{name}" is reduced in {first} and "{other}" in {second}; DistributedDataParallel mixes them in its '
             "buckets: give one reduce for the whole model"
         )
-    return next(iter(found), torch.float32)
+    return next(iter(names), torch.float32)
 
 
 def _send_tails(model: nn.Module, group: Any) -> None:

@@ -1,12 +1,12 @@
 """torch's `fully_shard` for modules of a cast model: weights stay 16-bit, and masters keep every bit.
 
-Torch replaces parameters by DTensors. Their records go along; tails are cut by torch too, as frozen
-parameters of a module of their own, so that they are cut as the weights are, whatever the mesh and the placement. No
-dtype changes on the way: 16 bits are gathered, gradients are reduced in the policy's `reduce` and rounded once.
+Torch replaces parameters by DTensors. These get the records of the parameters that they replace, with tails that torch
+has cut too: as frozen parameters of a module of their own, so that mesh and placement are the same. No dtype changes:
+16-bit weights are gathered, gradients are reduced in the policy's `reduce` and rounded once.
 
-A group of torch's has one dtype. So parts of a module that are kept otherwise than the rest, norms in FP32 for
-instance, become groups of their own, one for each dtype. Left out: gradients in another dtype than their weights, and
-models on the meta device, since a DTensor's record does not survive its materialisation.
+Torch gathers a group in one dtype. So parts of a module in another dtype than the rest, norms in FP32 for instance,
+become groups of their own, one for each dtype. Left out: gradients in another dtype than their weights, and models on
+the meta device, since a DTensor's record does not survive its materialisation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +26,15 @@ from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 Modules = TypeVar("Modules", bound=nn.Module | Sequence[nn.Module])
 
 
-class _Kept(NamedTuple):
-    """How the parameters of one group are kept: the dtype of weight and gradient, and that of the reduction."""
+class _Dtypes(NamedTuple):
+    """The dtypes of one group: of weights and gradients, and of the reduction."""
 
-    dtype: torch.dtype
+    param: torch.dtype
     reduce: torch.dtype | None
 
 
-class _Place(NamedTuple):
-    """Where a parameter stands in a model."""
+class _Slot(NamedTuple):
+    """A parameter and where it belongs: `owner.name`."""
 
     owner: nn.Module
     name: str
@@ -48,7 +48,7 @@ def fully_shard(
 
     Call it as torch's, after `cast` and before the optimizer is built: first on parts, such as the blocks of a
     transformer, then on the model. All ranks must hold the same weights, as for torch's; nothing is sent. Weights are
-    gathered in the dtype they are kept in. Gradients are averaged in the policy's `reduce`, never in fewer bits than
+    gathered in their own dtype. Gradients are averaged in the policy's `reduce`, never in fewer bits than
     they have, and rounded once to the weight's dtype; without synchronisation (`set_requires_gradient_sync(False)`)
     they accumulate in `reduce`. Several modules given as a list share one group.
 
@@ -82,7 +82,7 @@ def fully_shard(
     """
     if "mp_policy" in options:
         raise PolicyError(
-            "mp_policy is what the model's own policy says already: weights are gathered as they are kept, gradients "
+            "mp_policy is what the model's own policy says already: weights are gathered in param, gradients "
             'reduced in its reduce; leave mp_policy out, and cast to a policy such as "bf16,reduce=bfloat16"'
         )
     roots = [module] if isinstance(module, nn.Module) else list(module)
@@ -91,25 +91,25 @@ def fully_shard(
         if _has_no_forward(root):
             raise PolicyError(f"a {type(root).__name__} has no forward that could gather weights; shard its parts")
     ignored = options.get("ignored_params") or set()
-    places = [place for place in _places(roots, set()) if place.param not in ignored]
-    for place in places:
-        _check(place)
+    slots = [slot for slot in _slots(roots, set()) if slot.param not in ignored]
+    for slot in slots:
+        _check(slot)
     rest, apart = _groups(roots, ignored)
     options = {**options, "mesh": mesh, "shard_placement_fn": _once(options.get("shard_placement_fn"))}
-    for kept, parts in apart.items():
-        _shard(parts, places, kept, {**options, "reshard_after_forward": reshard_after_forward})
-    _shard(module, places, rest, {**options, "reshard_after_forward": reshard_after_forward})
+    for dtypes, parts in apart.items():
+        _shard(parts, slots, dtypes, {**options, "reshard_after_forward": reshard_after_forward})
+    _shard(module, slots, rest, {**options, "reshard_after_forward": reshard_after_forward})
     return module
 
 
-def _shard(module: Any, places: list[_Place], kept: _Kept | None, options: dict[str, Any]) -> None:
+def _shard(module: Any, slots: list[_Slot], dtypes: _Dtypes | None, options: dict[str, Any]) -> None:
     """Have torch shard one group, and give the records of its parameters to their successors."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
-    from torch.distributed.fsdp import fully_shard as torchs
+    from torch.distributed.fsdp import fully_shard as shard
 
-    reduce = None if kept is None or kept.reduce is None else torch.promote_types(kept.dtype, kept.reduce)
-    torchs(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False), **options)
-    replaced = {place.param: place.owner._parameters[place.name] for place in places}
+    reduce = None if dtypes is None or dtypes.reduce is None else torch.promote_types(dtypes.param, dtypes.reduce)
+    shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False), **options)
+    replaced = {slot.param: slot.owner._parameters[slot.name] for slot in slots}
     replaced = {param: new for param, new in replaced.items() if new is not param and not storage_of(param).is_replaced}
     tails = {param: tail for param in replaced if (tail := storage_of(param).tail) is not None}
     cut_tails = dict(zip(tails, _cut(tails, options), strict=True))
@@ -124,7 +124,7 @@ def _shard(module: Any, places: list[_Place], kept: _Kept | None, options: dict[
 
 def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Tensor]:
     """Return tails as torch cuts the parameters that they belong to."""
-    from torch.distributed.fsdp import fully_shard as torchs
+    from torch.distributed.fsdp import fully_shard as shard
 
     if not tails:
         return []
@@ -132,10 +132,10 @@ def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Ten
     owners = {nn.Parameter(tail, requires_grad=False): param for param, tail in tails.items()}
     for number, tail in enumerate(owners):
         holder.register_parameter(str(number), tail)
-    place = options["shard_placement_fn"]
-    theirs = None if place is None else lambda tail: place(owners[tail])
+    placement_of = options["shard_placement_fn"]
+    of_tail = None if placement_of is None else lambda tail: placement_of(owners[tail])
     same = {name: value for name, value in options.items() if name not in ("ignored_params", "reshard_after_forward")}
-    torchs(holder, **{**same, "shard_placement_fn": theirs})
+    shard(holder, **{**same, "shard_placement_fn": of_tail})
     return [tail.detach() for tail in holder.parameters()]
 
 
@@ -144,41 +144,43 @@ def _once(shard_placement_fn: Callable[[nn.Parameter], Any] | None) -> Callable[
     return None if shard_placement_fn is None else cache(shard_placement_fn)
 
 
-def _groups(roots: list[nn.Module], ignored: set[nn.Parameter]) -> tuple[_Kept | None, dict[_Kept, list[nn.Module]]]:
-    """Return how the parameters of most elements are kept, and the largest parts that are kept otherwise, by how."""
+def _groups(
+    roots: list[nn.Module], ignored: set[nn.Parameter]
+) -> tuple[_Dtypes | None, dict[_Dtypes, list[nn.Module]]]:
+    """Return the dtypes of most elements, and by dtypes the largest parts whose own are others."""
 
-    def kept_in(modules: list[nn.Module]) -> dict[_Kept, int]:
-        sizes: dict[_Kept, int] = {}
-        for param in {place.param: None for place in _places(modules, set())}:
+    def sizes_in(modules: list[nn.Module]) -> dict[_Dtypes, int]:
+        sizes: dict[_Dtypes, int] = {}
+        for param in {slot.param: None for slot in _slots(modules, set())}:
             if param.is_floating_point() and param not in ignored:
-                kept = _Kept(param.dtype, storage_of(param).reduce)
-                sizes[kept] = sizes.get(kept, 0) + param.numel()
+                dtypes = _Dtypes(param.dtype, storage_of(param).reduce)
+                sizes[dtypes] = sizes.get(dtypes, 0) + param.numel()
         return sizes
 
-    def own(module: nn.Module) -> set[_Kept]:
+    def own(module: nn.Module) -> set[_Dtypes]:
         params = [param for param in module.parameters(recurse=False) if param not in ignored]
-        return {_Kept(param.dtype, storage_of(param).reduce) for param in params if param.is_floating_point()}
+        return {_Dtypes(param.dtype, storage_of(param).reduce) for param in params if param.is_floating_point()}
 
-    sizes = kept_in(roots)
+    sizes = sizes_in(roots)
     of_roots = set().union(*map(own, roots))
-    rest = max(of_roots or sizes, key=lambda kept: sizes[kept], default=None)
-    apart: dict[_Kept, list[nn.Module]] = {}
+    rest = max(of_roots or sizes, key=lambda dtypes: sizes[dtypes], default=None)
+    apart: dict[_Dtypes, list[nn.Module]] = {}
     seen: set[nn.Module] = set()
 
     def divide(module: nn.Module, is_root: bool) -> None:
         if module in seen or (not is_root and is_sharded(module)):
             return
         seen.add(module)
-        kept = set(kept_in([module])) - {rest}
+        inside = set(sizes_in([module]))
         others = own(module) - {rest}
-        if len(kept) == 1 and rest not in kept_in([module]) and not (is_root or _has_no_forward(module)):
-            apart.setdefault(kept.pop(), []).append(module)
+        if len(inside) == 1 and rest not in inside and not (is_root or _has_no_forward(module)):
+            apart.setdefault(inside.pop(), []).append(module)
             return
         if others:
-            found = ", ".join(sorted(str(each.dtype) for each in {*kept, rest} if each is not None))
+            rests = ", ".join(sorted(str(each.param) for each in {*inside, rest} if each is not None))
             raise PolicyError(
-                f"a {type(module).__name__} keeps parameters of its own in {others.pop().dtype}, and those around it "
-                f"or in its parts in {found}, or reduces them otherwise; torch gathers one dtype at a time: shard its "
+                f"a {type(module).__name__} keeps parameters of its own in {others.pop().param}, and those around it "
+                f"or in its parts in {rests}, or reduces them otherwise; torch gathers one dtype at a time: shard its "
                 "parts first, or write the policy's rule for all of it"
             )
         for child in module.children():
@@ -189,23 +191,23 @@ def _groups(roots: list[nn.Module], ignored: set[nn.Parameter]) -> tuple[_Kept |
     return rest, apart
 
 
-def _places(modules: list[nn.Module], seen: set[nn.Module]) -> Iterator[_Place]:
+def _slots(modules: list[nn.Module], seen: set[nn.Module]) -> Iterator[_Slot]:
     """Yield every parameter of some modules and their parts, but for the parts that are sharded already."""
     for module in modules:
         if module in seen:
             continue
         seen.add(module)
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield _Place(module, name, param)
-        yield from _places([child for child in module.children() if not is_sharded(child)], seen)
+            yield _Slot(module, name, param)
+        yield from _slots([child for child in module.children() if not is_sharded(child)], seen)
 
 
 def _has_no_forward(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
-def _check(place: _Place) -> None:
-    owner, name, param = place
+def _check(slot: _Slot) -> None:
+    owner, name, param = slot
     name = storage_of(param).name or name
     if storage_of(param).is_replaced:
         raise PolicyError(

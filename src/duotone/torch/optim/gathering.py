@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duotone.torch import kernels
-from duotone.torch.parameters.shards import gradient_part, is_shard, local, place_of
+from duotone.torch.parameters.shards import gradient_part, is_shard, local, part_number
 from duotone.torch.parameters.storage import storage_changes
 
 Gathered = dict[torch.device, list[kernels.Operand]]
@@ -94,7 +94,7 @@ def numbered(index: int, count: int, param: Tensor) -> int:
         param: the parameter; a plain one's number is its place.
     """
     # numbers end at 2^30
-    return index + count * (place_of(param) % ((1 << 30) // count))
+    return index + count * (part_number(param) % ((1 << 30) // count))
 
 
 def _looks(

@@ -1,1 +1,1 @@
-"""What Duotone keeps for each parameter: how it is stored, its FP32 master, and the part of it that is here."""
+"""What Duotone knows about each parameter: how it is stored, its FP32 master, and which part of it this rank has."""

@@ -1,8 +1,8 @@
-"""Where the FP32 master of a parameter is kept: in its resident 16-bit weight and the tail that goes with it.
+"""The FP32 master of a parameter: its resident 16-bit weight and the tail in its record, read and written together.
 
-A tail waits on its parameter from the cast until an optimizer takes it into its state; both then name one tensor, so
-nothing is stored twice and neither can go stale. A parameter without a tail is its own master: FP32, or frozen, or
-16-bit under a policy without masters. Of a DTensor, each rank keeps the tail of its own part, as a DTensor cut alike.
+The cast puts a tail into a parameter's record; an optimizer's state then names the same tensor, so nothing is stored
+twice and neither can go stale. A parameter without a tail is its own master: FP32, or frozen, or 16-bit under a policy
+without masters. Of a DTensor, each rank has the tail of its own part, as a DTensor cut alike.
 """
 
 from collections.abc import Mapping
@@ -46,20 +46,20 @@ def check_not_flattened(param: Tensor) -> None:
 
 
 def needs_tail(param: Tensor) -> bool:
-    """Return whether a parameter must have a tail before it is updated: 16-bit, and not told to do without."""
+    """Return whether a parameter must have a tail before it is updated: it is 16-bit, and has a master."""
     return param.dtype in SPLIT_DTYPES and storage_of(param).rounding is None
 
 
 def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     """Return the tail of a parameter that needs one, on its device.
 
-    It is the one that waits on the parameter, else the given one, else zeros: the weight is its own master so far.
+    It is the one in the parameter's record, else the given one, else zeros: the weight is its own master so far.
 
     Raises:
         OptimizerError: a DTensor was made from a parameter without taking its tail along.
     """
-    waiting = storage_of(param).tail
-    tail = waiting if waiting is not None else tail
+    recorded = storage_of(param).tail
+    tail = tail if recorded is None else recorded
     if tail is None:
         _check_not_lost(param)
     # a tail without memory belongs to a weight that had none either
@@ -71,7 +71,7 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
 
 
 def has_lost_tail(param: Tensor) -> bool:
-    """Return whether a 16-bit DTensor was made from a parameter without taking along what was noted on it."""
+    """Return whether a 16-bit DTensor was made from a parameter without its record."""
     return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and storage_of(param) is NO_STORAGE
 
 
@@ -164,10 +164,10 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     for name, param in model.named_parameters():
         if not param.is_floating_point():
             continue
-        held = optimizer.state.get(param, {}).get("tail") if optimizer is not None else None
-        if held is None:
+        tail = optimizer.state.get(param, {}).get("tail") if optimizer is not None else None
+        if tail is None:
             _check_not_lost(param)
-        elif held is not storage_of(param).tail:
+        elif tail is not storage_of(param).tail:
             raise OptimizerError(
                 f'the optimizer holds a tail for "{name}" that is not the model\'s; '
                 "build the optimizer from this model's parameters"

@@ -1,6 +1,6 @@
 """Parameters of which this rank holds a part: DTensors, as `fully_shard` and tensor parallelism make them.
 
-Kernels go through raw memory, so they are given the local part; what is kept for a parameter (tail, moments) is a
+Kernels go through raw memory, so they are given the local part; what belongs to a parameter (tail, moments) is a
 DTensor again, cut as the parameter is, so that checkpoints can put the parts together. Nothing of torch.distributed is
 loaded here: unless somebody else has, there are no DTensors.
 """
@@ -101,16 +101,16 @@ def gradient_part(param: Tensor) -> Tensor:
     return local(grad)
 
 
-def place_of(param: Tensor) -> int:
+def part_number(param: Tensor) -> int:
     """Return which of a parameter's parts this rank holds, counted from 0; copies of a part have the same number."""
     if not is_shard(param):
         return 0
     mesh, placements = _cut(param)
-    place = 0
+    number = 0
     for dimension, (coordinate, placement) in enumerate(zip(mesh.get_coordinate(), placements, strict=True)):
         if not placement.is_replicate():
-            place = place * mesh.size(dimension) + coordinate
-    return place
+            number = number * mesh.size(dimension) + coordinate
+    return number
 
 
 def is_sharded(module: nn.Module) -> bool:

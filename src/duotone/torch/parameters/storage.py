@@ -94,7 +94,7 @@ def set_storage(param: Tensor, storage: Storage) -> None:
 
 
 def set_tail(param: Tensor, tail: Tensor | None) -> None:
-    """Replace the tail in a parameter's record, and note which weight it belongs to: the present one."""
+    """Replace the tail in a parameter's record; it belongs to the weight as it is now."""
     dtype, shape = (None, None) if tail is None else (param.dtype, param.shape)
     set_storage(param, replace(storage_of(param), tail=tail, weight_dtype=dtype, weight_shape=shape))
 
