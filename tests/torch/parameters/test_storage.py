@@ -147,6 +147,13 @@ def test_copies_have_every_field_but_ranks(policy: str, way: Callable[[nn.Module
         assert tail is None or storage_of(param).tail is not tail
 
 
+def test_a_copy_of_no_record_is_no_record() -> None:
+    assert copy.deepcopy(NO_STORAGE) is NO_STORAGE
+    param = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    set_storage(param, copy.deepcopy(NO_STORAGE))
+    assert storage_of(pickle.loads(pickle.dumps(param))) == NO_STORAGE
+
+
 def test_a_tied_parameter_has_one_record_in_a_copy() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight

@@ -72,7 +72,7 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
 
 def has_lost_tail(param: Tensor) -> bool:
     """Return whether a 16-bit DTensor was made from a parameter without its record."""
-    return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and storage_of(param) is NO_STORAGE
+    return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and storage_of(param) == NO_STORAGE
 
 
 def _check_not_lost(param: Tensor) -> None:

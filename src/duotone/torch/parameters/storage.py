@@ -61,6 +61,9 @@ class Storage:
     is_replaced: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Storage":
+        # nothing of the rest can change
+        if self.tail is None and self.ranks is None:
+            return self
         return replace(self, tail=copy.deepcopy(self.tail, memo), ranks=None)
 
     def __reduce__(self) -> Any:
