@@ -122,7 +122,7 @@ class _Call:
         return value if value is None else map_tensors(self.widen, value)
 
     def widen(self, tensor: Tensor) -> Tensor:
-        if tensor.dtype not in _NARROW:
+        if tensor.dtype not in _FLOATS:
             return tensor
         # self-attention is known by its query, key and value being one object
         wide = self.by_operand.get(id(tensor))
@@ -217,7 +217,7 @@ class _Saved:
         )
 
 
-_NARROW = frozenset({torch.float16, torch.bfloat16, torch.float32})
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32})
 # these lay an operand out anew where its strides do not fit, and save the copy
 _MAY_COPY = frozenset(
     {"linear", "matmul", "__matmul__", "__rmatmul__", "linalg_matmul", "inner", "tensordot", "einsum"}
@@ -232,7 +232,7 @@ def _hooks_work_here() -> bool:
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    return tensor.half().float() if tensor.dtype in _NARROW else tensor
+    return tensor.half().float() if tensor.dtype in _FLOATS else tensor
 
 
 def _round(tensor: Tensor) -> Tensor:
