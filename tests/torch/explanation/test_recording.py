@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import duotone.torch as dt
 from duotone.errors import DuotoneError
-from duotone.torch.explanation import Cast, Explanation, explain
-from duotone.torch.explanation.records import OUTSIDE
+from duotone.torch.explanation import Explanation, explain
+from duotone.torch.explanation.records import OUTSIDE, Cast
 
 HERE = Path(__file__).name
 

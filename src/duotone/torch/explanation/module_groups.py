@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from duotone.torch.explanation.records import Cast, ModuleDtypes, add_up
+from duotone.torch.explanation.records import Cast, ModuleDtypes, largest_first
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,10 @@ def paths_of_groups(modules: Sequence[ModuleDtypes]) -> dict[str, str]:
     return {member.path: group.path for group in group_modules(modules) for member in group.members}
 
 
-def casts_of_groups(casts: Sequence[Cast], modules: Sequence[ModuleDtypes]) -> list[Cast]:
+def casts_of_groups(casts: Sequence[Cast], modules: Sequence[ModuleDtypes]) -> tuple[Cast, ...]:
     """Return the casts with those of modules that are alike added up, the largest first."""
     shown = paths_of_groups(modules)
-    grouped = add_up(replace(cast, module=shown.get(cast.module, cast.module)) for cast in casts)
-    return sorted(grouped, key=lambda cast: -cast.result_bytes)
+    return largest_first(replace(cast, module=shown.get(cast.module, cast.module)) for cast in casts)
 
 
 class _Tree:

@@ -16,7 +16,7 @@ from duotone.torch.casting.cast import policy_of
 from duotone.torch.casting.cast_forward import cast_forward_of
 from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.findings import findings_of
-from duotone.torch.explanation.records import ModuleDtypes
+from duotone.torch.explanation.records import ModuleDtypes, add_up, largest_first
 from duotone.torch.explanation.totals import Totals
 from duotone.torch.watching import is_compiled, left_as_it_was, named_modules, watch
 from duotone.torch.watching.saved import dtype_name
@@ -71,11 +71,11 @@ def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None,
         findings=(),
         modules=_modules(model, policies, totals),
         operations=totals.operations(),
-        casts=totals.casts(),
-        emulated_casts=totals.emulated_casts(),
+        casts=largest_first(totals.casts),
+        emulated_casts=largest_first(totals.emulated_casts),
         repeated_casts=totals.repeated_casts(),
-        widenings=totals.widenings(),
-        outputs=totals.outputs(),
+        widenings=tuple(add_up(totals.widenings)),
+        outputs=tuple(totals.outputs.values()),
         saved_for_backward=totals.saved_for_backward(),
     )
     return replace(explanation, findings=findings_of(explanation, policy, policies))

@@ -205,3 +205,8 @@ def add_up(records: Iterable[Summed]) -> list[Summed]:
             before, calls=before.calls + record.calls, result_bytes=before.result_bytes + record.result_bytes
         )
     return list(sums.values())
+
+
+def largest_first(casts: Iterable[Cast]) -> tuple[Cast, ...]:
+    """Return casts added up, those that wrote most first."""
+    return tuple(sorted(add_up(casts), key=lambda cast: -cast.result_bytes))

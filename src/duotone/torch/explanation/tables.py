@@ -1,6 +1,6 @@
 """The tables of an explanation, as rows and columns: as text in `print`, and as the command line draws them."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,8 +78,7 @@ def modules_table(modules: Sequence[ModuleDtypes], saved: SavedForBackward, dept
         saved: what all of them saved.
         depth: how many names a module's path may have; what is inside the last ones counts as theirs.
     """
-    dtypes = [_OTHER if dtype not in _FLOATING else dtype for dtype in _ordered(saved.activation_bytes)]
-    dtypes = list(dict.fromkeys(dtypes))
+    dtypes = _ordered(dtype if dtype in _FLOATING else _OTHER for dtype in saved.activation_bytes)
     # where room is scarce, several dtypes stand below each other, so that names of modules keep theirs
     width = 6 if _OTHER in dtypes else None
     texts = (Column("module"), Column("type"), Column("params"), Column("input", width=width))
@@ -162,26 +161,18 @@ def _module_rows(
     modules: Sequence[ModuleDtypes], depth: int | None
 ) -> Iterator[tuple[str, ModuleDtypes, Mapping[str, int]]]:
     """Yield a name for each row, one of the modules that it is about, and what all of them saved."""
+    groups = group_modules(modules)
+    saved_bytes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for group in groups:
+        saved_bytes[".".join(group.path.split(".")[:depth])] += group.saved_bytes()
     parents: list[ModuleGroup] = []
-    for group, saved_bytes in _to_depth(group_modules(modules), depth):
+    for group in groups:
         while parents and parents[-1].depth >= group.depth:
             parents.pop()
-        first = group.first
-        if group.depth == 0 or first.calls or first.parameter_dtypes or saved_bytes:
-            yield _module_name(group, parents), first, saved_bytes
+        first, is_shown = group.first, depth is None or group.depth <= depth
+        if is_shown and (group.depth == 0 or first.calls or first.parameter_dtypes or saved_bytes[group.path]):
+            yield _module_name(group, parents), first, saved_bytes[group.path]
             parents.append(group)
-
-
-def _to_depth(groups: Sequence[ModuleGroup], depth: int | None) -> Iterator[tuple[ModuleGroup, Mapping[str, int]]]:
-    """Yield groups down to a depth, and what each saved, with the groups inside that are left out."""
-    for at, group in enumerate(groups):
-        if depth is None or group.depth <= depth:
-            saved_bytes = group.saved_bytes()
-            for inside in groups[at + 1 :]:
-                if depth is None or inside.depth <= depth:
-                    break
-                saved_bytes += inside.saved_bytes()
-            yield group, saved_bytes
 
 
 def _module_name(group: ModuleGroup, parents: Sequence[ModuleGroup]) -> str:

@@ -19,28 +19,16 @@ from duotone.torch.explanation.records import (
     RepeatedCast,
     SavedForBackward,
     Widening,
-    add_up,
 )
 from duotone.torch.nested import tensors_in
 from duotone.torch.watching.callers import Caller, in_emulation
 from duotone.torch.watching.modes import is_kept
 from duotone.torch.watching.observer import Call
-from duotone.torch.watching.saved import SavedBytes, dtype_name, storages_of
+from duotone.torch.watching.saved import SavedBytes, dtype_name, storage_keys
 
 # what code calls to cast; a cast inside of any other function is that function's, or autocast's for it
-_CASTS = frozenset(
-    {
-        Tensor.to,
-        Tensor.float,
-        Tensor.half,
-        Tensor.bfloat16,
-        Tensor.double,
-        Tensor.type,
-        Tensor.type_as,
-        Tensor.copy_,
-        Tensor.__setitem__,
-    }
-)
+_CAST_NAMES = "to float half bfloat16 double type type_as copy_ __setitem__"
+_CASTS = frozenset(getattr(Tensor, name) for name in _CAST_NAMES.split())
 # functions of `half_on_cpu` that round an operand to FP16, as any cast to FP16 does, before they widen it
 _ROUNDS_OPERANDS = ("widen", "_widen")
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"})
@@ -75,11 +63,15 @@ class Totals:
     Attributes:
         running: paths of the modules that are running, the innermost last.
         modules: what was seen of each module, by path; also of `OUTSIDE`.
+        casts: every cast by itself.
+        emulated_casts: those around FP16 products that this CPU does not have.
+        widenings: every call in which a 16-bit and an FP32 tensor met.
+        outputs: what the model returned.
     """
 
     def __init__(self, model: nn.Module, has_policy: bool) -> None:
         named = [*model.named_parameters(), *model.named_buffers()]
-        self._names = {key: name for name, tensor in named for key, _ in storages_of(tensor)}
+        self._names = {key: name for name, tensor in named for key in storage_keys(tensor)}
         self._buffers = {name for name, _ in model.named_buffers()}
         self._has_policy = has_policy
         self.running: list[str] = []
@@ -88,14 +80,14 @@ class Totals:
         self._operations: defaultdict[tuple[Any, ...], tuple[Counter[str], dict[str, None]]] = defaultdict(
             lambda: (Counter(), {})
         )
-        self._casts: list[Cast] = []
-        self._emulated_casts: list[Cast] = []
-        self._widenings: list[Widening] = []
+        self.casts: list[Cast] = []
+        self.emulated_casts: list[Cast] = []
+        self.widenings: list[Widening] = []
         # by what makes casts casts of the same tensor to the same dtype
         self._casts_of: defaultdict[tuple[Any, ...], list[Cast]] = defaultdict(list)
         self._cast_from: dict[StorageWeakRef, torch.dtype] = {}
         self._rounded_in: dict[StorageWeakRef, str] = {}
-        self._outputs: dict[StorageWeakRef, Output] = {}
+        self.outputs: dict[StorageWeakRef, Output] = {}
 
     @property
     def module(self) -> str:
@@ -112,9 +104,9 @@ class Totals:
         tensors = tensors_in(outputs)
         self.modules[path].output_dtypes.update((dtype_name(tensor.dtype), None) for tensor in tensors)
         for tensor in tensors if path == "" else ():
-            for key, _ in storages_of(tensor) if tensor.is_floating_point() else ():
+            for key in storage_keys(tensor) if tensor.is_floating_point() else ():
                 computed = self._cast_from.get(key, tensor.dtype)
-                self._outputs[key] = Output(
+                self.outputs[key] = Output(
                     dtype_name(tensor.dtype),
                     dtype_name(computed),
                     tuple(tensor.shape),
@@ -141,8 +133,8 @@ class Totals:
         name, line, mixed = function_name(call.func), call.caller.source_line, call.mixed_operands
         reason = _reason(call) if compute == torch.float32 else None
         if mixed is not None and result == torch.float32 and reason is None and not call.caller.inserted:
-            tensor_name = next((self._names[key] for key, _ in storages_of(mixed.wide) if key in self._names), None)
-            self._widenings.append(
+            tensor_name = next((self._names[key] for key in storage_keys(mixed.wide) if key in self._names), None)
+            self.widenings.append(
                 Widening(
                     operation=name,
                     module=call.module,
@@ -168,16 +160,16 @@ class Totals:
         size = result.numel() * result.element_size()
         cast = Cast(*dtypes, by, self.module, operation, caller.source_line, 1, size)
         if caller.emulation is not None and not (caller.emulation in _ROUNDS_OPERANDS and cast.to_dtype == "float16"):
-            self._emulated_casts.append(cast)
+            self.emulated_casts.append(cast)
             return
-        self._casts.append(cast)
-        for key, _ in storages_of(source):
+        self.casts.append(cast)
+        for key in storage_keys(source):
             version = 0 if source.is_inference() else source._version
             same = source.storage_offset(), tuple(source.shape), source.stride(), version, cast.to_dtype
             self._casts_of[key, *same].append(cast)
         at_border = by == "duotone" and operation is None and cast.module not in ("", OUTSIDE)
-        rounded_before = [self._rounded_in[key] for key, _ in storages_of(source) if key in self._rounded_in]
-        for key, _ in storages_of(result):
+        rounded_before = [self._rounded_in[key] for key in storage_keys(source) if key in self._rounded_in]
+        for key in storage_keys(result):
             self._cast_from[key] = source.dtype
             if at_border and source.dtype == torch.float32:
                 self._rounded_in[key] = cast.module
@@ -191,18 +183,6 @@ class Totals:
             for (name, kind, compute, output, mixed, reason), (modules, source_lines) in self._operations.items()
         ]
         return tuple(sorted(operations, key=lambda operation: -operation.calls))
-
-    def casts(self) -> tuple[Cast, ...]:
-        """Return the casts, the largest first."""
-        return _largest_first(self._casts)
-
-    def emulated_casts(self) -> tuple[Cast, ...]:
-        """Return the casts around FP16 products that this CPU does not have, the largest first."""
-        return _largest_first(self._emulated_casts)
-
-    def widenings(self) -> tuple[Widening, ...]:
-        """Return where 16-bit and FP32 tensors met, in the order of the run."""
-        return tuple(add_up(self._widenings))
 
     def repeated_casts(self) -> tuple[RepeatedCast, ...]:
         """Return the casts of one tensor to one dtype that came more than once, the most wasteful first."""
@@ -221,10 +201,6 @@ class Totals:
             if len(casts) > 1
         ]
         return tuple(sorted(repeated, key=lambda each: -each.wasted_bytes))
-
-    def outputs(self) -> tuple[Output, ...]:
-        """Return what the model returned."""
-        return tuple(self._outputs.values())
 
     def saved_for_backward(self) -> SavedForBackward:
         """Return what autograd saved."""
@@ -275,7 +251,3 @@ def _reason(call: Call) -> str | None:
     if call.caller is not None and call.caller.emulation is not None:
         return NO_HALF
     return "torch" if call.is_narrow and not (call.caller and call.caller.inserted) else None
-
-
-def _largest_first(casts: list[Cast]) -> tuple[Cast, ...]:
-    return tuple(sorted(add_up(casts), key=lambda cast: -cast.result_bytes))

@@ -1,6 +1,6 @@
 """How dtypes, sizes and counts are written in sentences and tables."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 _LABELS = {"float64": "FP64", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -35,16 +35,6 @@ def size(number: int) -> str:
             value = number / step
             return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{number} B"
-
-
-def sizes(bytes_by_dtype: Mapping[str, int]) -> str:
-    """Return bytes by dtype, the most first, or a dash for none.
-
-    >>> sizes({"float32": 2000, "bfloat16": 4_000_000})
-    'BF16 4 MB, FP32 2 kB'
-    """
-    ordered = sorted(bytes_by_dtype.items(), key=lambda item: -item[1])
-    return ", ".join(f"{label(dtype)} {size(number)}" for dtype, number in ordered) or "-"
 
 
 def count(number: int, noun: str) -> str:

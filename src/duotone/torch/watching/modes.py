@@ -23,26 +23,11 @@ from duotone.torch.watching.saved import in_backward
 
 _aten = torch.ops.aten
 # kernels that move nothing and compute nothing; views are recognised by themselves
-_NO_ARITHMETIC = frozenset(
-    {
-        _aten._unsafe_view,
-        _aten._reshape_alias,
-        _aten.lift_fresh,
-        _aten.empty,
-        _aten.empty_like,
-        _aten.empty_strided,
-        _aten.new_empty,
-        _aten.new_empty_strided,
-        _aten.zeros_like,
-        _aten.ones_like,
-        _aten.full_like,
-        _aten.new_zeros,
-        _aten.new_ones,
-        _aten.new_full,
-        _aten._local_scalar_dense,
-        _aten.is_same_size,
-    }
-)
+_NAMES = """
+    _unsafe_view _reshape_alias lift_fresh empty empty_like empty_strided new_empty new_empty_strided zeros_like
+    ones_like full_like new_zeros new_ones new_full _local_scalar_dense is_same_size
+"""
+_NO_ARITHMETIC = frozenset(getattr(_aten, name) for name in _NAMES.split())
 # functions that are a whole layer: each of their kernels counts as an operation
 _LAYERS = frozenset({F.multi_head_attention_forward})
 _NARROW = frozenset({torch.bfloat16, torch.float16})

@@ -72,20 +72,15 @@ class Observer(Protocol):
 
     def add_inputs(self, path: str, inputs: Any) -> None:
         """A module was called."""
-        ...
 
     def add_outputs(self, path: str, outputs: Any) -> None:
         """A module returned, or raised: then there are no outputs."""
-        ...
 
     def add_call(self, call: Call) -> None:
         """A function of torch has ended."""
-        ...
 
     def add_cast(self, source: Tensor, result: Tensor, call: Call | None, caller: Caller) -> None:
         """A kernel copied a floating-point tensor into another dtype, in a call or by itself."""
-        ...
 
     def add_saved(self, tensor: Tensor) -> None:
         """Autograd keeps a tensor for the backward pass."""
-        ...

@@ -38,7 +38,7 @@ class SavedBytes:
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         self.activation_bytes: Counter[str] = Counter()
         self.parameter_bytes: Counter[str] = Counter()
-        self._parameters = {key for tensor in parameters for key, _ in storages_of(tensor)}
+        self._parameters = {key for tensor in parameters for key in storage_keys(tensor)}
         self._seen: set[StorageWeakRef] = set()
 
     @property
@@ -49,7 +49,7 @@ class SavedBytes:
     def add(self, tensor: Tensor) -> dict[str, int]:
         """Count what of a tensor has not been counted, and return the activation bytes by dtype that it added."""
         added: Counter[str] = Counter()
-        for key, part in storages_of(tensor):
+        for key, part in _storages_of(tensor):
             if key not in self._seen:
                 self._seen.add(key)
                 counts = (self.parameter_bytes,) if key in self._parameters else (self.activation_bytes, added)
@@ -118,20 +118,22 @@ def watch_saved(add: Callable[[Tensor], object]) -> Iterator[None]:
         _autograd._pop_saved_tensors_default_hooks()
 
 
-def storages_of(tensor: Tensor) -> Iterator[tuple[StorageWeakRef, Tensor]]:
-    """Yield the storages that a tensor stands on, each with a plain tensor of it; a sparse tensor has several.
+def storage_keys(tensor: Tensor) -> list[StorageWeakRef]:
+    """Return what tells the storages of a tensor from others, even if one was freed and its memory is used again."""
+    return [key for key, _ in _storages_of(tensor)]
 
-    The reference tells storages apart even when one has been freed and its memory used again.
-    """
+
+def _storages_of(tensor: Tensor) -> Iterator[tuple[StorageWeakRef, Tensor]]:
+    """Yield the storages that a tensor stands on, each with a plain tensor of it; a sparse tensor has several."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
+            yield from _storages_of(getattr(tensor, name))
     elif tensor.layout == torch.sparse_coo:
-        yield from storages_of(tensor._indices())
-        yield from storages_of(tensor._values())
+        yield from _storages_of(tensor._indices())
+        yield from _storages_of(tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
-            yield from storages_of(part)
+            yield from _storages_of(part)
     elif tensor.layout == torch.strided:
         try:
             yield StorageWeakRef(tensor.untyped_storage()), tensor
