@@ -1,7 +1,4 @@
-"""The verb `formats`: every number format with its range, its precision, its memory, its use and its risks.
-
-The numbers are `duotone.formats`' own; nothing is computed here.
-"""
+"""The verb `formats`: every number format with its range, precision, memory, use and risks, from `duotone.formats`."""
 
 import dataclasses
 import json
@@ -19,7 +16,7 @@ from duotone.formats import FORMATS, Format
 def formats_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print every property as JSON, keyed by name.")] = False,
 ) -> None:
-    """Show the number formats: range, precision, memory, place in mixed precision training, risks."""
+    """Show the number formats: range, precision, memory, use in training, and risks."""
     if as_json:
         rows = {format.name: _properties(format) for format in FORMATS.values()}
         typer.echo(json.dumps(rows, indent=2, allow_nan=False))
@@ -54,7 +51,7 @@ def _numbers_table() -> Table:
 
 
 def _use_table() -> Table:
-    """Return the table of where each format stands in training and what may go wrong."""
+    """Return the table of what each format is used for in training, and what may go wrong."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_lines=True)
     table.add_column("format", no_wrap=True)
     table.add_column("in mixed precision training")

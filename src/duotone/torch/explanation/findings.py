@@ -14,7 +14,7 @@ from duotone.policy import Policy
 from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.module_groups import paths_of_groups
 from duotone.torch.explanation.records import NO_HALF, OUTSIDE, Cast, Operation, RepeatedCast, Widening
-from duotone.torch.explanation.wording import SIXTEEN_BITS, count, label, listed, size
+from duotone.torch.explanation.wording import SIXTEEN_BITS, count, first_few, label, size
 
 _ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
 NOTHING = "nothing stands out: every floating-point dtype is where the policy puts it"
@@ -65,7 +65,7 @@ class _Run:
     policies: Mapping[str, Policy]
 
     @cached_property
-    def shown(self) -> dict[str, str]:
+    def group_paths(self) -> dict[str, str]:
         """The path of the group of each module, by path."""
         return {**paths_of_groups(self.explanation.modules), OUTSIDE: OUTSIDE}
 
@@ -94,19 +94,20 @@ class _Run:
 
     def names_of(self, paths: Iterable[str]) -> str:
         """Return modules as a sentence names them, those that are alike as one."""
-        return listed((self.shown[path] or "the model" for path in paths), most=2)
+        return first_few((self.group_paths[path] or "the model" for path in paths), most=2)
 
     def tensor_name(self, name: str) -> str:
         """Return a parameter's or a buffer's name, that of its module as it is shown."""
         path, _, own = name.rpartition(".")
-        return f"{self.shown.get(path, path)}.{own}".lstrip(".")
+        return f"{self.group_paths.get(path, path)}.{own}".lstrip(".")
 
 
 def _without_policy(run: _Run) -> Iterator[str]:
     casts = [cast for cast in run.explanation.casts if cast.by == "autocast"]
     if casts:
+        number, bytes_written = _amount(casts)
         yield (
-            f"torch.autocast made {_amount(casts)[0]} in this pass, {_amount(casts)[1]}, those of weights again in "
+            f"torch.autocast made {number} in this pass, {bytes_written}, those of weights again in "
             'every pass; dt.cast(model, "bf16") casts the weights once'
         )
     elif {operation.compute_dtype for operation in run.explanation.operations} <= {"float32", "float64"}:
@@ -119,13 +120,13 @@ def _outputs(run: _Run) -> Iterator[str]:
         for each in run.explanation.outputs
         if each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS and each.rounded_in is None
     ]
-    written = sum(each.result_bytes for each in wide)
-    if wide and run.is_large(written, share=0.1):
+    wide_bytes = sum(each.result_bytes for each in wide)
+    if wide and run.is_large(wide_bytes, share=0.1):
         narrow = wide[0].computed_dtype
         shape = " x ".join(map(str, max(wide, key=lambda each: each.result_bytes).shape))
         results = "the result leaves" if len(wide) == 1 else f"{len(wide)} results leave"
         yield (
-            f"{results} the model in FP32 although computed in {label(narrow)}: {size(written)} ({shape}); "
+            f"{results} the model in FP32 although computed in {label(narrow)}: {size(wide_bytes)} ({shape}); "
             f"with output={narrow} in the policy it takes half, with the loss inside the model nothing"
         )
 
@@ -147,10 +148,11 @@ def _repeated(run: _Run) -> Iterator[str]:
         what = f"{each.times} casts of the same tensor{named} from {label(each.from_dtype)} to {label(each.to_dtype)}"
         alike[what, f"{run.names_of(each.modules)}{_at(each.source_lines)}"].append(each)
     for (what, where), group in _largest(alike, lambda each: each.wasted_bytes):
-        wasted = sum(each.wasted_bytes for each in group)
-        if run.is_large(wasted, share=0.01):
+        wasted_bytes = sum(each.wasted_bytes for each in group)
+        if run.is_large(wasted_bytes, share=0.01):
             tensors = f", {len(group)} such tensors" if len(group) > 1 else ""
-            yield f"{what} in {where}{tensors}: {size(wasted)} written again; cast it once before, and use that copy"
+            again = f"{size(wasted_bytes)} written again"
+            yield f"{what} in {where}{tensors}: {again}; cast it once before, and use that copy"
 
 
 def _products_in_float32(run: _Run) -> Iterator[str]:
@@ -164,7 +166,7 @@ def _products_in_float32(run: _Run) -> Iterator[str]:
             source_lines.update(dict.fromkeys(operation.source_lines))
     if calls:
         yield (
-            f"{count(calls.total(), 'product')} ({listed(names)}) ran in FP32 in {run.names_of(calls)}"
+            f"{count(calls.total(), 'product')} ({first_few(names)}) ran in FP32 in {run.names_of(calls)}"
             f"{_at(source_lines)} although the policy computes in 16 bits; look there for .float(), "
             "autocast(enabled=False) or a product with an FP32 tensor"
         )
@@ -177,10 +179,10 @@ def _is_product_in_float32(operation: Operation) -> bool:
 def _no_half_products(run: _Run) -> Iterator[str]:
     products = [each for each in run.explanation.operations if _is_product_in_float32(each) and each.reason == NO_HALF]
     if products:
-        casts, written = _amount(run.explanation.emulated_casts)
+        casts, bytes_written = _amount(run.explanation.emulated_casts)
         yield (
             f"this CPU has no FP16 products: {sum(each.calls for each in products):,} ran in FP32; their {casts} "
-            f"({written}) would not be there on a GPU"
+            f"({bytes_written}) would not be there on a GPU"
         )
 
 
@@ -192,7 +194,8 @@ def _attention_in_float32(run: _Run) -> Iterator[str]:
     saved = sum(each.saved_bytes.get("float32", 0) for each in run.explanation.modules if each.path in modules)
     attention = " (attention with dropout has no fused kernel on a CPU)" if _ATTENTION.intersection(names) else ""
     yield (
-        f"torch computes {listed(names)} in FP32 by itself in {run.names_of(modules)}{attention}: {size(saved)} saved"
+        f"torch computes {first_few(names)} in FP32 by itself in {run.names_of(modules)}{attention}: "
+        f"{size(saved)} saved"
     )
 
 
@@ -202,11 +205,11 @@ def _parameters_in_float32(run: _Run) -> Iterator[str]:
         is_norm = "norm" in module.type.lower() or "norm" in module.path.rpartition(".")[2].lower()
         is_narrow = module.path in run.policies and run.policies[module.path].param in SIXTEEN_BITS
         if is_narrow and not is_norm and "float32" in module.parameter_dtypes:
-            wide.append(f"{run.shown[module.path] or 'the model'} ({module.type})")
+            wide.append(f"{run.group_paths[module.path] or 'the model'} ({module.type})")
     if wide:
         modules = "1 module that is no norm has" if len(wide) == 1 else f"{len(wide)} modules that are no norms have"
         yield (
-            f"{modules} FP32 parameters although the policy keeps them in 16 bits: {listed(wide)}; cast the model "
+            f"{modules} FP32 parameters although the policy keeps them in 16 bits: {first_few(wide)}; cast the model "
             "after its last change, or say by a rule that FP32 is meant"
         )
 
@@ -273,7 +276,7 @@ def _saved_in_float32(run: _Run) -> Iterator[str]:
         is_meant = module.path in run.policies and run.policies[module.path].compute == "float32"
         if not is_meant and module.path not in run.widened_by_torch:
             wide_bytes = module.saved_bytes.get("float32", 0) - module.kept_float32_bytes
-            shares[run.shown[module.path] or "the model"] += wide_bytes
+            shares[run.group_paths[module.path] or "the model"] += wide_bytes
     total, wide, all_wide = saved.total_activation_bytes, shares.total(), saved.activation_bytes.get("float32", 0)
     if wide >= max(_LARGE_BYTES, _SHARE * total) or wide >= max(_TOY_BYTES, _MUCH * total):
         rest = f", without {size(all_wide - wide)} that is meant or named above" if all_wide > wide else ""
@@ -291,7 +294,7 @@ def _amount(casts: Iterable[Cast]) -> tuple[str, str]:
 
 
 def _at(source_lines: Iterable[str | None]) -> str:
-    text = listed((line for line in source_lines if line is not None), most=2)
+    text = first_few((line for line in source_lines if line is not None), most=2)
     return f" at {text}" if text else ""
 
 

@@ -49,8 +49,8 @@ def paths_of_groups(modules: Sequence[ModuleDtypes]) -> dict[str, str]:
 
 def casts_of_groups(casts: Sequence[Cast], modules: Sequence[ModuleDtypes]) -> tuple[Cast, ...]:
     """Return the casts with those of modules that are alike added up, the largest first."""
-    shown = paths_of_groups(modules)
-    return largest_first(replace(cast, module=shown.get(cast.module, cast.module)) for cast in casts)
+    group_paths = paths_of_groups(modules)
+    return largest_first(replace(cast, module=group_paths.get(cast.module, cast.module)) for cast in casts)
 
 
 class _Tree:
@@ -67,18 +67,18 @@ class _Tree:
                 self._inside.setdefault(parent, {})[inner] = None
                 inner = parent
 
-    def walk(self, paths: list[str], shown: str, depth: int) -> Iterator[ModuleGroup]:
+    def walk(self, paths: list[str], group_path: str, depth: int) -> Iterator[ModuleGroup]:
         members = tuple(self._modules[path] for path in paths if path in self._modules)
         if members:
-            yield ModuleGroup(shown, members, depth)
+            yield ModuleGroup(group_path, members, depth)
         # alike paths have alike insides, so the first shows how those of all are put together
         inside = [path.rpartition(".")[2] for path in self._inside.get(paths[0], ())]
         for names in self._runs(paths[0], inside):
             name = names[0]
             if len(names) > 1:
                 name = "*" if len(names) == len(inside) else f"{names[0]}-{names[-1]}"
-            together = [_joined(path, each) for path in paths for each in names]
-            yield from self.walk(together, _joined(shown, name), depth + 1)
+            inner_paths = [_joined(path, each) for path in paths for each in names]
+            yield from self.walk(inner_paths, _joined(group_path, name), depth + 1)
 
     def _runs(self, parent: str, names: list[str]) -> list[list[str]]:
         """Return names that are alike and have following numbers together, and any other by itself."""

@@ -22,7 +22,7 @@ from duotone.torch.explanation.records import (
 )
 from duotone.torch.nested import tensors_in
 from duotone.torch.watching.callers import Caller, in_emulation
-from duotone.torch.watching.modes import is_kept
+from duotone.torch.watching.modes import in_keep_float32
 from duotone.torch.watching.observer import Call
 from duotone.torch.watching.saved import SavedBytes, dtype_name, storage_keys
 
@@ -70,13 +70,13 @@ class Totals:
     """
 
     def __init__(self, model: nn.Module, has_policy: bool) -> None:
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self._names = {key: name for name, tensor in named for key in storage_keys(tensor)}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {key: name for name, tensor in tensors for key in storage_keys(tensor)}
         self._buffers = {name for name, _ in model.named_buffers()}
         self._has_policy = has_policy
         self.running: list[str] = []
         self.modules: defaultdict[str, ModuleTotals] = defaultdict(ModuleTotals)
-        self._saved = SavedBytes(tensor for _, tensor in named)
+        self._saved = SavedBytes(tensor for _, tensor in tensors)
         self._operations: defaultdict[tuple[Any, ...], tuple[Counter[str], dict[str, None]]] = defaultdict(
             lambda: (Counter(), {})
         )
@@ -120,7 +120,7 @@ class Totals:
         module = self.modules[self.module]
         module.saved_bytes.update(added)
         wide = added.get("float32", 0)
-        if wide and (is_kept() or in_emulation()):
+        if wide and (in_keep_float32() or in_emulation()):
             module.kept_float32_bytes += wide
 
     def add_call(self, call: Call) -> None:
@@ -132,7 +132,7 @@ class Totals:
         result = call.result or compute
         name, line, mixed = function_name(call.func), call.caller.source_line, call.mixed_operands
         reason = _reason(call) if compute == torch.float32 else None
-        if mixed is not None and result == torch.float32 and reason is None and not call.caller.inserted:
+        if mixed is not None and result == torch.float32 and reason is None and not call.caller.by_duotone:
             tensor_name = next((self._names[key] for key in storage_keys(mixed.wide) if key in self._names), None)
             self.widenings.append(
                 Widening(
@@ -209,12 +209,12 @@ class Totals:
 
     def _asked_by(self, call: Call | None, caller: Caller) -> tuple[str, str | None]:
         """Return who asked for a cast, and the operation that it was for."""
-        if caller.inserted:
+        if caller.by_duotone:
             # a mode around a module is handed the casts at the module's border
-            handled = caller.handled
+            handler_func = caller.handler_func
             # the inputs of a function that keep_float32 wraps are at no module's border
-            is_border = handled in _CASTS and not is_kept()
-            return "duotone", None if handled is None or is_border else function_name(handled)
+            is_border = handler_func in _CASTS and not in_keep_float32()
+            return "duotone", None if handler_func is None or is_border else function_name(handler_func)
         if call is None or call.func in _CASTS:
             return "model", None if call is None else function_name(call.func)
         by = ("duotone" if self._has_policy else "autocast") if call.autocast else "torch"
@@ -246,8 +246,8 @@ def _kind(func: Callable[..., Any]) -> str | None:
 
 def _reason(call: Call) -> str | None:
     """Return why a call computed in FP32, if that is known."""
-    if call.kept:
+    if call.in_keep_float32:
         return "keep_float32"
     if call.caller is not None and call.caller.emulation is not None:
         return NO_HALF
-    return "torch" if call.is_narrow and not (call.caller and call.caller.inserted) else None
+    return "torch" if call.is_narrow and not (call.caller and call.caller.by_duotone) else None

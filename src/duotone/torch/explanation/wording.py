@@ -46,10 +46,10 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def listed(items: Iterable[str], most: int = 3) -> str:
+def first_few(items: Iterable[str], most: int = 3) -> str:
     """Return the first few of several things, and how many more there are.
 
-    >>> listed(["a", "b", "c", "d"])
+    >>> first_few(["a", "b", "c", "d"])
     'a, b, c and 1 more'
     """
     unique = list(dict.fromkeys(items))

@@ -31,17 +31,17 @@ class Caller:
     """Who called a function of torch.
 
     Attributes:
-        inserted: whether Duotone did, by itself.
+        by_duotone: whether Duotone did, by itself.
         handler: the frame of the mode of Duotone's that carries out the call, or None.
-        handled: the function that this mode was called with.
+        handler_func: the function that this mode was called with.
         source_line: `file:line` of the first line outside of torch and Duotone, or of torch's module if it is called
             by none; None if there is neither.
         emulation: the function of Duotone's FP16 on CPUs, the innermost one, that did it; None if it had no part.
     """
 
-    inserted: bool
+    by_duotone: bool
     handler: FrameType | None
-    handled: Callable[..., Any] | None
+    handler_func: Callable[..., Any] | None
     source_line: str | None
     emulation: str | None = None
 
@@ -50,7 +50,7 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
     """Find out who called `func`, which is being carried out now; frames from that of `stop` on are not looked at."""
     frame: FrameType | None = sys._getframe(1)
     handler: FrameType | None = None
-    inserted, in_module, line, line_in_torch = False, False, None, None
+    by_duotone, in_module, line, line_in_torch = False, False, None, None
     emulation: str | None = None
     while frame is not None and frame.f_code is not stop:
         file = frame.f_code.co_filename
@@ -62,9 +62,9 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
             elif frame.f_code.co_name == _MODE:
                 handler = frame
                 # a call that is passed on was asked for by whoever is further out
-                inserted = _argument(frame) is not func
+                by_duotone = _argument(frame) is not func
             else:
-                inserted = True
+                by_duotone = True
         elif file.startswith(_TORCH):
             if file.startswith(_MODULES):
                 in_module = True
@@ -74,8 +74,8 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
             line = _source_line(frame)
             break
         frame = frame.f_back
-    handled = None if handler is None else _argument(handler)
-    return Caller(inserted, handler, handled, line or line_in_torch, emulation)
+    handler_func = None if handler is None else _argument(handler)
+    return Caller(by_duotone, handler, handler_func, line or line_in_torch, emulation)
 
 
 def in_emulation() -> bool:

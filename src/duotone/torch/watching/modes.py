@@ -45,7 +45,7 @@ def watch_operations(run: Callable[[], object], observer: Observer) -> None:
     functions.flush()
 
 
-def is_kept() -> bool:
+def in_keep_float32() -> bool:
     """Return whether `keep_float32` is around this call."""
     return compute_dtype("cpu") == torch.float32
 
@@ -59,7 +59,7 @@ class _Functions(TorchFunctionMode):
         self._calls: list[Call] = []
         # the frame of Duotone's mode that carries out the last call, and that call
         self._handler: FrameType | None = None
-        self._handled: Call | None = None
+        self._handler_call: Call | None = None
 
     @property
     def current(self) -> Call | None:
@@ -76,9 +76,9 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _BACKWARD:
             return func(*args, **kwargs)
-        # none of them wider than 16 bits
-        is_narrow = bool(given := _floating_dtypes((args, kwargs))) and _NARROW.issuperset(given)
-        call = Call(func, self._observer.module, _autocast_is_on(), is_kept(), is_narrow)
+        dtypes = _floating_dtypes((args, kwargs))
+        is_narrow = bool(dtypes) and _NARROW.issuperset(dtypes)
+        call = Call(func, self._observer.module, _autocast_is_on(), in_keep_float32(), is_narrow)
         self._calls.append(call)
         try:
             result = func(*args, **kwargs)
@@ -90,25 +90,27 @@ class _Functions(TorchFunctionMode):
 
     def flush(self) -> None:
         """Give the observer the last call."""
-        if self._handled is not None:
-            self._observer.add_call(self._handled)
-        self._handler = self._handled = None
+        if self._handler_call is not None:
+            self._observer.add_call(self._handler_call)
+        self._handler = self._handler_call = None
 
     def _end(self, call: Call) -> None:
+        """Give the observer a call that has ended, those that Duotone's mode makes for one function as one."""
         if call.caller is None:
+            # no kernel ran
             return
-        handler = call.caller.handler
-        if handler is None or call.caller.handled is None:
+        handler, whole = call.caller.handler, self._handler_call
+        if handler is None or call.caller.handler_func is None:
             self._observer.add_call(call)
-        elif handler is self._handler and self._handled is not None:
-            self._handled.reads |= call.reads
-            self._handled.mixed |= call.mixed
-            self._handled.mixed_operands = self._handled.mixed_operands or call.mixed_operands
-            self._handled.result = call.result or self._handled.result
+        elif handler is self._handler and whole is not None:
+            whole.reads |= call.reads
+            whole.mixed |= call.mixed
+            whole.mixed_operands = whole.mixed_operands or call.mixed_operands
+            whole.result = call.result or whole.result
         else:
             self.flush()
-            self._handler, self._handled = handler, call
-            call.func = call.caller.handled
+            self._handler, self._handler_call = handler, call
+            call.func = call.caller.handler_func
 
 
 class _Kernels(TorchDispatchMode):
@@ -159,7 +161,9 @@ class _Kernels(TorchDispatchMode):
         if call is None or alone:
             # under autocast a whole layer's products have narrow operands, unless torch widened them inside
             is_narrow = outer is not None and (outer.is_narrow or outer.autocast)
-            call = Call(func.overloadpacket, self._observer.module, kept=is_kept(), is_narrow=is_narrow)
+            call = Call(
+                func.overloadpacket, self._observer.module, in_keep_float32=in_keep_float32(), is_narrow=is_narrow
+            )
         call.caller = call.caller or find_caller((outer or call).func, self._stop)
         # a number beside a tensor widens nothing
         operands = [operand for operand in operands if operand.ndim] or operands

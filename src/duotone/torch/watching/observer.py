@@ -35,7 +35,7 @@ class Call:
         func: the function, or an aten operator that no function stands around.
         module: the path of the innermost module around it.
         autocast: whether torch.autocast was on when it was called.
-        kept: whether `keep_float32` is around it.
+        in_keep_float32: whether `keep_float32` is around it.
         is_narrow: whether it was given 16-bit operands and none in FP32.
         caller: who called it; None if no kernel ran.
         reads: dtypes of the floating-point tensors that its kernels read; of those with dimensions, if there are any.
@@ -47,7 +47,7 @@ class Call:
     func: Callable[..., Any]
     module: str
     autocast: bool = False
-    kept: bool = False
+    in_keep_float32: bool = False
     is_narrow: bool = False
     caller: Caller | None = None
     reads: set[torch.dtype] = field(default_factory=set)
