@@ -1,4 +1,4 @@
-"""The verb `explain`: where precision is in a task's model under a policy.
+"""The verb `explain`: the precision of a task's model under a policy.
 
 One batch goes through the model and its loss, forward only; nothing is trained and nothing is written.
 """
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 def explain_command(
     given: dict[str, Any],
     modules: Annotated[
-        int | None, typer.Option(metavar="DEPTH", help="Show modules down to this depth. (default: all)", min=0)
+        int | None,
+        typer.Option(metavar="DEPTH", help="How deep to show modules: 2 shows blocks.0. (default: all)", min=0),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, nothing left out.")] = False,
 ) -> None:
-    """Show where precision is in a model: dtypes, casts, bytes saved for backward, and what stands out."""
+    """Show the precision of a task's model: dtypes, casts, bytes saved for backward, and what stands out."""
     import torch
 
     from duotone.train import find_device, find_task, resolve_settings
@@ -34,9 +35,9 @@ def explain_command(
     early = resolve_settings(given)
     find_device(early.device)
     torch.manual_seed(early.seed)
-    found = find_task(early.task)
-    settings = resolve_settings(dict(found.settings), given)
-    explanation = _explain(found, settings, find_device(settings.device))
+    task = find_task(early.task)
+    settings = resolve_settings(dict(task.settings), given)
+    explanation = _explain(task, settings, find_device(settings.device))
     if as_json:
         typer.echo(explanation.to_json())
         return
@@ -44,7 +45,7 @@ def explain_command(
 
     from duotone.cli.explain_view import show
 
-    show(explanation, found.name, Console(highlight=False), depth=modules)
+    show(explanation, task.name, Console(highlight=False), depth=modules)
 
 
 def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "Explanation":
