@@ -186,10 +186,10 @@ ALLOWED = {
     "duotone.torch": ("duotone.errors", "duotone.loss_scale", "duotone.policy", "duotone.torch"),
     "duotone.train": (*CORE, "duotone.ranks", "duotone.run_settings", "duotone.torch", "duotone.train"),
     "duotone.compare": (*CORE, "duotone.compare", "duotone.torch", "duotone.train"),
-    "duotone.compare.environment": ("duotone", "duotone.compare.measuring.surroundings"),
+    "duotone.compare.environment": ("duotone", "duotone.compare.measuring.device_state"),
     "duotone.compare.failures": ("duotone.compare.records", "duotone.errors", "duotone.train"),
     "duotone.compare.fit": (
-        "duotone.compare.entry",
+        "duotone.compare.job",
         "duotone.compare.failures",
         "duotone.compare.fit",
         "duotone.compare.folder",
@@ -212,7 +212,7 @@ ALLOWED = {
         "duotone.train",
     ),
     "duotone.compare.pacing": (
-        "duotone.compare.measuring.surroundings",
+        "duotone.compare.measuring.device_state",
         "duotone.compare.plan",
         "duotone.compare.records",
         "duotone.compare.subject",
@@ -239,12 +239,15 @@ ALLOWED = {
     ),
     "duotone.compare.report.charts": (
         "duotone.compare.report.charts",
+        "duotone.compare.report.columns",
         "duotone.compare.report.report",
         "duotone.compare.report.words",
     ),
     "duotone.compare.report.page": (
         "duotone.compare.report.charts",
+        "duotone.compare.report.columns",
         "duotone.compare.report.report",
+        "duotone.compare.report.sections",
         "duotone.compare.report.words",
     ),
     "duotone.cli": ("duotone",),

@@ -98,6 +98,8 @@ def test_a_comparison_from_start_to_show_and_diff(duotone):
     assert [arm["name"] for arm in results["arms"]] == ["fp32", "bf16", "optimi-kahan", "wide"]
     assert results["arms"][1]["seeds"] == 2
     assert results["is_complete"]
+    typed = "duotone compare mine.py --arms fp32,bf16,optimi-kahan --arm wide=bf16,grad=float32 --steps 12 --seeds 2"
+    assert results["commands"] == [typed, f"duotone compare --show {folder}"]
     assert {"report.html", "report.md", "plan.json"} <= {path.name for path in folder.iterdir()}
 
     (folder / "report.html").unlink()
@@ -117,4 +119,6 @@ def test_a_comparison_from_start_to_show_and_diff(duotone):
     more = duotone("compare", "--resume", "--out", str(folder), "--seeds", "3", "--margin", "50%")
     assert more[0] == code or not installed
     assert set(folder.rglob("runs/*-seed2.json"))
+    repeat, _ = json.loads((folder / "report.json").read_text())["commands"]
+    assert repeat == f"{typed} --seeds 3 --margin 0.5"
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -1,4 +1,4 @@
-"""Processes that answer what a test has written down, and watchers that write down what they are told."""
+"""Processes that answer what a test has written down, and watchers that write down the events that they receive."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.measuring.surroundings import Surroundings
+from duotone.compare.measuring.device_state import DeviceState
 from duotone.compare.measuring.turn import Step, Turn
-from duotone.compare.processes.worker import Measured
+from duotone.compare.processes.worker import BatchMeasurement
 from duotone.compare.records import Failure, Phases, Trial
 from duotone.compare.subject import Subject
 
@@ -73,13 +73,13 @@ class ScriptedProcess:
             raise self._script.errors[name, self._arm]
         seconds = self._script.step_seconds.get(self._arm, 0.1)
         answers: dict[str, Callable[..., Any]] = {
-            "inspect": lambda entry: (SUBJECT, Surroundings("cpu", None, self._script.free_bytes)),
+            "inspect": lambda entry: (SUBJECT, DeviceState("cpu", None, self._script.free_bytes)),
             "try_arm": lambda *_: Trial(self._arm, phases=Phases(seconds, 0, 0, 0), peak_memory_bytes=10**6),
             "start": lambda entry: None,
             "take": lambda steps: Turn(tuple(Step(Phases(0.1, 0, 0.1, 0), 8.0, 1.5) for _ in range(steps)), 0.5),
             "evaluate": lambda: {"loss": 0.25},
             "notes": lambda: ("a note",),
-            "measure": lambda entry, size: Measured(1000 * size + 500, 100.0 * size),
+            "measure": lambda entry, size: BatchMeasurement(1000 * size + 500, 100.0 * size),
         }
         return answers[name](*arguments)
 
@@ -102,19 +102,19 @@ class ScriptedProcesses:
 
 
 class Witness:
-    """A watcher that writes down what it is told: a name and its arguments."""
+    """A watcher that writes down the events: a name and its arguments."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
+        self.events: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_"):
             raise AttributeError(name)
-        return lambda *arguments: self.told.append((name, *arguments))
+        return lambda *arguments: self.events.append((name, *arguments))
 
     def of(self, name: str) -> list[tuple[Any, ...]]:
         """Return the arguments of all calls of a name."""
-        return [tuple(arguments) for told, *arguments in self.told if told == name]
+        return [tuple(arguments) for event, *arguments in self.events if event == name]
 
 
 def scripted(patch: pytest.MonkeyPatch) -> Script:

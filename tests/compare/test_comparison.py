@@ -11,10 +11,10 @@ import torch
 
 from duotone.compare import ComparisonFolder, Pace, Phases, Plan, Trial, assemble, compare
 from duotone.compare.arms.catalogue import find_arms
-from duotone.compare.comparison import _sigterm_as_interrupt
-from duotone.compare.entry import entry_of
-from duotone.compare.measuring.course import Course
-from duotone.compare.processes.ledger import run_of
+from duotone.compare.comparison import _signals_as_interrupts
+from duotone.compare.job import job_of
+from duotone.compare.measuring.arm_trainer import ArmTrainer
+from duotone.compare.processes.run_record import run_record
 from duotone.errors import CompareError, TaskError
 
 from .scripted import SUBJECT, Script, Witness, scripted
@@ -23,8 +23,8 @@ TINY = str(Path(__file__).with_name("tiny_task.py"))
 
 
 def plan_of(arms: str = "fp32,bf16,fp16", **changes: object) -> Plan:
-    told = {"baseline": "fp32", "seeds": (0, 1), "settings": {"device": "cpu"}, **changes}
-    return Plan(TINY, find_arms(arms), **told)
+    settings = {"baseline": "fp32", "seeds": (0, 1), "settings": {"device": "cpu"}, **changes}
+    return Plan(TINY, find_arms(arms), **settings)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_comparison_goes_from_trials_to_a_report(script: Script, path: Path) -
     [(pace, runs_left)] = witness.of("paced")
     assert (pace, runs_left) == (report.pace, 6)
     assert pace.steps == 40
-    names = [name for name, *_ in witness.told]
+    names = [name for name, *_ in witness.events]
     assert names[0] == "begins"
     assert names.count("trial_ends") == 3
     assert names.count("run_ends") == 6
@@ -219,7 +219,7 @@ def test_sigterm_is_an_interrupt_once() -> None:
     put_away: list[str] = []
 
     def terminated() -> None:
-        with _sigterm_as_interrupt():
+        with _signals_as_interrupts():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
             finally:
@@ -265,8 +265,8 @@ def test_a_comparison_that_was_interrupted_ends_as_one_that_was_not(
     assert report.pace is not None
     for (name, seed), run in folder.runs().items():
         arm = next(arm for arm in plan.arms if arm.name == name)
-        task, settings = entry_of(plan, arm, seed, report.pace).open()
-        course = Course(arm, task, settings, torch.device("cpu"))
-        expected = run_of(name, seed, [course.take(30)], evaluation=course.evaluate())
+        task, settings = job_of(plan, arm, seed, report.pace).open()
+        trainer = ArmTrainer(arm, task, settings, torch.device("cpu"))
+        expected = run_record(name, seed, [trainer.take(30)], evaluation=trainer.evaluate())
         by_chance = {"turns": (), "seconds": 0.0, "notes": (), "session": ""}
         assert replace(run, **by_chance) == replace(expected, **by_chance)

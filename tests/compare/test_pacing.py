@@ -3,14 +3,14 @@
 import pytest
 
 from duotone.compare.arms.catalogue import find_arms
-from duotone.compare.measuring.surroundings import Surroundings
+from duotone.compare.measuring.device_state import DeviceState
 from duotone.compare.pacing import pace_of, round_down, too_slow
 from duotone.compare.plan import Plan
 from duotone.compare.records import Phases, Trial
 from duotone.compare.subject import Subject
 
 SUBJECT = Subject("tiny", "loss", True, "samples", 49, {}, {}, task_steps=1400, task_warmup_steps=100, micro_batch=8)
-ROOMY = Surroundings("cpu", None, 10**12)
+ROOMY = DeviceState("cpu", None, 10**12)
 
 
 def plan_of(**changes: object) -> Plan:
@@ -66,18 +66,18 @@ def test_without_the_baseline_the_others_are_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("surroundings", "together"),
+    ("device_state", "together"),
     [
-        (Surroundings("cpu", None, 3_500_000_001), True),
-        (Surroundings("cpu", None, 3_499_000_000), False),
-        (Surroundings("cuda", "H100", 3_600_000_000), False),
-        (Surroundings("cuda", "H100", 3_750_000_001), True),
-        (Surroundings("cpu", None, None), False),
+        (DeviceState("cpu", None, 3_500_000_001), True),
+        (DeviceState("cpu", None, 3_499_000_000), False),
+        (DeviceState("cuda", "H100", 3_600_000_000), False),
+        (DeviceState("cuda", "H100", 3_750_000_001), True),
+        (DeviceState("cpu", None, None), False),
     ],
 )
-def test_arms_run_together_if_they_fit(surroundings: Surroundings, together: bool) -> None:
+def test_arms_run_together_if_they_fit(device_state: DeviceState, together: bool) -> None:
     # two peaks of 1 GB with 0.4 GB each on a CPU, 0.5 GB on a GPU, in four fifths of what is free
-    assert pace_of(plan_of(), SUBJECT, trials_of(0.1, 0.1), surroundings).together is together
+    assert pace_of(plan_of(), SUBJECT, trials_of(0.1, 0.1), device_state).together is together
 
 
 def test_arms_of_unknown_size_do_not_run_together_but_one_alone_may() -> None:

@@ -3,6 +3,8 @@
 Exit codes besides those of every verb: 1 if an arm failed, whatever the reason; the others' figures stand.
 """
 
+import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from duotone.compare import ComparisonFolder, Plan, Report
 
 _COMPARISONS = Path("comparisons")
-# what may be asked for in another way by whoever goes on
+# options that --resume may change
 _MAY_CHANGE = ("seeds", "margin", "confidence", "max_slowdown")
 
 
@@ -85,87 +87,76 @@ def compare_command(
     ] = None,
 ) -> None:
     """Train a task in several ways, side by side: speed, memory, quality, and a verdict."""
-    given = {
-        "task": task,
-        "arms": arms,
-        "arm": arm,
-        "baseline": baseline,
-        "seeds": seeds,
-        "steps": steps,
-        "minutes": minutes,
-        "device": device,
-        "config": config,
-        "margin": None if margin is None else _fraction(margin),
-        "confidence": None if confidence is None else _fraction(confidence),
-        "max_slowdown": max_slowdown,
-        "fit_memory": fit_memory,
-        "profile": profile or None,
-    }
-    named = [name for name, value in given.items() if value not in (None, [])]
+    options = {name: value for name, value in locals().items() if name not in ("out", "resume", "show", "diff")}
+    for name in ("margin", "confidence"):
+        options[name] = None if options[name] is None else _fraction(options[name])
+    used = [name for name, value in options.items() if value not in (None, []) and value is not False]
     if show is not None or diff is not None:
-        _check_alone("--diff" if show is None else "--show", named, out=out, resume=resume, both=show and diff)
+        if show is not None and diff is not None:
+            raise CompareError("--show and --diff were both given; choose one")
+        others = [name for name, value in (("out", out), ("resume", resume)) if value]
+        _check_alone("--diff" if show is None else "--show", [*used, *others])
         _show(show) if show is not None else _diff(*diff or ())
         return
     if resume:
-        _check_alone("--resume", [name for name in named if name not in _MAY_CHANGE])
+        _check_alone("--resume", [name for name in used if name not in _MAY_CHANGE])
         if out is None:
             raise CompareError("--resume needs --out, the folder of the comparison to go on with")
-        _run(_changed(_folder(out).plan(), given), out, resume=True)
+        _run(_changed(_folder(out).plan(), options), out, resume=True)
         return
-    _run(_plan(given), out, resume=False)
+    _run(_plan(options), out, resume=False)
 
 
-def _check_alone(
-    flag: str, named: list[str], *, out: Path | None = None, resume: bool = False, both: Any = None
-) -> None:
-    others = [*named, *(["out"] if out is not None else []), *(["resume"] if resume else [])]
-    if both:
-        raise CompareError("--show and --diff were both given; choose one")
+def _check_alone(flag: str, others: list[str]) -> None:
     if others:
         words = ", ".join(name if name == "task" else f"--{name.replace('_', '-')}" for name in others)
         what = "goes on with what was asked for then" if flag == "--resume" else "measures nothing"
         raise CompareError(f"{flag} {what}; leave out {words}")
 
 
-def _plan(given: dict[str, Any]) -> "Plan":
+def _plan(options: dict[str, Any]) -> "Plan":
     from duotone.compare import DEFAULT_ARMS, Plan, find_arms, own_arm, parse_size
     from duotone.train import RunSettings, read_config, resolve_settings
 
-    own = [own_arm(text) for text in given["arm"] or ()]
-    arms = (*find_arms(given["arms"] or DEFAULT_ARMS), *own)
+    own = [own_arm(text) for text in options["arm"] or ()]
+    arms = (*find_arms(options["arms"] or DEFAULT_ARMS), *own)
     names = [each.name for each in arms]
-    settings = read_config(given["config"]) if given["config"] is not None else {}
-    if given["device"] is not None:
-        settings["device"] = given["device"]
+    settings = read_config(options["config"]) if options["config"] is not None else {}
+    if options["device"] is not None:
+        settings["device"] = options["device"]
     # what can be told without the task is told before anything starts
     resolve_settings(settings)
     for name in ("policy", "seed", "parallel"):
         if name in settings:
-            raise CompareError(f"{given['config']} sets {name}, which the arms of a comparison decide; leave it out")
-    task = given["task"] or settings.pop("task", None) or RunSettings.task
-    steps = given["steps"] if given["steps"] is not None else settings.pop("steps", None)
-    if steps is not None and given["minutes"] is not None:
+            raise CompareError(f"{options['config']} sets {name}, which the arms of a comparison decide; leave it out")
+    task = options["task"] or settings.pop("task", None) or RunSettings.task
+    steps = options["steps"] if options["steps"] is not None else settings.pop("steps", None)
+    if steps is not None and options["minutes"] is not None:
         raise CompareError("--steps and --minutes were both given; choose one")
-    chosen = {name: given[name] for name in ("minutes", "margin", "confidence", "max_slowdown", "profile")}
+    chosen = {name: options[name] for name in ("minutes", "margin", "confidence", "max_slowdown", "profile")}
     return Plan(
+        argv=("duotone", *sys.argv[1:]),
         task=task,
         arms=arms,
-        baseline=given["baseline"] or ("fp32" if "fp32" in names else names[0]),
-        seeds=tuple(range(3 if given["seeds"] is None else _at_least_one_seed(given["seeds"]))),
+        baseline=options["baseline"] or ("fp32" if "fp32" in names else names[0]),
+        seeds=tuple(range(3 if options["seeds"] is None else _at_least_one_seed(options["seeds"]))),
         steps=steps,
         settings=settings,
-        fit_memory_bytes=None if given["fit_memory"] is None else parse_size(given["fit_memory"]),
+        fit_memory_bytes=None if options["fit_memory"] is None else parse_size(options["fit_memory"]),
         **{name: value for name, value in chosen.items() if value is not None},
     )
 
 
-def _changed(plan: "Plan", given: dict[str, Any]) -> "Plan":
+def _changed(plan: "Plan", options: dict[str, Any]) -> "Plan":
     from dataclasses import replace
 
-    changes = {name: given[name] for name in _MAY_CHANGE if given[name] is not None}
+    changes = {name: options[name] for name in _MAY_CHANGE if options[name] is not None}
     if "seeds" in changes:
         changes["seeds"] = tuple(range(_at_least_one_seed(changes["seeds"])))
-    return replace(plan, **changes)
+    # of an option that is there twice, the last one counts
+    again = [(f"--{name.replace('_', '-')}", str(options[name])) for name in changes]
+    argv = (*plan.argv, *chain(*again)) if plan.argv else ()
+    return replace(plan, argv=argv, **changes)
 
 
 def _at_least_one_seed(seeds: int) -> int:

@@ -1,6 +1,6 @@
 """How `duotone compare` shows what came of it in a terminal of 80 columns: tables, verdicts, and where the page is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from duotone.compare import ArmDifference, ArmResult, Difference, Report, Spread
+from duotone.compare import Difference, Report
 from duotone.compare.report import words
+from duotone.compare.report.columns import arm_columns, fit_table
 
 
 def show_report(report: Report, path: Path, console: Console) -> None:
@@ -19,7 +20,7 @@ def show_report(report: Report, path: Path, console: Console) -> None:
         console.print(_fits(report))
     _list("Verdicts", report.verdicts, console)
     _list("To know", report.remarks, console)
-    _list("Warned of", _notes(report), console)
+    _list("Warned of", [f"{', '.join(names)}: {note}" for note, names in report.notes.items()], console)
     console.print(
         f"\npage, with charts and the rules of the verdicts: {path / 'report.html'}", soft_wrap=True, markup=False
     )
@@ -28,103 +29,56 @@ def show_report(report: Report, path: Path, console: Console) -> None:
 def show_difference(difference: Difference, names: tuple[str, str], console: Console) -> None:
     """Show two comparisons of a task beside each other, the first one's figures before the second's."""
     console.print(f"first: {names[0]}\nsecond: {names[1]}", soft_wrap=True, markup=False)
-    for title, figures in (("speed", _speeds), ("memory and quality", _costs)):
-        table = Table(title=f"{difference.task}: {title}", title_justify="left", box=SIMPLE_HEAD)
-        head = (
-            ("a step", "second", "ratio", "times\nfaster", "second")
-            if figures is _speeds
-            else ("peak\nmemory", "second", "ratio", difference.quality, "second")
-        )
+    columns, subject = arm_columns(difference.first), difference.first.subject
+    for title, keys in (("speed", ("step", "times_faster")), ("memory and quality", ("peak_memory", "quality"))):
+        table = Table(title=f"{subject.name}: {title}", title_justify="left", box=SIMPLE_HEAD)
         table.add_column("arm", overflow="fold")
-        for name in head:
-            table.add_column(name, justify="right", overflow="fold")
+        for key in keys:
+            for name in (columns[key].short, "second", "change" if key == "quality" else "ratio"):
+                table.add_column(name, justify="right", overflow="fold")
         for row in difference.arms:
-            table.add_row(Text(row.name), *figures(row))
+            cells = [row.first.name]
+            for key in keys:
+                change, written = row.changes.get(key), words.worse if key == "quality" else words.ratio
+                cells += [columns[key].figure(arm) for arm in (row.first, row.second)]
+                cells.append("" if change is None else written(change))
+            table.add_row(*map(Text, cells))
         console.print(table)
     for name, only in (("first", difference.only_first), ("second", difference.only_second)):
         if only:
             console.print(f"only in the {name}: {', '.join(only)}", markup=False)
-    changes = tuple(
-        f"{change.name}: {change.first or 'none'}, then {change.second or 'none'}" for change in difference.changed
-    )
+    pairs = difference.circumstances.items()
     _list("To know", difference.remarks, console)
-    _list("What else differs", changes, console)
-
-
-def _speeds(row: ArmDifference) -> list[str]:
-    first, second = row.first, row.second
-    return [
-        *(_text(arm.step_seconds, words.seconds) for arm in (first, second)),
-        "" if row.step_ratio is None else words.ratio(row.step_ratio),
-        *(_text(arm.times_faster, words.ratio) for arm in (first, second)),
-    ]
-
-
-def _costs(row: ArmDifference) -> list[str]:
-    first, second = row.first, row.second
-    return [
-        *("" if arm.peak_memory_bytes is None else words.size(arm.peak_memory_bytes) for arm in (first, second)),
-        "" if row.memory_ratio is None else words.ratio(row.memory_ratio),
-        *(_text(arm.quality, words.quality) for arm in (first, second)),
-    ]
+    _list(
+        "What else differs", [f"{name}: {one or 'none'}, then {two or 'none'}" for name, (one, two) in pairs], console
+    )
 
 
 def _arms(report: Report) -> Table:
     subject = report.subject
     caption = Text(f"{subject.quality}: {'lower' if subject.lower_is_better else 'higher'} is better")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
+    # those with a name for narrow tables
+    columns = [column for column in arm_columns(report).values() if column.short]
     table.add_column("arm", no_wrap=True)
-    quality = subject.quality.replace("_", "\n")
-    for name in ("a step,\nms", "times\nfaster", "peak\nmemory", "of\nbase", "bytes a\nparam.", quality):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", min_width=9)
+    for column in columns[:-1]:
+        table.add_column(column.short, justify="right", no_wrap=True)
+    table.add_column(columns[-1].short, min_width=9)
     for arm in report.arms:
-        table.add_row(*_figures(arm), style="bold" if arm.group == "duotone" else None)
+        # not as markup: an arm's name may hold brackets
+        cells = map(Text, (arm.name, *(column.figure(arm) for column in columns)))
+        table.add_row(*cells, style="bold" if arm.group == "duotone" else None)
     return table
-
-
-def _figures(arm: ArmResult) -> list[Text]:
-    judged = arm.failure.kind if arm.failure is not None else arm.quality_verdict
-    figures = [
-        arm.name,
-        _text(arm.step_seconds, words.milliseconds),
-        _text(arm.times_faster, words.ratio),
-        "" if arm.peak_memory_bytes is None else words.size(arm.peak_memory_bytes),
-        "" if arm.memory_ratio is None else words.ratio(arm.memory_ratio),
-        f"{arm.bytes_per_parameter:.3g}" if arm.bytes_per_parameter else "",
-        _text(arm.quality, words.quality),
-        "" if judged == "not tested" else judged,
-    ]
-    # not as markup: an arm's name may hold brackets
-    return [Text(figure) for figure in figures]
 
 
 def _fits(report: Report) -> Table:
-    fits = [arm.fit for arm in report.arms if arm.fit is not None]
-    table = Table(
-        title=f"largest micro-batch in {words.size(fits[0].limit_bytes)}", title_justify="left", box=SIMPLE_HEAD
-    )
-    for name in ("arm", "samples", "peak memory", f"{report.subject.unit}/s"):
+    fits = fit_table(report)
+    table = Table(title=fits.title, title_justify="left", box=SIMPLE_HEAD)
+    for name in fits.header:
         table.add_column(name, justify="left" if name == "arm" else "right")
-    for fit in fits:
-        if fit.failure is not None:
-            table.add_row(Text(fit.arm), Text(fit.failure.kind))
-        else:
-            peak = "" if fit.peak_memory_bytes is None else words.size(fit.peak_memory_bytes)
-            table.add_row(Text(fit.arm), f"{fit.micro_batch:,}", peak, f"{fit.units_per_second:,.0f}")
+    for row in fits.rows:
+        table.add_row(*map(Text, row))
     return table
-
-
-def _notes(report: Report) -> list[str]:
-    notes: dict[str, list[str]] = {}
-    for arm in report.arms:
-        for note in arm.notes:
-            notes.setdefault(note, []).append(arm.name)
-    return [f"{', '.join(names)}: {note}" for note, names in notes.items()]
-
-
-def _text(figure: Spread | None, digits: Callable[[float], str]) -> str:
-    return "" if figure is None else digits(figure.value)
 
 
 def _list(title: str, lines: Sequence[str], console: Console) -> None:

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from duotone.compare import Fit, Pace, Plan, Run, Trial, Watcher
 from duotone.compare.report import words
+from duotone.compare.watcher import SilentWatcher
 
 
 @contextmanager
@@ -27,8 +28,8 @@ def open_view(console: Console) -> Iterator[Watcher]:
         yield _BarView(console, progress)
 
 
-class _LineView:
-    """A line for each trial and each run."""
+class _LineView(SilentWatcher):
+    """A line for each trial and each run when it has ended."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -38,9 +39,6 @@ class _LineView:
         self._plan = plan
         arms = ", ".join(arm.name for arm in plan.arms)
         self._print(f"{plan.task}: {arms}; each is tried, then trained {_times(len(plan.seeds))}")
-
-    def trial_begins(self, arm: str) -> None:
-        """Nothing to show yet: a trial takes seconds."""
 
     def trial_ends(self, trial: Trial) -> None:
         parts = []
@@ -56,12 +54,6 @@ class _LineView:
         turns = f"arms taking turns of {words.counted(pace.turn_steps, 'step')}"
         how = turns if pace.together else "one arm after the other"
         self._print(f"{words.counted(runs_left, 'run')} of {words.counted(pace.steps, 'step')}, {how}")
-
-    def run_begins(self, arm: str, seed: int) -> None:
-        """Nothing to show yet: a start takes seconds."""
-
-    def turn_ends(self, arm: str, seed: int, step: int, loss: float, step_seconds: float) -> None:
-        """Nothing: lines of single turns would be many."""
 
     def run_ends(self, run: Run) -> None:
         if run.failure is not None:
@@ -109,8 +101,8 @@ class _BarView(_LineView):
         self._bars[arm] = self._progress.add_task(f"seed {seed}", total=self._steps, arm=arm)
 
     def turn_ends(self, arm: str, seed: int, step: int, loss: float, step_seconds: float) -> None:
-        told = f"seed {seed}  loss {loss:.3f}  {words.seconds(step_seconds)}"
-        self._progress.update(self._bars[arm], completed=step, description=told)
+        text = f"seed {seed}  loss {loss:.3f}  {words.seconds(step_seconds)}"
+        self._progress.update(self._bars[arm], completed=step, description=text)
 
     def run_ends(self, run: Run) -> None:
         self._remove(run.arm)

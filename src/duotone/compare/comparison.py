@@ -5,7 +5,6 @@ measured is written at once, so an interruption loses what is unfinished and no 
 """
 
 import math
-import signal
 import tempfile
 import threading
 import time
@@ -13,18 +12,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import msgspec
 
 from duotone.compare.arms.catalogue import Arm
-from duotone.compare.entry import Entry, entry_of
 from duotone.compare.environment import describe
-from duotone.compare.failures import PASSING, WorkerFailed
+from duotone.compare.failures import RETRYABLE, WorkerFailed
 from duotone.compare.fit.fit_arm import fit_arm
 from duotone.compare.folder import ComparisonFolder
-from duotone.compare.measuring.surroundings import Surroundings
+from duotone.compare.job import Job, job_of
+from duotone.compare.measuring.device_state import DeviceState
 from duotone.compare.pacing import pace_of, too_slow
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.processes.process import Processes
@@ -33,11 +31,12 @@ from duotone.compare.records import Fit, Run, Trial
 from duotone.compare.report.publish import publish
 from duotone.compare.report.report import Report
 from duotone.compare.subject import Subject
-from duotone.compare.watcher import Nobody, Watcher
+from duotone.compare.watcher import SilentWatcher, Watcher
 from duotone.errors import CompareError
+from duotone.train import stop_on_signal
 
-# what decides nothing that is measured
-_FREE = frozenset({"max_slowdown", "margin", "confidence"})
+# what no measurement depends on
+_FREE = frozenset({"max_slowdown", "margin", "confidence", "argv"})
 
 
 def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | None = None) -> Report:
@@ -56,14 +55,14 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
             but for more seeds, another `max_slowdown`, and what qualities are judged by, `margin` and `confidence`.
         path: the comparison's folder.
         resume: go on with the comparison that is there.
-        watcher: is told of everything as it happens; None for nobody.
+        watcher: receives every event; None for no one.
 
     Raises:
         CompareError: the folder is taken, or holds no comparison or another one, or one of another machine or task, or
             cannot be written to.
         TaskError: the task or its settings cannot be used, whichever arm trains it. A new comparison leaves no folder
             then, unless it comes out in training.
-        KeyboardInterrupt: at Ctrl-C, and at SIGTERM with its name as argument; what has ended is kept, `resume` goes
+        KeyboardInterrupt: at Ctrl-C and at SIGTERM, with the signal's name; what has ended is kept, `resume` goes
             on.
 
     >>> import tempfile
@@ -75,8 +74,8 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
     [('fp32', 16.0), ('bf16', 14.0)]
     """
     folder = ComparisonFolder(path)
-    with _sigterm_as_interrupt():
-        comparison = _Comparison(plan, folder, watcher or Nobody())
+    with _signals_as_interrupts():
+        comparison = _Comparison(plan, folder, watcher or SilentWatcher())
         if resume:
             _check_goes_on(plan, folder)
             folder.write(plan)
@@ -87,7 +86,7 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
 
 
 class _Comparison:
-    """One call of `compare`, and what it knows by now."""
+    """One call of `compare`."""
 
     def __init__(self, plan: Plan, folder: ComparisonFolder, watcher: Watcher) -> None:
         self._plan = plan
@@ -99,8 +98,8 @@ class _Comparison:
         plan, folder = self._plan, self._folder
         self._watcher.begins(plan)
         pace = folder.pace()
-        subject, surroundings = self._inspect()
-        environment = describe(surroundings, plan.task)
+        subject, device_state = self._inspect()
+        environment = describe(device_state, plan.task)
         if resume:
             _check_same_circumstances(folder, subject, environment)
         else:
@@ -110,30 +109,30 @@ class _Comparison:
         trials = self._try_arms()
         if pace is None and trials:
             seconds_gone = time.monotonic() - self._started
-            pace = pace_of(plan, subject, trials.values(), surroundings, seconds_gone)
+            pace = pace_of(plan, subject, trials.values(), device_state, seconds_gone)
             folder.write(pace)
         if pace is not None:
             self._train(list(trials), pace)
         if plan.fit_memory_bytes is not None:
             self._fit(list(trials), subject, plan.fit_memory_bytes)
 
-    def _inspect(self) -> tuple[Subject, Surroundings]:
+    def _inspect(self) -> tuple[Subject, DeviceState]:
         plan = self._plan
         with tempfile.TemporaryDirectory() as scratch, Processes() as processes:
             log = Path(scratch, "log")
-            entry = Entry(plan.arms[0], plan.task, plan.seeds[0], dict(plan.settings))
+            job = Job(plan.arms[0], plan.task, plan.seeds[0], dict(plan.settings))
             try:
-                return processes.start(log).ask("inspect", entry)
+                return processes.start(log).ask("inspect", job)
             except WorkerFailed as error:
                 printed = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
                 last = f" ({printed[-1]})" if printed and printed[-1] not in error.failure.reason else ""
                 raise CompareError(f"task {plan.task} could not be built: {error.failure.reason}{last}") from error
 
     def _try_arms(self) -> dict[str, Trial]:
-        """Try what was not tried; return the trials of those arms that can be run, in the plan's order."""
+        """Make the trials that are missing; return those of arms that can be run, in the plan's order."""
         plan = self._plan
-        trials = {arm: trial for arm, trial in self._folder.trials().items() if not _may_pass(trial)}
-        # the others are judged by it
+        trials = {arm: trial for arm, trial in self._folder.trials().items() if not _is_retryable(trial)}
+        # "too slow" is in comparison with the baseline
         order = sorted(plan.arms, key=lambda arm: arm.name != plan.baseline)
         for arm in order:
             if arm.name not in trials:
@@ -148,41 +147,41 @@ class _Comparison:
         return {arm.name: trials[arm.name] for arm in plan.arms if trials[arm.name].failure is None}
 
     def _try_arm(self, arm: Arm, baseline: Trial | None) -> Trial:
-        entry = entry_of(self._plan, arm, self._plan.seeds[0])
+        job = job_of(self._plan, arm, self._plan.seeds[0])
         profile_path = self._folder.profile_path(arm.name) if self._plan.profile else None
         of_baseline = None if baseline is None else baseline.phases
         limit_seconds = math.inf if of_baseline is None else self._plan.max_slowdown * of_baseline.step
         try:
             with Processes() as processes:
                 return processes.start(self._folder.log_path(arm.name, "trial")).ask(
-                    "try_arm", entry, profile_path, limit_seconds
+                    "try_arm", job, profile_path, limit_seconds
                 )
         except WorkerFailed as error:
             return Trial(arm.name, error.failure)
 
     def _train(self, names: list[str], pace: Pace) -> None:
         plan = self._plan
-        ended = {key for key, run in self._folder.runs().items() if not _may_pass(run)}
+        ended = {key for key, run in self._folder.runs().items() if not _is_retryable(run)}
         arms = [arm for arm in plan.arms if arm.name in names]
         left = {seed: [arm for arm in arms if (arm.name, seed) not in ended] for seed in plan.seeds}
         self._watcher.paced(pace, sum(map(len, left.values())))
         for number, (seed, some) in enumerate(left.items()):
-            entries = [entry_of(plan, arm, seed, pace) for arm in rotated(some, number)]
-            for group in [entries] if pace.together else [[entry] for entry in entries]:
+            jobs = [job_of(plan, arm, seed, pace) for arm in rotated(some, number)]
+            for group in [jobs] if pace.together else [[job] for job in jobs]:
                 train_in_turns(group, pace, self._folder, self._watcher)
 
     def _fit(self, names: list[str], subject: Subject, limit_bytes: int) -> None:
-        found = {name for name, fit in self._folder.fits().items() if not _may_pass(fit)}
+        done = {name for name, fit in self._folder.fits().items() if not _is_retryable(fit)}
         for arm in self._plan.arms:
-            if arm.name in names and arm.name not in found:
-                entry = entry_of(self._plan, arm, self._plan.seeds[0])
-                fit = fit_arm(entry, subject.micro_batch, limit_bytes, self._folder, self._watcher)
+            if arm.name in names and arm.name not in done:
+                job = job_of(self._plan, arm, self._plan.seeds[0])
+                fit = fit_arm(job, subject.micro_batch, limit_bytes, self._folder, self._watcher)
                 self._folder.write(fit)
                 self._watcher.fit_ends(fit)
 
 
-def _may_pass(record: Trial | Run | Fit) -> bool:
-    return record.failure is not None and record.failure.kind in PASSING
+def _is_retryable(record: Trial | Run | Fit) -> bool:
+    return record.failure is not None and record.failure.kind in RETRYABLE
 
 
 def _check_goes_on(plan: Plan, folder: ComparisonFolder) -> None:
@@ -227,23 +226,15 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first SIGTERM in the block, so that processes are ended; later ones do nothing."""
-    has_come = False
+def _signals_as_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C or the first SIGTERM in the block, so that processes are ended."""
 
-    def interrupt(number: int, _: FrameType | None) -> None:
-        nonlocal has_come
-        if not has_come:
-            has_come = True
-            raise KeyboardInterrupt(signal.Signals(number).name)
+    def interrupt() -> None:
+        raise KeyboardInterrupt(interruption.cause.name if interruption.cause is not None else "")
 
-    before = signal.getsignal(signal.SIGTERM)
-    # Python lets the main thread alone do this; what was started to ignore it goes on to
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+    # only the main thread may set handlers
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with stop_on_signal(interrupt) as interruption:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -9,23 +9,23 @@ from pathlib import Path
 import torch
 
 import duotone
-from duotone.compare.measuring.surroundings import Surroundings
+from duotone.compare.measuring.device_state import DeviceState
 
 _CPU, _MEMORY = Path("/proc/cpuinfo"), Path("/proc/meminfo")
 # what a CPU needs to multiply 16-bit numbers faster than FP32, as Linux names it
 _PRODUCTS = ("avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx10_2", "bf16", "asimdhp")
 
 
-def describe(surroundings: Surroundings, task: str = "") -> dict[str, str]:
+def describe(device_state: DeviceState, task: str = "") -> dict[str, str]:
     """Return the environment, without starting CUDA; of a task in a file, what tells it from an edited one.
 
-    >>> sorted(describe(Surroundings("cpu", None, None)))
+    >>> sorted(describe(DeviceState("cpu", None, None)))
     ['cores', 'cpu', 'date', 'device', 'duotone', 'memory', 'python', 'system', 'threads', 'torch']
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "device": surroundings.device,
-        **({} if surroundings.gpu is None else {"gpu": surroundings.gpu}),
+        "device": device_state.device,
+        **({} if device_state.gpu is None else {"gpu": device_state.gpu}),
         "cpu": _cpu(),
         "cores": str(cores),
         "threads": str(torch.get_num_threads()),

@@ -9,7 +9,7 @@ from duotone.errors import ArmError, CompareError, DuotoneError, LossScaleCollap
 from duotone.train.task import first_line
 
 # failures that another attempt may not have: memory is free again, a library was installed, a file mended
-PASSING = frozenset({"error", "out of memory", "not installed"})
+RETRYABLE = frozenset({"error", "out of memory", "not installed"})
 # what torch and its libraries say where no error class does
 _ALLOCATION = (
     "can't allocate memory",
@@ -60,7 +60,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def failure_of_death(exit_code: int | None, log: str) -> Failure:
-    """Return what it means that a process has ended before it was told to.
+    """Return what it means that a process has ended by itself.
 
     Args:
         exit_code: a signal's number below zero, as multiprocessing has it.

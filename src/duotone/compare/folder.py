@@ -48,11 +48,9 @@ class ComparisonFolder:
         Raises:
             CompareError: something is there already.
         """
-        if self.path.is_file():
-            raise CompareError(f"{self.path} is a file; choose another --out")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            what = "another comparison" if (self.path / _PLAN).exists() else "other files"
-            raise CompareError(f"{self.path} holds {what}; choose another --out, or go on with it by --resume")
+        obstacle = durable_files.obstacle(self.path, _PLAN, "comparison")
+        if obstacle is not None:
+            raise CompareError(obstacle)
 
     def start(self, plan: Plan) -> None:
         """Make the folder for a new comparison.
@@ -125,14 +123,13 @@ class ComparisonFolder:
 
     def log_path(self, arm: str, what: str) -> Path:
         """Return where a process of an arm prints to, with its folder made; `what` tells its processes apart."""
-        path = self.path / "logs" / f"{_file(arm)}-{what}.log"
-        with self._writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self._with_folder(self.path / "logs" / f"{_file(arm)}-{what}.log")
 
     def profile_path(self, arm: str) -> Path:
         """Return where an arm's profile belongs, with its folder made."""
-        path = self.path / "profiles" / f"{_file(arm)}.json"
+        return self._with_folder(self.path / "profiles" / f"{_file(arm)}.json")
+
+    def _with_folder(self, path: Path) -> Path:
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -156,7 +153,8 @@ class ComparisonFolder:
         try:
             # json takes the NaN and Infinity of figures that are not finite, msgspec's own reader does not
             return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), record_type)
-        except (OSError, ValueError) as error:
+        # before msgspec 0.20 its errors are no ValueError
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
             what = (
                 "start a new comparison in another --out"
                 if path.name == _PLAN
@@ -194,7 +192,4 @@ def next_free_folder(root: Path, task: str) -> Path:
     'comparisons/own_task-1'
     """
     stem = Path(task).stem if task.endswith(".py") else _file(task).replace("_", "-")
-    number = 1
-    while (root / f"{stem}-{number}").exists():
-        number += 1
-    return root / f"{stem}-{number}"
+    return durable_files.next_free_folder(root, stem)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Collection
 from statistics import median
 
-from duotone.compare.measuring.surroundings import Surroundings
+from duotone.compare.measuring.device_state import DeviceState
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Trial
 from duotone.compare.subject import Subject
@@ -27,7 +27,7 @@ def pace_of(
     plan: Plan,
     subject: Subject,
     trials: Collection[Trial],
-    surroundings: Surroundings,
+    device_state: DeviceState,
     seconds_gone: float = 0.0,
 ) -> Pace:
     """Return the pace at which the arms of these trials are run.
@@ -36,7 +36,7 @@ def pace_of(
         plan: what is asked for.
         subject: what is trained.
         trials: of the arms that are run, without failures; at least one.
-        surroundings: where.
+        device_state: where.
         seconds_gone: of the plan's minutes.
     """
     steps = plan.steps or _steps_in_time(plan, subject, trials, seconds_gone)
@@ -50,7 +50,7 @@ def pace_of(
         steps=steps,
         warmup_steps=warmup_steps,
         turn_steps=min(steps, max(_LEAST_TURN_STEPS, turn_steps)),
-        together=len(trials) == 1 or _fit_together(trials, surroundings),
+        together=len(trials) == 1 or _fit_together(trials, device_state),
     )
 
 
@@ -101,13 +101,13 @@ def _warmup_steps(steps: int, subject: Subject) -> int:
     return min(own, max(steps // _WARMUP_SHARE, round(own * steps / subject.task_steps)))
 
 
-def _fit_together(trials: Collection[Trial], surroundings: Surroundings) -> bool:
+def _fit_together(trials: Collection[Trial], device_state: DeviceState) -> bool:
     peaks = [trial.peak_memory_bytes for trial in trials]
-    own = _PROCESS_BYTES.get(surroundings.device)
-    if surroundings.free_bytes is None or own is None:
+    own = _PROCESS_BYTES.get(device_state.device)
+    if device_state.free_bytes is None or own is None:
         return False
     needed = sum(math.inf if peak is None else peak + own for peak in peaks)
-    return needed <= _USABLE * surroundings.free_bytes
+    return needed <= _USABLE * device_state.free_bytes
 
 
 def _step_seconds(trial: Trial) -> float:

@@ -1,4 +1,4 @@
-"""What a comparison is asked for, and the pace that its trials let it be run at.
+"""What is compared and how, and how many steps its trials allow.
 
 Both are kept in its folder, so that it can go on after an interruption with the same figures.
 """
@@ -29,6 +29,7 @@ class Plan:
         max_slowdown: an arm whose trial step takes this many times the baseline's is not trained to the end.
         fit_memory_bytes: find each arm's largest micro-batch that fits into this much memory; None not to.
         profile: write a profiler trace of one step of each arm.
+        argv: the command that asked for it, as it was typed; empty where Python or an older version did.
 
     Raises:
         CompareError: there is no arm or no seed, a name is taken twice, the baseline is none of the arms, or a number
@@ -47,6 +48,7 @@ class Plan:
     max_slowdown: float = 10.0
     fit_memory_bytes: int | None = None
     profile: bool = False
+    argv: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]

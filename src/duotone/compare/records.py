@@ -5,8 +5,9 @@ default. A report is made of them alone, so it can be made again at any time. Se
 of one process.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from statistics import median
 
 
 @dataclass(frozen=True)
@@ -141,3 +142,12 @@ class Fit:
     tried: tuple[tuple[int, int | None], ...] = ()
     failure: Failure | None = None
     remark: str = ""
+
+
+def median_phases(phases: Sequence[Phases]) -> Phases:
+    """Return the medians of at least one step, part by part.
+
+    >>> median_phases([Phases(6, 1, 2, 3), Phases(7, 1, 3, 3), Phases(9, 2, 4, 3)])
+    Phases(step=7, forward=1, backward=3, update=3)
+    """
+    return Phases(*(median(part) for part in zip(*map(astuple, phases), strict=True)))

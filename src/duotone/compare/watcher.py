@@ -1,4 +1,4 @@
-"""Who is told how a comparison goes: a view in the terminal, or nobody."""
+"""What receives the events of a comparison: a view in the terminal, or one that shows nothing."""
 
 from typing import Protocol
 
@@ -7,16 +7,16 @@ from duotone.compare.records import Fit, Run, Trial
 
 
 class Watcher(Protocol):
-    """Is told of everything, in the process that was asked for the comparison, in the order in which it happens."""
+    """Receives every event, in the process that compares, in the order in which they happen."""
 
     def begins(self, plan: Plan) -> None:
         """The comparison starts, or goes on."""
 
     def trial_begins(self, arm: str) -> None:
-        """An arm is tried."""
+        """The trial of an arm starts."""
 
     def trial_ends(self, trial: Trial) -> None:
-        """It was, now or before an interruption."""
+        """It has ended, now or before an interruption."""
 
     def paced(self, pace: Pace, runs_left: int) -> None:
         """The number of steps is decided; so many runs are not finished yet."""
@@ -28,7 +28,7 @@ class Watcher(Protocol):
         """An arm has taken its turn; the loss is the turn's mean, the seconds its median."""
 
     def run_ends(self, run: Run) -> None:
-        """It has, or it failed."""
+        """It has ended, or failed."""
 
     def fit_tried(self, arm: str, micro_batch: int, peak_bytes: int | None) -> None:
         """A micro-batch was measured; None if memory ran out."""
@@ -37,5 +37,5 @@ class Watcher(Protocol):
         """The largest is found."""
 
 
-class Nobody(Watcher):
-    """Is told of everything, and shows nothing."""
+class SilentWatcher(Watcher):
+    """Shows nothing."""

@@ -5,7 +5,7 @@ from duotone.train.device import find_device
 from duotone.train.group import Group, open_ranks
 from duotone.train.interruption import Interruption, print_at_once, stop_on_signal
 from duotone.train.metrics import Metrics, Summary, as_json
-from duotone.train.optimizer import optimizer_of
+from duotone.train.optimizer import optimizer_arguments, optimizer_of
 from duotone.train.run_folder import RunFolder, next_free_folder
 from duotone.train.schedule import cosine_schedule
 from duotone.train.task import Task
@@ -29,6 +29,7 @@ __all__ = [
     "find_task",
     "next_free_folder",
     "open_ranks",
+    "optimizer_arguments",
     "optimizer_of",
     "print_at_once",
     "read_config",

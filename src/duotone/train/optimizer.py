@@ -1,4 +1,4 @@
-"""The optimizer that a run's settings ask for, one of Duotone's."""
+"""The optimizer that a run's settings ask for: Duotone's, and what any other library's is built with."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ def optimizer_of(model: nn.Module, settings: RunSettings) -> torch.optim.Optimiz
     >>> type(optimizer_of(nn.Linear(2, 2), RunSettings(optimizer="lion"))).__name__
     'Lion'
     """
-    common: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "seed": settings.seed,
-        "backend": settings.backend,
-    }
-    match settings.optimizer:
-        case "adamw":
-            return dt.AdamW(model.parameters(), betas=settings.betas, **common)
-        case "lion":
-            return dt.Lion(model.parameters(), betas=settings.betas, **common)
-        case "sgd":
-            return dt.SGD(model.parameters(), momentum=settings.momentum, **common)
+    optimizer: Any = {"adamw": dt.AdamW, "lion": dt.Lion, "sgd": dt.SGD}[settings.optimizer]
+    own = {"seed": settings.seed, "backend": settings.backend}
+    return optimizer(model.parameters(), **optimizer_arguments(settings), **own)
+
+
+def optimizer_arguments(settings: RunSettings) -> dict[str, Any]:
+    """Return the arguments of the settings' optimizer that have the same names in every library.
+
+    >>> optimizer_arguments(RunSettings(optimizer="sgd", learning_rate=0.1, weight_decay=0.0))
+    {'lr': 0.1, 'weight_decay': 0.0, 'momentum': 0.9}
+    """
+    own = {"momentum": settings.momentum} if settings.optimizer == "sgd" else {"betas": settings.betas}
+    return {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, **own}

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import duotone.torch as dt
-from duotone.durable_files import append_line, flush, make_folder, partial_path, replace_text
+from duotone import durable_files
+from duotone.durable_files import append_line, flush, make_folder, replace_text
 from duotone.errors import CheckpointError, TaskError
 from duotone.run_settings import RunSettings, read_config, resolve_settings
 
@@ -37,20 +38,9 @@ class RunFolder:
         Raises:
             TaskError: something is there already, or it cannot be read.
         """
-        settings = self.path / _SETTINGS
-        try:
-            # a start that died before its settings stood is no run
-            taken = self.path.exists() and (
-                not self.path.is_dir() or any(entry != partial_path(settings) for entry in self.path.iterdir())
-            )
-            is_run = settings.exists()
-        except OSError as error:
-            raise TaskError(f"cannot read {self.path}: {error.strerror}; choose another --out") from error
-        if self.path.is_file():
-            raise TaskError(f"{self.path} is a file; choose another --out")
-        if taken:
-            what = "another run" if is_run else "other files"
-            raise TaskError(f"{self.path} holds {what}; choose another --out, or go on with a run by --resume")
+        obstacle = durable_files.obstacle(self.path, _SETTINGS, "run")
+        if obstacle is not None:
+            raise TaskError(obstacle)
 
     def start(self, settings: RunSettings) -> None:
         """Make the folder for a new run.
@@ -233,7 +223,4 @@ def next_free_folder(root: Path, settings: RunSettings) -> Path:
     task = Path(settings.task).stem if settings.task.endswith(".py") else settings.task
     text = f"{task}-{settings.policy.name}"
     stem = "-".join("".join(char if char.isalnum() or char == "_" else " " for char in text).split())
-    number = 1
-    while (root / f"{stem}-{number}").exists():
-        number += 1
-    return root / f"{stem}-{number}"
+    return durable_files.next_free_folder(root, stem)

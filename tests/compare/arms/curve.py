@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from duotone.compare.arms.build import build
 from duotone.compare.arms.catalogue import CATALOGUE, Arm
-from duotone.compare.arms.stepper import Assignment, Stepper, Taken
+from duotone.compare.arms.stepper import Assignment, Stepper, Update
 from duotone.train import RunSettings, Task
 from duotone.train.task import evaluating
 
@@ -52,8 +52,8 @@ def curve_task(outlier: int | None = None) -> Task:
 
 
 def curve_settings(**changes: Any) -> RunSettings:
-    told = {"learning_rate": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.01}
-    return RunSettings(**{**told, "steps": 6, "warmup_steps": 2, "micro_batches": 2, "seed": 5, **changes})
+    defaults = {"learning_rate": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.01}
+    return RunSettings(**{**defaults, "steps": 6, "warmup_steps": 2, "micro_batches": 2, "seed": 5, **changes})
 
 
 def assign(arm: str | Arm, outlier: int | None = None, **changes: Any) -> Assignment:
@@ -68,7 +68,7 @@ def batches_of(assignment: Assignment) -> Iterator[Tensor]:
     return iter(assignment.task.batches(torch.Generator().manual_seed(assignment.settings.seed * 2**32)))
 
 
-def train(assignment: Assignment, steps: int, then: Callable[[Taken], None] = lambda taken: None) -> Stepper:
+def train(assignment: Assignment, steps: int, then: Callable[[Update], None] = lambda update: None) -> Stepper:
     """Return an arm's stepper after so many steps; `then` is called after each."""
     stepper, batches = build(assignment), batches_of(assignment)
     for _ in range(steps):

@@ -7,7 +7,7 @@ import torch
 
 import duotone.torch as dt
 from duotone.compare.arms.catalogue import own_arm
-from duotone.compare.arms.stepper import Taken
+from duotone.compare.arms.stepper import Update
 from duotone.train import RunSettings, Trainer
 
 from .curve import assign, curve_settings, curve_task, train
@@ -35,23 +35,23 @@ def trained(settings: RunSettings) -> Trainer:
 )
 def test_equals_the_trainer_bit_for_bit(policy: str, changes: dict[str, Any]):
     expected = trained(curve_settings(policy=policy, **changes))
-    taken: list[Taken] = []
-    stepper = train(assign(own_arm(f"mine={policy}"), OUTLIER, **changes), steps=6, then=taken.append)
-    told, wanted = dt.master_weights(stepper.model), dt.master_weights(expected.model)
-    assert told.keys() == wanted.keys()
-    assert all(torch.equal(told[name], wanted[name]) for name in told)
-    assert sum(bool(each.skipped) for each in taken) == int(expected.scaler.skipped)
-    assert bool(taken[1].skipped) == policy.startswith("fp16")
+    updates: list[Update] = []
+    stepper = train(assign(own_arm(f"mine={policy}"), OUTLIER, **changes), steps=6, then=updates.append)
+    masters, wanted = dt.master_weights(stepper.model), dt.master_weights(expected.model)
+    assert masters.keys() == wanted.keys()
+    assert all(torch.equal(masters[name], wanted[name]) for name in masters)
+    assert sum(bool(each.skipped) for each in updates) == int(expected.scaler.skipped)
+    assert bool(updates[1].skipped) == policy.startswith("fp16")
 
 
 def test_an_overflow_lowers_the_scale():
-    taken: list[Taken] = []
-    train(assign("fp16", OUTLIER), steps=3, then=taken.append)
-    assert [float(each.loss_scale) for each in taken] == [65536.0, 65536.0, 32768.0]
+    updates: list[Update] = []
+    train(assign("fp16", OUTLIER), steps=3, then=updates.append)
+    assert [float(each.loss_scale) for each in updates] == [65536.0, 65536.0, 32768.0]
 
 
 def test_without_scaling_the_loss_is_multiplied_by_one():
-    taken: list[Taken] = []
-    stepper = train(assign("fp16-no-scaling"), steps=2, then=taken.append)
-    assert [float(each.loss_scale) for each in taken] == [1.0, 1.0]
+    updates: list[Update] = []
+    stepper = train(assign("fp16-no-scaling"), steps=2, then=updates.append)
+    assert [float(each.loss_scale) for each in updates] == [1.0, 1.0]
     assert {weight.dtype for weight in stepper.model.parameters()} == {torch.float16}

@@ -1,12 +1,13 @@
 """PyTorch's arms equal the loops that its documentation has, bit for bit."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
-from duotone.compare.arms.stepper import Taken
+from duotone.compare.arms.stepper import Update
 from duotone.errors import ArmError
 
 from .curve import assign, batches_of, train, weights_of
@@ -58,20 +59,27 @@ def test_sgd_has_its_momentum():
     assert all(map(torch.equal, weights_of(stepper.model).values(), weights_of(model).values()))
 
 
-def test_an_overflow_is_skipped_and_told():
-    taken: list[Taken] = []
+def test_an_overflow_is_skipped_and_seen():
+    updates: list[Update] = []
     weights = []
     assignment = assign("torch-amp-fp16", outlier=2)
 
-    def note(told: Taken) -> None:
-        taken.append(told)
+    def note(update: Update) -> None:
+        updates.append(update)
         weights.append([weight.tolist() for weight in weights_of(assignment.task.model).values()])
 
     train(assignment, steps=4, then=note)
-    assert [bool(told.skipped) for told in taken] == [False, True, False, False]
-    assert [float(told.loss_scale) for told in taken] == [65536.0, 65536.0, 32768.0, 32768.0]
+    assert [bool(update.skipped) for update in updates] == [False, True, False, False]
+    assert [float(update.loss_scale) for update in updates] == [65536.0, 65536.0, 32768.0, 32768.0]
     assert weights[1] == weights[0]
     assert weights[2] != weights[1]
+
+
+@pytest.mark.parametrize("arm", ["fp32", "torch-amp-bf16", "torch-amp-fp16"])
+def test_torch_sees_the_optimizer_step_before_the_schedule(arm: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(assign(arm), steps=2)
 
 
 def test_evaluates_in_what_it_trains_in():

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from duotone.compare.arms.catalogue import CATALOGUE
-from duotone.compare.entry import Entry
 from duotone.compare.fit.fit_arm import fit_arm
 from duotone.compare.folder import ComparisonFolder
+from duotone.compare.job import Job
 from duotone.compare.records import Fit
 
 from ..scripted import Script, Witness, scripted
 
-ENTRY = Entry(CATALOGUE["bf16"], "tiny.py", 0, {})
+ENTRY = Job(CATALOGUE["bf16"], "tiny.py", 0, {})
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from duotone.compare.arms.catalogue import CATALOGUE
-from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
+from duotone.compare.job import Job
 from duotone.compare.measuring import trial
-from duotone.compare.measuring.course import Course
+from duotone.compare.measuring.arm_trainer import ArmTrainer
 from duotone.compare.measuring.footprint import Footprint
 from duotone.compare.measuring.turn import Step, Turn
 from duotone.compare.records import Failure, Phases
@@ -22,7 +22,7 @@ TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 NO_FOOTPRINT = Footprint(torch.device("cpu"), 0)
 
 
-class PacedCourse:
+class PacedTrainer:
     """Takes steps that say how long they were."""
 
     def __init__(self, step_seconds: float, failure: Failure | None = None) -> None:
@@ -40,27 +40,27 @@ class PacedCourse:
     [(1e-4, 60), (0.019, 60), (0.03, 32), (0.1, 20), (0.3, 8), (3.0, 8), (10.0, 4)],
 )
 def test_steps_are_timed_until_medians_are_stable(step_seconds: float, timed: int) -> None:
-    course = PacedCourse(step_seconds)
-    assert len(trial.timed_steps(course, NO_FOOTPRINT)) == timed  # type: ignore[arg-type]
-    assert course.taken == timed + trial.WARMUP_STEPS
+    trainer = PacedTrainer(step_seconds)
+    assert len(trial.timed_steps(trainer, NO_FOOTPRINT)) == timed  # type: ignore[arg-type]
+    assert trainer.taken == timed + trial.WARMUP_STEPS
 
 
 def test_an_arm_that_is_too_slow_takes_no_more_steps() -> None:
-    course = PacedCourse(10.5)
-    assert len(trial.timed_steps(course, NO_FOOTPRINT, limit_seconds=10.0)) == 1  # type: ignore[arg-type]
-    assert course.taken == trial.WARMUP_STEPS
+    trainer = PacedTrainer(10.5)
+    assert len(trial.timed_steps(trainer, NO_FOOTPRINT, limit_seconds=10.0)) == 1  # type: ignore[arg-type]
+    assert trainer.taken == trial.WARMUP_STEPS
 
 
 def test_a_step_that_fails_ends_the_trial() -> None:
     with pytest.raises(WorkerFailed, match="it broke"):
-        trial.timed_steps(PacedCourse(0.1, Failure("error", "it broke")), NO_FOOTPRINT)  # type: ignore[arg-type]
+        trial.timed_steps(PacedTrainer(0.1, Failure("error", "it broke")), NO_FOOTPRINT)  # type: ignore[arg-type]
 
 
 def try_tiny(arm: str, changed: dict[str, object] | None = None, profile_path: Path | None = None) -> trial.Trial:
-    task, settings = Entry(CATALOGUE[arm], TINY, 0, {}).open()
+    task, settings = Job(CATALOGUE[arm], TINY, 0, {}).open()
     task: Task = replace(task, **(changed or {}))
-    course = Course(CATALOGUE[arm], task, settings, torch.device("cpu"))
-    return trial.try_arm(course, CATALOGUE[arm], NO_FOOTPRINT, profile_path)
+    trainer = ArmTrainer(CATALOGUE[arm], task, settings, torch.device("cpu"))
+    return trial.try_arm(trainer, CATALOGUE[arm], NO_FOOTPRINT, profile_path)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_trial_counts_bytes_by_role_and_what_is_saved() -> None:
 
 
 @pytest.mark.usefixtures("_short")
-def test_an_evaluation_that_changes_is_told() -> None:
+def test_an_evaluation_that_changes_is_noticed() -> None:
     figures = iter(range(10))
     assert not try_tiny("fp32", {"evaluate": lambda model: {"loss": next(figures)}}).is_deterministic
     # a NaN that comes again is the same

@@ -1,4 +1,4 @@
-"""Processes answer, die in ways that are told, and never outlive the block."""
+"""Processes answer, die in ways that are explained, and never outlive the block."""
 
 import os
 import signal
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from duotone.compare.arms.catalogue import CATALOGUE, Arm
-from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
+from duotone.compare.job import Job
 from duotone.compare.processes.process import Processes
 from duotone.compare.records import Trial
 from duotone.errors import TaskError
@@ -16,8 +16,8 @@ from duotone.errors import TaskError
 TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 
 
-def entry_of(task: str = TINY, arm: Arm = CATALOGUE["fp32"]) -> Entry:
-    return Entry(arm, task, 0, {"device": "cpu", "steps": 40})
+def job_of(task: str = TINY, arm: Arm = CATALOGUE["fp32"]) -> Job:
+    return Job(arm, task, 0, {"device": "cpu", "steps": 40})
 
 
 def is_alive(pid: int | None) -> bool:
@@ -38,17 +38,17 @@ def test_a_process_tells_of_its_task_trains_and_dies_noticed(tmp_path: Path) -> 
     log = tmp_path / "log"
     with Processes() as processes:
         process = processes.start(log)
-        subject, surroundings = process.ask("inspect", entry_of())
+        subject, device_state = process.ask("inspect", job_of())
         assert (subject.name, subject.parameters, subject.micro_batch, subject.task_steps) == ("tiny", 49, 8, 40)
-        assert (surroundings.device, surroundings.gpu) == ("cpu", None)
+        assert (device_state.device, device_state.gpu) == ("cpu", None)
         with pytest.raises(TaskError, match="there is no task 'digit'; did you mean digits"):
-            process.ask("inspect", entry_of("digit"))
+            process.ask("inspect", job_of("digit"))
         missing = Arm("bf8", "duotone", "none", "by_duotone:build")
         with pytest.raises(WorkerFailed) as raised:
-            process.ask("start", entry_of(arm=missing))
+            process.ask("start", job_of(arm=missing))
         assert raised.value.failure.kind == "not possible"
         assert "Traceback" in log.read_text()
-        process.ask("start", entry_of())
+        process.ask("start", job_of())
         assert len(process.ask("take", 2).steps) == 2
         assert process.pid is not None
         # Ctrl-C in a terminal reaches it too, and is none of its business
@@ -70,8 +70,8 @@ def test_no_process_outlives_the_block_that_an_interrupt_ends(tmp_path: Path) ->
         with Processes() as processes:
             idle, busy, unborn = (processes.start(tmp_path / name) for name in ("idle", "busy", "unborn"))
             pids.extend((idle.pid, busy.pid, unborn.pid))
-            idle.send("start", entry_of())
-            busy.ask("start", entry_of())
+            idle.send("start", job_of())
+            busy.ask("start", job_of())
             idle.receive()
             # trains for longer than anybody waits
             busy.send("take", 10**9)
@@ -86,7 +86,7 @@ def test_no_process_outlives_the_block_that_an_interrupt_ends(tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_trial_measures_everything(tmp_path: Path) -> None:
     with Processes() as processes:
-        trial: Trial = processes.start(tmp_path / "log").ask("try_arm", entry_of(), tmp_path / "profile.json")
+        trial: Trial = processes.start(tmp_path / "log").ask("try_arm", job_of(), tmp_path / "profile.json")
     assert trial.failure is None
     assert trial.phases is not None
     assert trial.units_per_step == 8

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from duotone.compare.arms.catalogue import CATALOGUE
-from duotone.compare.entry import Entry
 from duotone.compare.folder import ComparisonFolder
+from duotone.compare.job import Job
 from duotone.compare.plan import Pace
 from duotone.compare.processes.turns import train_in_turns
 from duotone.errors import TaskError
@@ -17,8 +17,8 @@ ARMS = ("fp32", "bf16", "fp16")
 TINY, FAULTY = (str(Path(__file__).parents[1] / name) for name in ("tiny_task.py", "faulty_task.py"))
 
 
-def entries_of(*arms: str, seed: int = 0, task: str = TINY) -> list[Entry]:
-    return [Entry(CATALOGUE[arm], task, seed, {"device": "cpu"}) for arm in arms]
+def entries_of(*arms: str, seed: int = 0, task: str = TINY) -> list[Job]:
+    return [Job(CATALOGUE[arm], task, seed, {"device": "cpu"}) for arm in arms]
 
 
 @pytest.fixture
@@ -74,11 +74,11 @@ def test_a_fault_of_the_task_ends_them_all(script: Script, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_arms_fail_in_their_own_ways_beside_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    entries = [*entries_of("fp32", task=FAULTY)]
+    jobs = [*entries_of("fp32", task=FAULTY)]
     for seed in range(3):
-        entries += entries_of("bf16", seed=seed, task=FAULTY)
+        jobs += entries_of("bf16", seed=seed, task=FAULTY)
     folder = ComparisonFolder(tmp_path)
-    train_in_turns(entries, Pace(8, 1, 4, together=True), folder, Witness())
+    train_in_turns(jobs, Pace(8, 1, 4, together=True), folder, Witness())
     runs = folder.runs()
     assert runs["fp32", 0].failure is None
     assert runs["fp32", 0].steps == 8

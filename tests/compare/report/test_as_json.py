@@ -40,7 +40,7 @@ def test_the_keys_are_promised(report: Report) -> None:
     }  # fmt: skip
     assert set(content["plan"]) == {
         "task", "arms", "baseline", "seeds", "steps", "minutes", "settings", "margin", "confidence", "max_slowdown",
-        "fit_memory_bytes", "profile",
+        "fit_memory_bytes", "profile", "argv",
     }  # fmt: skip
     assert set(content["pace"]) == {"steps", "warmup_steps", "turn_steps", "together"}
     arm = content["arms"][3]

@@ -1,6 +1,7 @@
 """From records to a report, in every state that a comparison's folder can be in."""
 
 import math
+import shlex
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_a_whole_comparison(report: Report) -> None:
     assert [arm.quality_verdict for arm in report.arms] == [
         "not tested", "no worse", "no worse", "no worse", "not tested", "worse", "worse",
     ]  # fmt: skip
+
+
+def test_the_command_that_repeats_it_is_the_one_that_was_typed(tmp_path: Path) -> None:
+    folder = made_folder(tmp_path / "a b", Made(runs=0))
+    (show,) = assemble(folder).commands
+    assert shlex.split(show) == ["duotone", "compare", "--show", str(folder.path)]
+    argv = ("duotone", "compare", "my task.py", "--arm", "wide=bf16; head: grad=float32", "--margin", "2%")
+    folder.write(replace(folder.plan(), argv=argv))
+    repeat, again = assemble(folder).commands
+    assert again == show
+    assert tuple(shlex.split(repeat)) == argv
 
 
 def test_an_arms_figures_are_those_of_its_records(report: Report) -> None:
@@ -182,7 +194,7 @@ def test_the_last_run_makes_it_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["out of memory", "not possible", "error", "too slow", "not finite"])
-def test_one_failed_run_of_three_is_told_with_its_seed(tmp_path: Path, kind: str) -> None:
+def test_one_failed_run_of_three_is_reported_with_its_seed(tmp_path: Path, kind: str) -> None:
     folder = made_folder(tmp_path / "made", Made(shapes=(FP32, BF16)))
     folder.write(replace(made_run(BF16, 1), failure=Failure(kind, "it is so"), evaluation={}))
     arm = assemble(folder).arms[1]

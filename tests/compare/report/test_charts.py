@@ -94,9 +94,9 @@ def test_a_mean_is_called_one_where_it_is() -> None:
 def test_many_arms_get_a_chart_for_each_group_beside_the_baseline() -> None:
     charts = loss_charts(many())
     assert len(charts) == 8
-    told = [{key.text for key in chart.keys} | set(labels(chart)) for chart in charts]
-    assert all({"fp32", "fp32, the baseline"} & names for names in told)
-    names = set().union(*told)
+    by_chart = [{key.text for key in chart.keys} | set(labels(chart)) for chart in charts]
+    assert all({"fp32", "fp32, the baseline"} & names for names in by_chart)
+    names = set().union(*by_chart)
     assert all({arm.name, f"{arm.name}, the baseline"} & names for arm in many().arms if arm.curves)
 
 

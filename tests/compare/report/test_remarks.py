@@ -45,7 +45,7 @@ def test_nothing_to_remark(tmp_path: Path) -> None:
         (replace(TWO, seeds=(0,)), "there is one seed: qualities cannot be tested, and differences may be chance"),
         (
             replace(TWO, seeds=(0, 1)),
-            "there are two seeds: only large differences of quality, or very regular ones, can be told from chance",
+            "with two seeds, only large or very regular differences of quality can be distinguished from chance",
         ),
         (Made(shapes=(FP32,)), "fp32 is the only arm, and has nothing to be compared with"),
         (

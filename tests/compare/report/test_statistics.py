@@ -3,10 +3,11 @@
 import math
 import random
 import statistics
+import warnings
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from duotone.compare.plan import Plan
 from duotone.compare.records import Phases
@@ -67,6 +68,39 @@ def test_too_few_values_give_all_of_their_range() -> None:
     assert range_confidence(5) < 0.95 < range_confidence(6)
     assert median_interval([3.0, 1.0, 2.0], 0.95) == Spread(2.0, 1.0, 3.0)
     assert median_interval([7.0], 0.95) == Spread(7.0, 7.0, 7.0)
+
+
+def test_a_medians_interval_is_that_of_its_definition() -> None:
+    draws = random.Random(3)
+    for _ in range(300):
+        confidence, count = draws.choice([0.5, 0.8, 0.9, 0.95, 0.99, 0.999]), draws.randrange(1, 80)
+        # rounded, so that some values are the same
+        values = [round(draws.gauss(0, 1), draws.choice([1, 9])) for _ in range(count)]
+        # bdtr(k, n, 1/2) is how likely it is that at most k of n values lie on one side of the median
+        outside = [k for k in range(count // 2) if special.bdtr(k, count, 0.5) <= (1 - confidence) / 2]
+        k, ordered = max(outside, default=0), sorted(values)
+        assert median_interval(values, confidence) == Spread(statistics.median(values), ordered[k], ordered[-1 - k])
+
+
+def test_the_bounds_of_a_difference_are_those_of_their_definition() -> None:
+    draws = random.Random(4)
+    for _ in range(300):
+        confidence, count = draws.choice([0.5, 0.8, 0.9, 0.95, 0.99, 0.999]), draws.randrange(2, 20)
+        differences = [draws.gauss(0.1, 1) * 10 ** draws.uniform(-6, 3) for _ in range(count)]
+        mean = statistics.fmean(differences)
+        reach = special.stdtrit(count - 1, confidence) * statistics.stdev(differences) / math.sqrt(count)
+        figure = worse_by(differences, confidence)
+        near = {"rel": 1e-12, "abs": 1e-12 * (abs(mean) + reach)}
+        assert figure.lower == pytest.approx(mean - reach, **near)
+        assert figure.upper == pytest.approx(mean + reach, **near)
+
+
+@pytest.mark.parametrize("difference", [0.0, 0.1, -1e-9])
+def test_equal_differences_have_no_range_and_no_warning(difference: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = worse_by([difference] * 3, 0.95)
+    assert (figure.value, figure.lower, figure.upper) == pytest.approx((difference,) * 3, rel=1e-12, abs=0.0)
 
 
 def test_a_medians_interval_holds_it_as_often_as_it_says() -> None:

@@ -51,7 +51,7 @@ def test_all_of_a_comparison(report: Report) -> None:
     [
         (Spread(1.72, 1.66, 1.79), "bf16 is faster than fp32 by 1.72 (1.66 to 1.79), takes"),
         (Spread(0.95, 0.92, 0.98), "bf16 is slower than fp32 by 1.05 (1.02 to 1.09), takes"),
-        (Spread(1.02, 0.99, 1.05), "bf16 is not told apart from fp32 in speed: 1.02 (0.99 to 1.05), takes"),
+        (Spread(1.02, 0.99, 1.05), "bf16 is not distinguishable from fp32 in speed: 1.02 (0.99 to 1.05), takes"),
     ],
 )
 def test_speed(report: Report, figure: Spread, text: str) -> None:

@@ -64,8 +64,8 @@ def test_ratios_rates_and_counts() -> None:
     assert [words.ratio(value) for value in (0.0994, 0.0996, 99.99, 99.996, math.inf)] == [
         "0.099", "0.10", "99.99", "100", "inf",
     ]  # fmt: skip
-    assert [words.rate(value, "samples") for value in (0.01234, 12.345, 1234567)] == [
-        "0.0123 samples/s", "12.3 samples/s", "1,230,000 samples/s",
+    assert [words.rate(value) for value in (0.01234, 12.345, 1234567)] == [
+        "0.0123", "12.3", "1,230,000",
     ]  # fmt: skip
     assert [words.count(value) for value in (0.0, 2, 2.333)] == ["0", "2", "2.3"]
     assert words.milliseconds(0.0) == "0"

@@ -23,7 +23,7 @@ def build(assignment: Assignment) -> Stepper:
     >>> stepper = build(Assignment(CATALOGUE["bf16"], task, settings, torch.device("cpu")))
     >>> stepper.backward(stepper.forward(next(iter(task.batches(torch.Generator())))))
     >>> stepper.update()
-    Taken(skipped=tensor(False), loss_scale=tensor(1.))
+    Update(skipped=tensor(False), loss_scale=tensor(1.))
     """
     arm = assignment.arm
     versions(arm)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 import duotone.torch as dt
-from duotone.compare.arms.stepper import Assignment, Taken
+from duotone.compare.arms.stepper import Assignment, Update
 from duotone.errors import ArmError
 from duotone.train import cosine_schedule, optimizer_of
 
@@ -34,11 +34,11 @@ class DuotoneStepper:
         """Add the gradients of the scaled loss."""
         self._scaler.backward(loss)
 
-    def update(self) -> Taken:
+    def update(self) -> Update:
         """Unscale, clip, update or skip, in one step."""
         report = self._scaler.step(self.optimizer, clip_norm=self._settings.clip_norm, scheduler=self._schedule)
         self.optimizer.zero_grad()
-        return Taken(skipped=report.skipped, loss_scale=report.loss_scale)
+        return Update(skipped=report.skipped, loss_scale=report.loss_scale)
 
     def evaluating(self) -> AbstractContextManager[Any]:
         """Return a context that does nothing: a cast model casts by itself."""

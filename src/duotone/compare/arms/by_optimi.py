@@ -5,31 +5,17 @@ compensation by itself. 10 bytes per parameter with AdamW: weight 2, gradient 2,
 AdamW has an eps of 1e-6 by default, the others 1e-8; that stays as it is.
 """
 
-from typing import Any
-
-import torch
-from torch import nn
-
-from duotone.compare.arms.by_torch import PlainStepper
+from duotone.compare.arms.loop_stepper import LoopStepper
 from duotone.compare.arms.stepper import Assignment
 from duotone.compare.arms.whole_bfloat16 import whole_bfloat16
-from duotone.train import RunSettings
+from duotone.train import optimizer_arguments
 
 
-def build(assignment: Assignment) -> PlainStepper:
+def build(assignment: Assignment) -> LoopStepper:
     """Return what trains with optimi."""
-    model = whole_bfloat16(assignment.task.model, assignment.device)
-    return PlainStepper(assignment, model, _optimizer(model, assignment.settings))
-
-
-def _optimizer(model: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
     import optimi  # pyright: ignore[reportMissingImports]
 
-    common: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    match settings.optimizer:
-        case "adamw":
-            return optimi.AdamW(model.parameters(), betas=settings.betas, **common)
-        case "lion":
-            return optimi.Lion(model.parameters(), betas=settings.betas, **common)
-        case "sgd":
-            return optimi.SGD(model.parameters(), momentum=settings.momentum, **common)
+    settings = assignment.settings
+    model = whole_bfloat16(assignment.task.model, assignment.device)
+    optimizer = {"adamw": optimi.AdamW, "lion": optimi.Lion, "sgd": optimi.SGD}[settings.optimizer]
+    return LoopStepper(assignment, model, optimizer(model.parameters(), **optimizer_arguments(settings)))

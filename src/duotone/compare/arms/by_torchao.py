@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from duotone.compare.arms.by_torch import PlainStepper
+from duotone.compare.arms.loop_stepper import LoopStepper
 from duotone.compare.arms.stepper import Assignment
 from duotone.compare.arms.whole_bfloat16 import whole_bfloat16
 from duotone.errors import ArmError
+from duotone.train import optimizer_arguments
 
 
-def build(assignment: Assignment) -> PlainStepper:
+def build(assignment: Assignment) -> LoopStepper:
     """Return what trains with torchao.
 
     Raises:
@@ -29,14 +30,8 @@ def build(assignment: Assignment) -> PlainStepper:
 
     _try_to_step(AdamW8bit, assignment.device)
     model = whole_bfloat16(assignment.task.model, assignment.device)
-    optimizer = AdamW8bit(
-        model.parameters(),
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        bf16_stochastic_round=True,
-    )
-    return PlainStepper(assignment, model, optimizer)
+    optimizer = AdamW8bit(model.parameters(), bf16_stochastic_round=True, **optimizer_arguments(settings))
+    return LoopStepper(assignment, model, optimizer)
 
 
 def _try_to_step(optimizer_class: Any, device: torch.device) -> None:

@@ -86,19 +86,19 @@ def find_arms(text: str) -> tuple[Arm, ...]:
     ['bf16', 'fp32', 'torch-amp-bf16', 'torch-amp-fp16']
     """
     items = [item.strip() for item in text.split(",")]
-    found: dict[str, Arm] = {}
+    arms: dict[str, Arm] = {}
     for item in items:
         if not item:
             raise CompareError(f'the arms are "{text}"; name them with commas between, such as {DEFAULT_ARMS}')
         if items.count(item) > 1:
             raise CompareError(f'arm "{item}" is named twice; name it once')
         if item in _GROUPS:
-            found |= {arm.name: arm for arm in _ARMS if item in (arm.group, "all")}
+            arms |= {arm.name: arm for arm in _ARMS if item in (arm.group, "all")}
         elif item in CATALOGUE:
-            found[item] = CATALOGUE[item]
+            arms[item] = CATALOGUE[item]
         else:
             raise CompareError(f'there is no arm "{item}"; {_hint(item)}')
-    return tuple(found.values())
+    return tuple(arms.values())
 
 
 def own_arm(text: str) -> Arm:

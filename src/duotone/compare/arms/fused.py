@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from duotone.errors import ArmError
-from duotone.train import RunSettings
+from duotone.train import RunSettings, optimizer_arguments
 
 
 def fused_optimizer(model: nn.Module, settings: RunSettings) -> torch.optim.Optimizer:
@@ -16,11 +16,7 @@ def fused_optimizer(model: nn.Module, settings: RunSettings) -> torch.optim.Opti
     >>> fused_optimizer(nn.Linear(2, 2), RunSettings(optimizer="sgd")).defaults["momentum"]
     0.9
     """
-    common = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay, "fused": True}
-    match settings.optimizer:
-        case "adamw":
-            return torch.optim.AdamW(model.parameters(), betas=settings.betas, **common)
-        case "sgd":
-            return torch.optim.SGD(model.parameters(), momentum=settings.momentum, **common)
-        case other:
-            raise ArmError(f'torch has no optimizer "{other}"; compare with --optimizer adamw or sgd')
+    classes = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    if settings.optimizer not in classes:
+        raise ArmError(f'torch has no optimizer "{settings.optimizer}"; compare with --optimizer adamw or sgd')
+    return classes[settings.optimizer](model.parameters(), fused=True, **optimizer_arguments(settings))

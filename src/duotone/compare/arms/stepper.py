@@ -1,7 +1,7 @@
 """What every arm of a comparison has in common: a step in three parts, whichever library takes it.
 
-A stepper trains one model under one way of doing it. It is written as that way's own documentation has it; whoever
-drives it draws the batches, times the parts and writes down what they return.
+A stepper trains one model in one way, written as that way's own documentation has it. Its caller draws the batches,
+times the parts and records what they return.
 """
 
 from contextlib import AbstractContextManager
@@ -33,7 +33,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Taken:
+class Update:
     """What an update came to; tensors stay on the device, so that reading waits for nothing before its time.
 
     Attributes:
@@ -64,7 +64,7 @@ class Stepper(Protocol):
         """Add the gradients of a loss, scaled if the arm scales."""
         ...
 
-    def update(self) -> Taken:
+    def update(self) -> Update:
         """Unscale, clip, update, advance the schedule and zero the gradients."""
         ...
 

@@ -46,21 +46,21 @@ def resized(task: Task, samples: int) -> Task:
         raise CompareError(f"a batch of {samples} samples cannot be made; give at least 1")
 
     def batches(generator: torch.Generator) -> Iterator[Batch]:
-        held: list[Batch] = []
-        held_samples = 0
+        pending: list[Batch] = []
+        pending_samples = 0
         yielded = False
         while not yielded:
             epoch_samples = 0
             for batch in task.batches(generator):
                 count = _count(task.name, batch)
-                if held:
-                    _check_alike(task.name, held[0], batch)
-                held.append(batch)
-                held_samples += count
+                if pending:
+                    _check_alike(task.name, pending[0], batch)
+                pending.append(batch)
+                pending_samples += count
                 epoch_samples += count
-                while held_samples >= samples:
-                    held_samples -= samples
-                    yield _taken(held, held_samples)
+                while pending_samples >= samples:
+                    pending_samples -= samples
+                    yield _joined(pending, pending_samples)
                     yielded = True
             if not epoch_samples:
                 return
@@ -68,10 +68,10 @@ def resized(task: Task, samples: int) -> Task:
     return replace(task, batches=batches)
 
 
-def _taken(held: list[Batch], left: int) -> Batch:
+def _joined(batches: list[Batch], left: int) -> Batch:
     """Take the batches of a list as one, all but the last `left` samples, which stay; no data are in memory twice."""
-    *whole, last = held
-    held[:] = [map_batch(lambda tensor: tensor[-left:], last)] if left else []
+    *whole, last = batches
+    batches[:] = [map_batch(lambda tensor: tensor[-left:], last)] if left else []
     parts = [*whole, map_batch(lambda tensor: tensor[: len(tensor) - left], last)]
     return map_batch(lambda first, *others: torch.cat([first, *others]) if others else first, *parts)
 

@@ -62,7 +62,7 @@ def begin_footprint(model: nn.Module, device: torch.device) -> Footprint:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        # workspaces of libraries, which the rehearsal has filled
+        # workspaces of libraries, which the warm-up has filled
         return Footprint(device, torch.cuda.memory_allocated(device))
     _return_free_heap()
     if not _reset_peak():

@@ -14,10 +14,10 @@ import duotone.torch as dt
 from duotone.compare.arms.build import versions
 from duotone.compare.arms.catalogue import Arm
 from duotone.compare.failures import WorkerFailed
-from duotone.compare.measuring.course import Course
+from duotone.compare.measuring.arm_trainer import ArmTrainer
 from duotone.compare.measuring.footprint import Footprint
-from duotone.compare.measuring.turn import Step, median_phases
-from duotone.compare.records import Trial
+from duotone.compare.measuring.turn import Step
+from duotone.compare.records import Trial, median_phases
 from duotone.torch.watching import saved_for_backward
 
 WARMUP_STEPS = 2
@@ -29,7 +29,7 @@ _AT_ONCE = 4
 
 
 def try_arm(
-    course: Course,
+    trainer: ArmTrainer,
     arm: Arm,
     footprint: Footprint,
     profile_path: Path | None = None,
@@ -38,9 +38,9 @@ def try_arm(
     """Train a little and measure; a failure is the trial's.
 
     Args:
-        course: fresh.
-        arm: whose course it is.
-        footprint: begun before the course was.
+        trainer: fresh.
+        arm: whose trainer it is.
+        footprint: begun before the trainer was.
         profile_path: where a trace of one more step goes, or None.
         limit_seconds: an arm whose steps take longer will not be trained, so one step tells enough of it.
 
@@ -48,11 +48,11 @@ def try_arm(
         TaskError: the task is at fault, whichever arm trains it.
         WorkerFailed: a step failed.
     """
-    steps = timed_steps(course, footprint, limit_seconds)
+    steps = timed_steps(trainer, footprint, limit_seconds)
     peak = footprint.peak_bytes()
-    roles = dt.memory(course.stepper.model, course.stepper.optimizer)
-    saved = _saved_bytes(course)
-    evaluation, evaluate_seconds = _timed_evaluation(course)
+    roles = dt.memory(trainer.stepper.model, trainer.stepper.optimizer)
+    saved = _saved_bytes(trainer)
+    evaluation, evaluate_seconds = _timed_evaluation(trainer)
     trial = Trial(
         arm.name,
         parameters=roles.parameters,
@@ -65,27 +65,27 @@ def try_arm(
         peak_memory_bytes=peak,
         evaluate_seconds=evaluate_seconds,
         evaluation=evaluation,
-        is_deterministic=_same(evaluation, course.evaluate()),
+        is_deterministic=_same(evaluation, trainer.evaluate()),
         versions=versions(arm),
     )
     if profile_path is not None:
-        _profile(course, profile_path)
+        _profile(trainer, profile_path)
     return trial
 
 
-def timed_steps(course: Course, footprint: Footprint, limit_seconds: float = math.inf) -> Sequence[Step]:
+def timed_steps(trainer: ArmTrainer, footprint: Footprint, limit_seconds: float = math.inf) -> Sequence[Step]:
     """Warm up, and return enough steps after it for stable medians; the peak of memory is that of these.
 
     Raises:
         WorkerFailed: a step failed.
     """
-    warm = _take(course, WARMUP_STEPS)
+    warm = _take(trainer, WARMUP_STEPS)
     if warm[-1].phases.step > limit_seconds:
         return warm[-1:]
     # what is compiled for the task's own shapes is no part of a step
     footprint.begin_again()
     steps: list[Step] = []
-    for seconds, some in _chunks(course):
+    for seconds, some in _chunks(trainer):
         steps += some
         most = 2 * _MOST_STEPS if seconds / len(steps) < _QUICK_SECONDS else _MOST_STEPS
         is_stable = len(steps) >= _STEPS and seconds >= _SECONDS
@@ -94,31 +94,31 @@ def timed_steps(course: Course, footprint: Footprint, limit_seconds: float = mat
     return steps
 
 
-def _chunks(course: Course) -> Iterator[tuple[float, Sequence[Step]]]:
+def _chunks(trainer: ArmTrainer) -> Iterator[tuple[float, Sequence[Step]]]:
     seconds = 0.0
     while True:
-        steps = _take(course, _AT_ONCE)
+        steps = _take(trainer, _AT_ONCE)
         seconds += sum(step.phases.step for step in steps)
         yield seconds, steps
 
 
-def _take(course: Course, steps: int) -> Sequence[Step]:
-    turn = course.take(steps)
+def _take(trainer: ArmTrainer, steps: int) -> Sequence[Step]:
+    turn = trainer.take(steps)
     if turn.failure is not None:
         raise WorkerFailed(turn.failure)
     return turn.steps
 
 
-def _saved_bytes(course: Course) -> dict[str, int]:
+def _saved_bytes(trainer: ArmTrainer) -> dict[str, int]:
     """Count what autograd keeps of a forward pass; the graph is dropped without a backward pass."""
-    with saved_for_backward(course.stepper.model.parameters()) as saved:
-        course.stepper.forward(course.batch())
+    with saved_for_backward(trainer.stepper.model.parameters()) as saved:
+        trainer.stepper.forward(trainer.batch())
     return dict(saved.activation_bytes)
 
 
-def _timed_evaluation(course: Course) -> tuple[dict[str, float], float]:
+def _timed_evaluation(trainer: ArmTrainer) -> tuple[dict[str, float], float]:
     started = time.perf_counter()
-    return course.evaluate(), time.perf_counter() - started
+    return trainer.evaluate(), time.perf_counter() - started
 
 
 def _same(one: dict[str, float], other: dict[str, float]) -> bool:
@@ -126,10 +126,10 @@ def _same(one: dict[str, float], other: dict[str, float]) -> bool:
     return {name: repr(value) for name, value in one.items()} == {name: repr(value) for name, value in other.items()}
 
 
-def _profile(course: Course, path: Path) -> None:
+def _profile(trainer: ArmTrainer, path: Path) -> None:
     activities = [ProfilerActivity.CPU]
-    if course.device.type == "cuda":
+    if trainer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities) as profiled:
-        _take(course, 1)
+        _take(trainer, 1)
     profiled.export_chrome_trace(str(path))

@@ -1,10 +1,8 @@
 """A few steps that an arm took in a row, and what each came to."""
 
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from statistics import median
+from dataclasses import dataclass
 
-from duotone.compare.records import Failure, Phases
+from duotone.compare.records import Failure, Phases, median_phases
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,3 @@ class Turn:
     def phases(self) -> Phases:
         """Medians over its steps, the first apart unless it is the only one: it finds the caches in another's use."""
         return median_phases([step.phases for step in self.steps[1:] or self.steps])
-
-
-def median_phases(phases: Sequence[Phases]) -> Phases:
-    """Return the medians of at least one step, part by part.
-
-    >>> median_phases([Phases(6, 1, 2, 3), Phases(7, 1, 3, 3), Phases(9, 2, 4, 3)])
-    Phases(step=7, forward=1, backward=3, update=3)
-    """
-    return Phases(*(median(part) for part in zip(*map(astuple, phases), strict=True)))

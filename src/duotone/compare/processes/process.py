@@ -1,4 +1,4 @@
-"""Processes that train, seen from the one that never does: start, ask, notice a death, end.
+"""Processes that train, for the one that compares: start them, send requests, notice their death, end them.
 
 Each is new ("spawn"), so that no arm inherits another's libraries, threads or memory. All of them end with the `with`
 block, whatever ends it.
@@ -16,8 +16,8 @@ from duotone.compare.failures import WorkerFailed, failure_of_death
 from duotone.compare.processes.worker import work
 from duotone.errors import TaskError
 
-# how often a process that is silent is looked after; an answer is taken at once
-_LOOK_SECONDS = 0.5
+# how often it is checked that a process without an answer so far is alive; an answer is received at once
+_CHECK_SECONDS = 0.5
 _PATIENCE_SECONDS = 5.0
 
 
@@ -42,7 +42,7 @@ class Process:
 
     def start(self) -> None:
         """Start it."""
-        with _deaf_child():
+        with _without_interrupts():
             self._process.start()
         # with this end open here too, its death would go unnoticed
         self._theirs.close()
@@ -76,7 +76,7 @@ class Process:
         """
         try:
             # a process that it started may hold its end of the pipe open after its death
-            while not self._connection.poll(_LOOK_SECONDS):
+            while not self._connection.poll(_CHECK_SECONDS):
                 if not self._process.is_alive() and not self._connection.poll(0):
                     raise EOFError
             kind, content = self._connection.recv()
@@ -88,14 +88,14 @@ class Process:
             raise WorkerFailed(content)
         return content
 
-    def hang_up(self) -> None:
+    def close(self) -> None:
         """Close the pipe: the process ends by itself once it has answered what it was asked."""
         self._connection.close()
         self._theirs.close()
 
     def end(self, patience: float = _PATIENCE_SECONDS) -> None:
         """Have it end, and kill it if it has not after some seconds."""
-        self.hang_up()
+        self.close()
         if self.pid is None:
             return
         self._process.join(patience)
@@ -118,28 +118,28 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # whoever is interrupted does not wait for steps
+        # an interrupt does not wait for steps to end
         patience = _PATIENCE_SECONDS if kind is None else 0.0
         # first all pipes, so that they end even if this is interrupted too
         for process in self._alive:
-            process.hang_up()
+            process.close()
         for process in self._alive:
             process.end(patience)
 
     def start(self, log: Path) -> Process:
         """Start one that prints to a file."""
         process = Process(log)
-        # noted before it lives, so that no interrupt can come between
+        # in the list before it is started, so that no interrupt can come between
         self._alive.append(process)
         process.start()
         return process
 
 
 @contextmanager
-def _deaf_child() -> Iterator[None]:
-    """Let a process that is started in the block begin deaf to Ctrl-C; this one hears it after the block.
+def _without_interrupts() -> Iterator[None]:
+    """Block Ctrl-C in a process that is started in the block; here it is only delayed until the end of the block.
 
-    Until it can say so itself it would die of it, with a traceback.
+    Before the new process ignores the signal itself, it would die of it, with a traceback.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield

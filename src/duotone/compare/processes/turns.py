@@ -1,54 +1,52 @@
-"""The arms of one seed, trained side by side: each takes a few steps, then it is the next one's turn.
+"""The arms of one seed, trained side by side: in every round each takes a turn, which is a few steps in a row.
 
-The order rotates from round to round, so that whatever drifts on the machine, its clock or its load, hits all alike.
+The order rotates from round to round, so that what changes on the machine, its clock or its load, affects all alike.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 from typing import TypeVar
 from uuid import uuid4
 
-from duotone.compare.entry import Entry
 from duotone.compare.folder import ComparisonFolder
+from duotone.compare.job import Job
 from duotone.compare.plan import Pace
+from duotone.compare.processes.arm_process import ArmProcess
 from duotone.compare.processes.process import Processes
-from duotone.compare.processes.racer import Racer
 from duotone.compare.watcher import Watcher
 
 Value = TypeVar("Value")
 
 
-def train_in_turns(entries: Sequence[Entry], pace: Pace, folder: ComparisonFolder, watcher: Watcher) -> None:
-    """Train all entries to the end, or to their failures, and write each one's record when it has ended.
+def train_in_turns(jobs: Sequence[Job], pace: Pace, folder: ComparisonFolder, watcher: Watcher) -> None:
+    """Train all jobs to the end, or to their failures, and write the record of each when it has ended.
 
     Raises:
         TaskError: the task is at fault; what has ended before is written.
     """
     session = uuid4().hex
     with Processes() as processes:
-        racers = []
-        for entry in entries:
-            watcher.run_begins(entry.arm.name, entry.seed)
-            log = folder.log_path(entry.arm.name, f"seed{entry.seed}")
-            racers.append(Racer(entry, processes.start(log), pace))
-        for racer in racers:
-            racer.wait()
-            _tell_end(racer, session, folder, watcher)
+        running = []
+        for job in jobs:
+            watcher.run_begins(job.arm.name, job.seed)
+            log = folder.log_path(job.arm.name, f"seed{job.seed}")
+            running.append(ArmProcess(job, processes.start(log), pace, session))
+        for arm in running:
+            arm.wait()
+            _keep_if_ended(arm, folder, watcher)
         for number in count():
-            running = [racer for racer in rotated(racers, number) if racer.run is None]
-            if not running:
+            left = [arm for arm in rotated(running, number) if arm.run is None]
+            if not left:
                 return
-            for racer in running:
-                turn = racer.take_turn()
+            for arm in left:
+                turn = arm.take_turn()
                 if turn is not None and turn.steps:
-                    arm, seed = racer.entry.arm.name, racer.entry.seed
-                    watcher.turn_ends(arm, seed, racer.step, turn.loss, turn.phases.step)
-                _tell_end(racer, session, folder, watcher)
+                    watcher.turn_ends(arm.job.arm.name, arm.job.seed, arm.step, turn.loss, turn.phases.step)
+                _keep_if_ended(arm, folder, watcher)
 
 
 def rotated(values: Sequence[Value], number: int) -> list[Value]:
-    """Return the values from another one on, each in its turn.
+    """Return the values, starting with another one for each number.
 
     >>> [rotated("abc", number) for number in range(3)]
     [['a', 'b', 'c'], ['b', 'c', 'a'], ['c', 'a', 'b']]
@@ -57,8 +55,7 @@ def rotated(values: Sequence[Value], number: int) -> list[Value]:
     return [*values[start:], *values[:start]]
 
 
-def _tell_end(racer: Racer, session: str, folder: ComparisonFolder, watcher: Watcher) -> None:
-    if racer.run is not None:
-        run = replace(racer.run, session=session)
-        folder.write(run)
-        watcher.run_ends(run)
+def _keep_if_ended(arm: ArmProcess, folder: ComparisonFolder, watcher: Watcher) -> None:
+    if arm.run is not None:
+        folder.write(arm.run)
+        watcher.run_ends(arm.run)

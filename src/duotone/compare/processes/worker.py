@@ -1,6 +1,6 @@
-"""What runs in a process of its own: it does what the other end of a pipe asks, one thing after the other.
+"""What runs in a process of its own: it answers the requests that come through a pipe, one after the other.
 
-The process ends when the pipe is closed, so it never outlives whoever started it by more than the steps it is taking.
+The process ends when the pipe is closed, so it outlives its parent by no more than the steps of one request.
 What it prints goes to a file.
 """
 
@@ -20,17 +20,17 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from duotone.compare.entry import Entry
 from duotone.compare.fit.micro_batches import resized
+from duotone.compare.job import Job
+from duotone.compare.measuring.arm_trainer import ArmTrainer, report_failure
 from duotone.compare.measuring.batches import endless_batches
-from duotone.compare.measuring.course import Course, told
+from duotone.compare.measuring.device_state import DeviceState, read_device_state
 from duotone.compare.measuring.footprint import Footprint, begin_footprint
 from duotone.compare.measuring.notes import Notes
-from duotone.compare.measuring.rehearsal import rehearse
-from duotone.compare.measuring.surroundings import Surroundings, look_around
+from duotone.compare.measuring.process_warm_up import warm_up_process
 from duotone.compare.measuring.trial import timed_steps, try_arm
-from duotone.compare.measuring.turn import Turn, median_phases
-from duotone.compare.records import Trial
+from duotone.compare.measuring.turn import Turn
+from duotone.compare.records import Trial, median_phases
 from duotone.compare.subject import Subject
 from duotone.errors import TaskError
 from duotone.train import Task, find_device
@@ -38,7 +38,7 @@ from duotone.train.task import samples_in
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchMeasurement:
     """A micro-batch that was trained with.
 
     Attributes:
@@ -51,25 +51,25 @@ class Measured:
 
 
 class Worker:
-    """What can be asked; each method is a request by its name, and what it returns the answer.
+    """The requests: a method for each, whose result is the answer.
 
     Args:
-        started: when the process was started, as `time.time()` tells it.
+        started: when the process was started, in the seconds of `time.time()`.
     """
 
     def __init__(self, started: float) -> None:
         self._started = started
         self._notes = Notes()
-        self._course: Course | None = None
+        self._trainer: ArmTrainer | None = None
         warnings.showwarning = self._notes.add
 
-    def inspect(self, entry: Entry) -> tuple[Subject, Surroundings]:
-        """Build the task, and tell what it is and where it would be trained.
+    def inspect(self, job: Job) -> tuple[Subject, DeviceState]:
+        """Build the task, and return what it is and where it would be trained.
 
         Raises:
             TaskError: it cannot be built or is empty, a setting cannot be, or the device is not there.
         """
-        task, settings = entry.open()
+        task, settings = job.open()
         device = find_device(settings.device)
         if device.type not in ("cpu", "cuda"):
             raise TaskError(f'device "{device}" can be trained on, but not timed here; compare on cpu or cuda')
@@ -85,62 +85,62 @@ class Worker:
             task_warmup_steps=settings.warmup_steps,
             micro_batch=_micro_batch(task),
         )
-        return subject, look_around(device)
+        return subject, read_device_state(device)
 
-    def try_arm(self, entry: Entry, profile_path: Path | None, limit_seconds: float = math.inf) -> Trial:
+    def try_arm(self, job: Job, profile_path: Path | None, limit_seconds: float = math.inf) -> Trial:
         """Train a little and measure.
 
         Raises:
             TaskError: the task is at fault.
         """
-        course, footprint = self._measured_course(entry)
+        trainer, footprint = self._measured_trainer(job)
         start_seconds = time.time() - self._started
-        trial = try_arm(course, entry.arm, footprint, profile_path, limit_seconds)
+        trial = try_arm(trainer, job.arm, footprint, profile_path, limit_seconds)
         return replace(trial, start_seconds=start_seconds, notes=self._notes.lines)
 
-    def start(self, entry: Entry) -> None:
+    def start(self, job: Job) -> None:
         """Build what `take` and `evaluate` train and judge."""
-        task, settings = entry.open()
-        self._course = Course(entry.arm, task, settings, _current_device(settings.device))
+        task, settings = job.open()
+        self._trainer = ArmTrainer(job.arm, task, settings, _current_device(settings.device))
         gc.collect()
-        # what is there now stays, and need not be looked at before every turn
+        # what exists now stays, so the collections before every turn may leave it out
         gc.freeze()
 
     def take(self, steps: int) -> Turn:
         """Take the next steps."""
-        return self._started_course().take(steps)
+        return self._started_trainer().take(steps)
 
     def evaluate(self) -> dict[str, float]:
         """Return the figures of the model as it is."""
-        return self._started_course().evaluate()
+        return self._started_trainer().evaluate()
 
     def notes(self) -> tuple[str, ...]:
         """Return what was warned of."""
         return self._notes.lines
 
-    def measure(self, entry: Entry, micro_batch: int) -> Measured:
+    def measure(self, job: Job, micro_batch: int) -> BatchMeasurement:
         """Train a little with a micro-batch of so many samples."""
-        course, footprint = self._measured_course(entry, micro_batch)
-        steps = timed_steps(course, footprint)
+        trainer, footprint = self._measured_trainer(job, micro_batch)
+        steps = timed_steps(trainer, footprint)
         step_seconds = median_phases([step.phases for step in steps]).step
         units = sum(step.units for step in steps) / len(steps)
-        return Measured(footprint.peak_bytes(), units / step_seconds)
+        return BatchMeasurement(footprint.peak_bytes(), units / step_seconds)
 
-    def _measured_course(self, entry: Entry, micro_batch: int | None = None) -> tuple[Course, Footprint]:
-        task, settings = entry.open()
+    def _measured_trainer(self, job: Job, micro_batch: int | None = None) -> tuple[ArmTrainer, Footprint]:
+        task, settings = job.open()
         device = _current_device(settings.device)
-        # data that a task loads with its first batch are no part of what training takes
+        # data that a task loads with its first batch are not counted as memory of training
         next(endless_batches(task, settings.seed))
-        rehearse(entry.arm, settings, device)
+        warm_up_process(job.arm, settings, device)
         footprint = begin_footprint(task.model, device)
         if micro_batch is not None:
             task = resized(task, micro_batch)
-        return Course(entry.arm, task, settings, device), footprint
+        return ArmTrainer(job.arm, task, settings, device), footprint
 
-    def _started_course(self) -> Course:
-        if self._course is None:
-            raise RuntimeError("a course must be started before it is taken")
-        return self._course
+    def _started_trainer(self) -> ArmTrainer:
+        if self._trainer is None:
+            raise RuntimeError("start must be requested before take and evaluate")
+        return self._trainer
 
 
 def work(connection: Connection, log: Path, started: float) -> None:
@@ -149,11 +149,11 @@ def work(connection: Connection, log: Path, started: float) -> None:
     A request is a pair of a method's name and its arguments, an answer a pair of "done" and its result, "failed" and
     a `Failure`, or "refused" and the message of a `TaskError`.
     """
-    # Ctrl-C reaches every process of a terminal, and the one that was asked to compare ends this one
+    # Ctrl-C reaches every process of a terminal; the parent ends this one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _print_to(log)
     worker = Worker(started)
-    # whoever asked is gone
+    # the parent process has closed the pipe, or is dead
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             name, arguments = connection.recv()
@@ -166,7 +166,7 @@ def _answer(worker: Worker, name: str, arguments: tuple[Any, ...]) -> tuple[str,
     except TaskError as error:
         return "refused", str(error)
     except Exception as error:
-        return "failed", told(error)
+        return "failed", report_failure(error)
 
 
 def _print_to(log: Path) -> None:

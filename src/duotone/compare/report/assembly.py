@@ -1,6 +1,7 @@
 """Makes a report of the records in a comparison's folder, however many of them there are yet."""
 
 import math
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +9,8 @@ from dataclasses import dataclass
 from duotone.compare.arms.catalogue import Arm
 from duotone.compare.folder import ComparisonFolder
 from duotone.compare.plan import Plan
-from duotone.compare.records import Failure, Fit, Phases, Run, Trial
+from duotone.compare.records import Failure, Fit, Phases, Run, Trial, median_phases
 from duotone.compare.report import words
-from duotone.compare.report.commands import commands
 from duotone.compare.report.remarks import Evidence, is_complete, remarks
 from duotone.compare.report.report import ArmResult, Curve, Report, Spread, Verdict
 from duotone.compare.report.statistics import (
@@ -48,6 +48,7 @@ def assemble(folder: ComparisonFolder) -> Report:
     together = pace is None or pace.together
     arms = tuple(_result(each, baseline, plan, subject, together=together) for each in records)
     evidence = Evidence(plan, subject, pace, trials, runs, fits)
+    show = ("duotone", "compare", "--show", str(folder.path))
     versions = {name: version for trial in trials.values() for name, version in trial.versions.items()}
     return Report(
         subject=subject,
@@ -58,7 +59,7 @@ def assemble(folder: ComparisonFolder) -> Report:
         verdicts=verdicts(subject, plan, arms),
         rules=rules(subject, plan),
         remarks=remarks(evidence),
-        commands=commands(plan, pace, folder.path),
+        commands=tuple(shlex.join(argv) for argv in (plan.argv, show) if argv),
         is_complete=is_complete(evidence),
     )
 
@@ -135,9 +136,7 @@ def _times(records: _Records) -> tuple[Spread | None, Phases | None]:
         turns = [records.trial.phases]
     if not turns:
         return None, None
-    step = quartiles([turn.step for turn in turns])
-    parts = {name: statistics.median(getattr(turn, name) for turn in turns) for name in vars(turns[0])}
-    return step, Phases(**parts)
+    return quartiles([turn.step for turn in turns]), median_phases(turns)
 
 
 def _speed(records: _Records, baseline: _Records, confidence: float, *, together: bool) -> Spread | None:

@@ -4,8 +4,7 @@ The words and the order are in `templates/page.html`, the looks in `templates/pa
 phones and paper.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
@@ -16,7 +15,9 @@ from duotone.compare.report.charts.curves import loss_charts
 from duotone.compare.report.charts.drawing import Chart
 from duotone.compare.report.charts.groups import GROUPS, by_group
 from duotone.compare.report.charts.scales import power_of_two, scale_chart
-from duotone.compare.report.report import ArmResult, Report, Spread
+from duotone.compare.report.columns import arm_columns, evaluation_table
+from duotone.compare.report.report import Report
+from duotone.compare.report.sections import sections
 
 _VERDICT_SIGNS = {"no worse": "✓", "worse": "✗", "undecided": "?", "not tested": ""}
 
@@ -40,20 +41,14 @@ def page(report: Report) -> str:
     written = {
         "count": words.count,
         "drawing": lambda chart: Markup(chart.svg),
-        "plain": "{:.3g}".format,
         "power": power_of_two,
         "quality": words.quality,
-        "quality_range": lambda spread: _range(spread, words.quality),
-        "rate": lambda value: words.rate(value, "").removesuffix(" /s"),
-        "ratio": words.ratio,
-        "ratio_range": lambda spread: _range(spread, words.ratio),
-        "seconds": words.seconds,
-        "seconds_range": lambda spread: _short(_range(spread, words.seconds)),
-        "size": words.size,
+        "quality_range": lambda spread: words.range_of(spread, words.quality),
         "spaced": lambda name: name.replace("_", " "),
         "worse": words.worse,
     }
     environment.filters.update(written)
+    columns = arm_columns(report)
     return environment.get_template("page.html").render(
         report=report,
         subject=report.subject,
@@ -64,8 +59,10 @@ def page(report: Report) -> str:
         charts=list(_charts(report)),
         facts=_facts(report),
         signs=_VERDICT_SIGNS,
-        evaluations=_evaluations(report),
-        noted=_notes(report),
+        columns=columns,
+        shown=[key for key in columns if key != "memory_ratio"],
+        evaluation=evaluation_table(report),
+        sections=list(sections(report)),
     )
 
 
@@ -88,40 +85,6 @@ def _facts(report: Report) -> list[str]:
 
 def _article(seeds: str) -> str:
     return seeds if seeds == "1 seed" else f"each of {seeds}"
-
-
-def _evaluations(report: Report) -> tuple[list[str], list[ArmResult]]:
-    """Return the figures of the evaluation besides the quality, and the arms that have them."""
-    evaluated = [arm for arm in report.arms if arm.evaluation]
-    names = dict.fromkeys(name for arm in evaluated for name in arm.evaluation)
-    return [name for name in names if name != report.subject.quality], evaluated
-
-
-def _notes(report: Report) -> dict[str, list[str]]:
-    """Return each note once, with the arms that it is of."""
-    notes: dict[str, list[str]] = {}
-    for arm in report.arms:
-        for note in arm.notes:
-            notes.setdefault(note, []).append(arm.name)
-    return notes
-
-
-def _range(spread: Spread, written: Callable[[float], str]) -> str:
-    """Return a range alone, empty where there is none."""
-    if spread.lower == spread.upper or math.isnan(spread.value):
-        return ""
-    return f"{written(spread.lower)} to {written(spread.upper)}"
-
-
-def _short(text: str) -> str:
-    """Return a range with its unit only once, if both ends have the same.
-
-    >>> _short("1.13 s to 1.21 s"), _short("990 ms to 1.01 s")
-    ('1.13 to 1.21 s', '990 ms to 1.01 s')
-    """
-    lower, _, upper = text.partition(" to ")
-    unit = " " + upper.rpartition(" ")[2]
-    return f"{lower.removesuffix(unit)} to {upper}" if upper and lower.endswith(unit) else text
 
 
 def _sentence(text: str) -> str:

@@ -70,9 +70,9 @@ def _undecided(ours: Sequence[ArmResult], best: ArmResult, plan: Plan, subject: 
     """Name the fastest policy whose quality is open, if it is faster than the best that is known."""
     if best.quality_verdict != "no worse" and best.name != plan.baseline:
         return
-    found = [arm for arm in ours if arm.quality_verdict == "undecided" and _speed(arm).lower > _speed(best).upper]
-    if found:
-        name = max(found, key=lambda arm: _speed(arm).value).name
+    faster = [arm for arm in ours if arm.quality_verdict == "undecided" and _speed(arm).lower > _speed(best).upper]
+    if faster:
+        name = max(faster, key=lambda arm: _speed(arm).value).name
         quality = subject.quality
         yield f"{name} is faster than that, but whether its {quality} is worse is undecided; more seeds may tell"
 
@@ -89,10 +89,10 @@ def _ahead(rival: ArmResult, ours: Sequence[ArmResult], baseline: str) -> Iterat
         yield f"{every} in speed{close}: {theirs} times {baseline}'s against {its} of {best.name}"
     peaks = {arm.name: arm.peak_memory_bytes for arm in ours if arm.peak_memory_bytes is not None}
     if peaks and rival.peak_memory_bytes is not None and rival.peak_memory_bytes < _TELLING * min(peaks.values()):
-        least = min(peaks, key=lambda name: peaks[name])
+        least = min(peaks, key=peaks.__getitem__)
         yield f"{every} in memory: {words.size(rival.peak_memory_bytes)} against {words.size(peaks[least])} of {least}"
-    kept = {arm.name: arm.bytes_per_parameter for arm in ours if arm.bytes_per_parameter}
-    if kept and 0 < rival.bytes_per_parameter < min(kept.values()):
-        least = min(kept, key=lambda name: kept[name])
-        theirs, its = (f"{value:.3g}" for value in (rival.bytes_per_parameter, kept[least]))
+    sizes = {arm.name: arm.bytes_per_parameter for arm in ours if arm.bytes_per_parameter}
+    if sizes and 0 < rival.bytes_per_parameter < min(sizes.values()):
+        least = min(sizes, key=sizes.__getitem__)
+        theirs, its = (f"{value:.3g}" for value in (rival.bytes_per_parameter, sizes[least]))
         yield f"{every} in bytes per parameter: {theirs} against {its} of {least}"

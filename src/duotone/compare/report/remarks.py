@@ -1,11 +1,12 @@
-"""What a reader must know of a comparison before its figures mean anything, and whether it has come to its end."""
+"""What limits the meaning of one comparison's figures, or of two beside each other, and whether one is complete."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Fit, Run, Trial
 from duotone.compare.report import words
+from duotone.compare.report.report import Report
 from duotone.compare.report.statistics import range_confidence, turn_ratios
 from duotone.compare.subject import Subject
 
@@ -40,7 +41,7 @@ def is_complete(evidence: Evidence) -> bool:
 
 
 def remarks(evidence: Evidence) -> tuple[str, ...]:
-    """Return what must be known, a sentence each."""
+    """Return the remarks, a sentence each."""
     return tuple(
         remark
         for part in (_left, _few, _short, _alone, _apart, _small, _not_deterministic, _other_versions)
@@ -81,7 +82,7 @@ def _few(evidence: Evidence) -> Iterator[str]:
     if len(plan.seeds) == 1:
         yield "there is one seed: qualities cannot be tested, and differences may be chance"
     elif len(plan.seeds) == 2:
-        yield "there are two seeds: only large differences of quality, or very regular ones, can be told from chance"
+        yield "with two seeds, only large or very regular differences of quality can be distinguished from chance"
     rounds = [count for name in evidence.runs if name != plan.baseline and (count := _rounds(evidence, name))]
     if not rounds:
         return
@@ -153,10 +154,28 @@ def _not_deterministic(evidence: Evidence) -> Iterator[str]:
 
 
 def _other_versions(evidence: Evidence) -> Iterator[str]:
-    found: dict[str, dict[str, None]] = {}
+    by_library: dict[str, dict[str, None]] = {}
     for trial in evidence.trials.values():
         for library, version in trial.versions.items():
-            found.setdefault(library, {})[version] = None
-    for library, versions in found.items():
+            by_library.setdefault(library, {})[version] = None
+    for library, versions in by_library.items():
         if len(versions) > 1:
             yield f"{library} changed its version between trials: {words.listed(list(versions))}"
+
+
+def difference_remarks(first: Report, second: Report, changed: Set[str]) -> Iterator[str]:
+    """Yield which figures of two comparisons cannot be compared, by the names of what differs between them."""
+    subject = first.subject
+    trained = {*subject.facts, *second.subject.facts, "parameters", "micro_batch"}
+    training = {"steps", "warmup_steps", "seeds", *first.plan.settings, *second.plan.settings}
+    if reasons := sorted(changed & (trained | training)):
+        yield f"{words.listed(reasons)} differ: qualities are not comparable between the two"
+    if reasons := sorted(changed & (trained | {"micro_batches"})):
+        yield f"{words.listed(reasons)} differ: a step is not the same work in both"
+    if "baseline" in changed:
+        yield "the baselines differ: how many times faster an arm is does not mean the same in both"
+    if changed & {"margin", "confidence"}:
+        yield "margin or confidence differ: the verdicts on quality have different rules"
+    for number, report in (("first", first), ("second", second)):
+        if not report.is_complete:
+            yield f"the {number} comparison is not finished"

@@ -122,7 +122,7 @@ class Report:
         verdicts: sentences, the most important first.
         rules: how speeds, qualities and memory were judged, a sentence each.
         remarks: what a reader must know of this comparison: unfinished, one seed, evaluation not deterministic, ...
-        commands: that repeat it and show it again.
+        commands: the one that was typed, if it is known, and the one that shows it again.
         is_complete: whether every run of the plan has ended.
     """
 
@@ -136,6 +136,12 @@ class Report:
     remarks: tuple[str, ...]
     commands: tuple[str, ...]
     is_complete: bool
+
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """What was warned of, each once, with the names of the arms that it is of."""
+        notes = dict.fromkeys(note for arm in self.arms for note in arm.notes)
+        return {note: [arm.name for arm in self.arms if note in arm.notes] for note in notes}
 
     @property
     def baseline(self) -> ArmResult:

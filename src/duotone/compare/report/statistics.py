@@ -7,6 +7,7 @@ non-inferiority (Blackwelder, Controlled Clinical Trials 3, 1982). Left out: cor
 
 import math
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 
 from duotone.compare.plan import Plan
@@ -75,13 +76,14 @@ def median_interval(values: Sequence[float], confidence: float) -> Spread:
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 0.95)
     Spread(value=3.5, lower=1.0, upper=6.0)
     """
-    from scipy.special import bdtr
+    from scipy.stats import quantile_test
 
-    ordered = sorted(values)
-    # bdtr(k, n, 1/2) is how likely it is that at most k of n values lie on one side of the median
-    outside = [k for k in range(len(ordered) // 2) if bdtr(k, len(ordered), 0.5) <= (1 - confidence) / 2]
-    k = max(outside, default=0)
-    return Spread(statistics.median(ordered), ordered[k], ordered[-1 - k])
+    lower, upper = quantile_test(values, p=0.5).confidence_interval(confidence)
+    # NaN is SciPy's bound where no value lies far enough outside
+    lower, upper = (
+        float(end if math.isnan(bound) else bound) for bound, end in ((lower, min(values)), (upper, max(values)))
+    )
+    return Spread(statistics.median(values), lower, upper)
 
 
 def times_faster(ratios: Mapping[int, Sequence[float]], confidence: float) -> Spread | None:
@@ -113,12 +115,15 @@ def worse_by(differences: Sequence[float], confidence: float) -> Spread:
     >>> worse_by([0.25, 0.25, 0.25], 0.95)
     Spread(value=0.25, lower=0.25, upper=0.25)
     """
-    from scipy.special import stdtrit
+    from scipy.stats import ttest_1samp
 
-    count = len(differences)
-    mean = statistics.fmean(differences)
-    reach = float(stdtrit(count - 1, confidence)) * statistics.stdev(differences) / math.sqrt(count)
-    return Spread(mean, mean - reach, mean + reach)
+    with warnings.catch_warnings():
+        # differences that are all the same: their interval is a point
+        warnings.filterwarnings("ignore", "Precision loss occurred", RuntimeWarning)
+        warnings.filterwarnings("ignore", "invalid value encountered|divide by zero", RuntimeWarning)
+        # two one-sided bounds are a two-sided interval that leaves out as much on both sides
+        interval = ttest_1samp(differences, 0.0).confidence_interval(2 * confidence - 1)
+    return Spread(statistics.fmean(differences), float(interval.low), float(interval.high))
 
 
 def judge_quality(
@@ -149,7 +154,7 @@ def judge_quality(
         return None, "not tested"
     sign = 1 if lower_is_better else -1
     worse = worse_by([sign * (arm[seed] - baseline[seed]) for seed in seeds], plan.confidence)
-    # what was not chosen beforehand is no test: runs that are missing may be missing for their quality
+    # a test needs all of the seeds that were planned: runs may be missing because of their quality
     if set(seeds) != set(plan.seeds):
         return worse, "not tested"
     allowed = plan.margin * abs(statistics.fmean(baseline.values()))

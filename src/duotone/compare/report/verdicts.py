@@ -1,4 +1,4 @@
-"""What a comparison's figures mean, in sentences for whoever decides, and the rules that they were judged by."""
+"""What a comparison's figures mean, in sentences, and the rules that they were judged by."""
 
 from collections.abc import Sequence
 
@@ -45,7 +45,7 @@ def rules(subject: Subject, plan: Plan) -> tuple[str, ...]:
         f"speed: seconds of {baseline}'s step over seconds of the arm's, both from the same round of the same seed; "
         f"the median over all rounds but the first, with the {sure} confidence interval of a median by order "
         "statistics, widened to hold the median of every seed; an arm is faster or slower if the interval leaves out "
-        "1, as fast if all of it is within 2 % of 1, else they are not told apart; rounds of one process are not quite "
+        "1, as fast if all of it is within 2 % of 1, else not distinguishable; rounds of one process are not quite "
         "independent; drawing batches is a part of a step, evaluating is not",
         f"quality: the arm's {subject.quality} ({'lower' if subject.lower_is_better else 'higher'} is better) against "
         f"{baseline}'s with the same seed, each arm by itself; no worse if the mean difference is at most the margin, "

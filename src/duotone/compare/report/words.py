@@ -54,14 +54,23 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
 
 
-def rate(value: float, unit: str) -> str:
-    """Return units per second.
+def rate(value: float) -> str:
+    """Return a number of units per second.
 
-    >>> rate(20481.6, "bytes")
-    '20,500 bytes/s'
+    >>> rate(20481.6), rate(2.5)
+    ('20,500', '2.50')
     """
     rounded = float(f"{value:.3g}")
-    return f"{rounded:,.0f} {unit}/s" if abs(rounded) >= 100 else f"{_digits(value)} {unit}/s"
+    return f"{rounded:,.0f}" if abs(rounded) >= 100 else _digits(value)
+
+
+def plain(value: float) -> str:
+    """Return a number with three significant digits at most.
+
+    >>> plain(14.0), plain(6.0631)
+    ('14', '6.06')
+    """
+    return f"{value:.3g}"
 
 
 def ratio(value: float) -> str:
@@ -109,9 +118,23 @@ def spread(figure: Spread, digits: Callable[[float], str]) -> str:
     >>> spread(Spread(1.7234, 1.66, 1.79), ratio), spread(Spread(0.5, 0.5, 0.5), ratio)
     ('1.72 (1.66 to 1.79)', '0.50')
     """
-    if figure.lower == figure.value == figure.upper or math.isnan(figure.value):
-        return digits(figure.value)
-    return f"{digits(figure.value)} ({digits(figure.lower)} to {digits(figure.upper)})"
+    span = range_of(figure, digits)
+    return f"{digits(figure.value)} ({span})" if span else digits(figure.value)
+
+
+def range_of(figure: Spread, digits: Callable[[float], str]) -> str:
+    """Return a range alone, its unit once if both ends have the same; nothing if nothing is known of it.
+
+    >>> range_of(Spread(1.72, 1.66, 1.79), ratio), range_of(Spread(0.5, 0.5, 0.5), ratio)
+    ('1.66 to 1.79', '')
+    >>> range_of(Spread(1.16, 1.13, 1.21), seconds), range_of(Spread(1.0, 0.99, 1.01), seconds)
+    ('1.13 to 1.21 s', '990 ms to 1.01 s')
+    """
+    if figure.lower == figure.upper or math.isnan(figure.value):
+        return ""
+    lower, upper = digits(figure.lower), digits(figure.upper)
+    unit = " " + upper.rpartition(" ")[2]
+    return f"{lower.removesuffix(unit)} to {upper}"
 
 
 def speed(times_faster: Spread, other: str) -> str:
@@ -122,7 +145,7 @@ def speed(times_faster: Spread, other: str) -> str:
     >>> speed(Spread(0.95, 0.92, 0.98), "fp32")
     'slower than fp32 by 1.05 (1.02 to 1.09)'
     >>> speed(Spread(1.01, 0.99, 1.015), "fp32"), speed(Spread(0.88, 0.72, 1.19), "fp32")
-    ('as fast as fp32: 1.01 (0.99 to 1.01)', 'not told apart from fp32 in speed: 0.88 (0.72 to 1.19)')
+    ('as fast as fp32: 1.01 (0.99 to 1.01)', 'not distinguishable from fp32 in speed: 0.88 (0.72 to 1.19)')
     """
     match direction(times_faster):
         case "faster":
@@ -133,7 +156,7 @@ def speed(times_faster: Spread, other: str) -> str:
         case "as fast":
             return f"as fast as {other}: {spread(times_faster, ratio)}"
         case "open":
-            return f"not told apart from {other} in speed: {spread(times_faster, ratio)}"
+            return f"not distinguishable from {other} in speed: {spread(times_faster, ratio)}"
 
 
 def direction(times_faster: Spread) -> Literal["faster", "slower", "as fast", "open"]:

@@ -1,4 +1,4 @@
-"""Colours by name, and how the lines of one chart are told apart.
+"""Colours by name, and how the lines of one chart differ.
 
 matplotlib draws with stand-ins that no other colour equals; in the finished SVG each becomes a CSS variable, so that
 one drawing serves light, dark and paper. Lines differ in dashes as well as in colour, neighbouring areas in lightness.

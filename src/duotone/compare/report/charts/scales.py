@@ -20,7 +20,7 @@ _STRIP_INCHES, _FOOT_INCHES, _HEAD_INCHES = 1.0, 0.48, 0.36
 # what few strips have in all, so that one alone is no ribbon
 _LEAST_INCHES = 1.9
 _NAME_LETTERS = 44
-# marks of one strip; what is skipped more often is a smear anyhow
+# marks of one strip; more of them would overlap
 _MOST_MARKS = 80
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -120,8 +120,8 @@ def _stairs(curve: Curve) -> tuple[list[int], list[float]]:
 
 def _exponent_at(curve: Curve, step: int) -> float:
     """Return the exponent of the scale that a step carried; NaN, which draws nothing, if it is not known."""
-    carried = [scale for start, scale in curve.loss_scales if start <= step and _is_shown(scale)]
-    return math.log2(carried[-1]) if carried else math.nan
+    scales = [scale for start, scale in curve.loss_scales if start <= step and _is_shown(scale)]
+    return math.log2(scales[-1]) if scales else math.nan
 
 
 def _count(arm: ArmResult) -> str:

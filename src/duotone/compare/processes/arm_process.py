@@ -1,39 +1,41 @@
-"""One entry while it is trained: its process, the turns it has taken, and its record once it has ended."""
+"""An arm that trains with one seed in a process of its own, and its record once it has ended."""
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
-from duotone.compare.entry import Entry
 from duotone.compare.failures import WorkerFailed
+from duotone.compare.job import Job
 from duotone.compare.measuring.turn import Turn
 from duotone.compare.plan import Pace
-from duotone.compare.processes.ledger import not_finite, run_of
 from duotone.compare.processes.process import Process
+from duotone.compare.processes.run_record import not_finite, run_record
 from duotone.compare.records import Failure, Run
 
 
-class Racer:
-    """An arm that trains with one seed.
+class ArmProcess:
+    """One job, trained turn by turn.
 
     Every method raises TaskError if the task is at fault; all else that goes wrong is the run's failure.
 
     Attributes:
-        entry: what it trains.
+        job: what it trains.
         run: its record, once it has ended; its process has ended then too.
 
     Args:
-        entry: what it trains.
-        process: that has started and was asked nothing yet.
+        job: what it trains.
+        process: started, without a request so far.
         pace: how far it goes, and how many steps at a time.
+        session: as in `Run`.
     """
 
-    def __init__(self, entry: Entry, process: Process, pace: Pace) -> None:
-        self.entry = entry
+    def __init__(self, job: Job, process: Process, pace: Pace, session: str = "") -> None:
+        self.job = job
         self.run: Run | None = None
         self._process = process
-        self._pace = pace
+        self._pace, self._session = pace, session
         self._turns: list[Turn] = []
-        self._guarded(lambda: process.send("start", entry))
+        self._guarded(lambda: process.send("start", job))
 
     @property
     def step(self) -> int:
@@ -73,10 +75,11 @@ class Racer:
 
     def _end(self, *, failure: Failure | None = None, evaluation: dict[str, float] | None = None) -> None:
         notes: tuple[str, ...] = ()
-        # a dead one tells nothing more
+        # a dead process does not answer
         with suppress(WorkerFailed):
             notes = self._process.ask("notes")
-        self.run = run_of(
-            self.entry.arm.name, self.entry.seed, self._turns, failure=failure, evaluation=evaluation, notes=notes
+        run = run_record(
+            self.job.arm.name, self.job.seed, self._turns, failure=failure, evaluation=evaluation, notes=notes
         )
+        self.run = replace(run, session=self._session)
         self._process.end()

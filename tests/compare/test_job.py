@@ -1,4 +1,4 @@
-"""An entry opens the same task each time, under settings in their order, and travels."""
+"""An job opens the same task each time, under settings in their order, and travels."""
 
 import pickle
 import random
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from duotone.compare.arms.catalogue import CATALOGUE, find_arms
-from duotone.compare.entry import Entry, entry_of
+from duotone.compare.job import Job, job_of
 from duotone.compare.measuring.batches import endless_batches
 from duotone.compare.plan import Pace, Plan
 from duotone.errors import TaskError
@@ -20,10 +20,10 @@ TINY = str(Path(__file__).with_name("tiny_task.py"))
 
 
 def test_opening_it_again_gives_the_same_weights_batches_and_random_numbers() -> None:
-    entry = pickle.loads(pickle.dumps(Entry(CATALOGUE["bf16"], TINY, 5, {"steps": 7})))
+    job = pickle.loads(pickle.dumps(Job(CATALOGUE["bf16"], TINY, 5, {"steps": 7})))
     drawn = []
     for _ in range(2):
-        task, settings = entry.open()
+        task, settings = job.open()
         batches = endless_batches(task, settings.seed)
         drawn.append((task.model[0].weight.tolist(), [next(batches).tolist() for _ in range(7)]))
         drawn[-1] += (random.random(), np.random.rand(), torch.rand(1).item())
@@ -33,16 +33,16 @@ def test_opening_it_again_gives_the_same_weights_batches_and_random_numbers() ->
     assert len({str(batch) for batch in drawn[0][1]}) == 7
 
 
-def test_a_wrong_setting_is_told_before_the_task_is_built() -> None:
+def test_a_wrong_setting_is_an_error_before_the_task_is_built() -> None:
     with pytest.raises(TaskError, match='no setting "lr"'):
-        Entry(CATALOGUE["bf16"], "no such task", 0, {"lr": 1}).open()
+        Job(CATALOGUE["bf16"], "no such task", 0, {"lr": 1}).open()
 
 
 def test_a_plan_and_its_pace_decide_the_settings() -> None:
     plan = Plan(TINY, find_arms("fp32"), "fp32", steps=30, settings={"warmup_steps": 9, "betas": (0.9, 0.95)})
-    before = entry_of(plan, plan.arms[0], 1)
+    before = job_of(plan, plan.arms[0], 1)
     assert before.settings == {"warmup_steps": 9, "betas": (0.9, 0.95), "steps": 30}
-    after = entry_of(plan, plan.arms[0], 1, Pace(20, 2, 3, together=True))
+    after = job_of(plan, plan.arms[0], 1, Pace(20, 2, 3, together=True))
     assert after.settings == {"warmup_steps": 2, "betas": (0.9, 0.95), "steps": 20}
     assert pickle.loads(pickle.dumps(after)) == after
 

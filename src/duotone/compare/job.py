@@ -1,6 +1,6 @@
-"""One arm's entry for a task: everything that a process of its own must know to train it.
+"""One job: an arm, a task, a seed and settings, all that a process must know to train.
 
-It travels to that process pickled. Opening it twice gives the same weights and the same batches.
+It is sent to that process pickled. Opening it twice gives the same weights and the same batches.
 """
 
 import random
@@ -17,7 +17,7 @@ from duotone.train import RunSettings, Task, find_task, resolve_settings
 
 
 @dataclass(frozen=True)
-class Entry:
+class Job:
     """What is trained, by which arm, and how.
 
     Attributes:
@@ -38,12 +38,12 @@ class Entry:
         Raises:
             TaskError: there is no such task, it cannot be built, or a setting cannot be.
 
-        >>> entry = Entry(Arm("fp32", "torch", "plain", "by_torch:fp32"), "stdlib-text:tiny", 0, {"steps": 3})
-        >>> task, settings = entry.open()
+        >>> job = Job(Arm("fp32", "torch", "plain", "by_torch:fp32"), "stdlib-text:tiny", 0, {"steps": 3})
+        >>> task, settings = job.open()
         >>> settings.steps, settings.warmup_steps
         (3, 5)
         """
-        # a wrong setting is told before the task's data are read
+        # a wrong setting is an error before the task's data are read
         resolve_settings(self.settings)
         random.seed(self.seed)
         np.random.seed(self.seed % 2**32)
@@ -53,11 +53,11 @@ class Entry:
         return task, resolve_settings(task.settings, self.settings, policy, {"task": self.task, "seed": self.seed})
 
 
-def entry_of(plan: Plan, arm: Arm, seed: int, pace: Pace | None = None) -> Entry:
-    """Return an arm's entry under a plan, at its pace once that is decided."""
+def job_of(plan: Plan, arm: Arm, seed: int, pace: Pace | None = None) -> Job:
+    """Return an arm's job under a plan, at its pace once that is decided."""
     settings = dict(plan.settings)
     if pace is not None:
         settings |= {"steps": pace.steps, "warmup_steps": pace.warmup_steps}
     elif plan.steps is not None:
         settings["steps"] = plan.steps
-    return Entry(arm, plan.task, seed, settings)
+    return Job(arm, plan.task, seed, settings)

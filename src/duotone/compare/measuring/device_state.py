@@ -1,4 +1,4 @@
-"""The device that a comparison runs on, seen from a process that may start CUDA."""
+"""The device that a comparison runs on; reading it starts CUDA if it is a GPU."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ _LIMITS = (
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """Where processes train.
+class DeviceState:
+    """A device and its free memory.
 
     Attributes:
         device: its type: "cpu", "cuda", ...
@@ -28,28 +28,28 @@ class Surroundings:
     free_bytes: int | None
 
 
-def look_around(device: torch.device) -> Surroundings:
-    """Return what a device is and has; this starts CUDA if it is a GPU.
+def read_device_state(device: torch.device) -> DeviceState:
+    """Return what a device is and has.
 
-    >>> look_around(torch.device("cpu")).device
+    >>> read_device_state(torch.device("cpu")).device
     'cpu'
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return Surroundings("cuda", torch.cuda.get_device_name(device), free)
-    return Surroundings(device.type, None, _available_bytes())
+        return DeviceState("cuda", torch.cuda.get_device_name(device), free)
+    return DeviceState(device.type, None, _available_bytes())
 
 
 def _available_bytes() -> int | None:
-    found = []
+    limits = []
     if _MEMORY.exists():
         lines = dict(line.split(":", 1) for line in _MEMORY.read_text(encoding="ascii").splitlines())
         if "MemAvailable" in lines:
-            found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+            limits.append(int(lines["MemAvailable"].split()[0]) * 1024)
     for limit, used in _LIMITS:
         try:
             # "max" where there is no limit
-            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+            limits.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):
             continue
-    return min(found, default=None)
+    return min(limits, default=None)

@@ -1,8 +1,8 @@
-"""Training in a process of its own, a few steps at a time: batches in, times, losses and loss scales out.
+"""Training an arm a few steps at a time, measured: batches in, times, losses and loss scales out.
 
 A step is as in `duotone.train.Trainer`: draw a batch, forward, backward, for each micro-batch, then update. What it
 takes counts from the drawing of its first batch. Losses, scales and skips stay on the device until the steps that were
-asked for are done, so nothing waits inside a step but what the arm itself waits for.
+asked for are done, so a step waits for the device only where the arm itself does.
 """
 
 import gc
@@ -28,8 +28,8 @@ from duotone.train import RunSettings, Task
 from duotone.train.task import check_evaluation, check_loss, on_device
 
 
-class Course:
-    """One arm on its way through a task.
+class ArmTrainer:
+    """Takes the steps of one arm on one task.
 
     Attributes:
         task: what is trained; its model may be changed in place.
@@ -49,8 +49,8 @@ class Course:
     >>> from duotone.compare.arms.catalogue import CATALOGUE
     >>> from duotone.train import built_in_task, resolve_settings
     >>> task = built_in_task("stdlib-text:tiny")
-    >>> course = Course(CATALOGUE["bf16"], task, resolve_settings(task.settings), torch.device("cpu"))
-    >>> turn = course.take(3)
+    >>> trainer = ArmTrainer(CATALOGUE["bf16"], task, resolve_settings(task.settings), torch.device("cpu"))
+    >>> turn = trainer.take(3)
     >>> len(turn.steps), turn.steps[0].units, turn.failure
     (3, 256.0, None)
     """
@@ -69,26 +69,26 @@ class Course:
         Raises:
             TaskError: the task is at fault, whichever arm trains it.
         """
-        taken: list[tuple[float, list[Tensor], Any, Any]] = []
+        steps_done: list[tuple[float, list[Tensor], Any, Any]] = []
         failure = None
         gc.collect()
-        # a collection takes as long as a step, and would be counted for whoever's turn it is
+        # a collection takes as long as a step, and would be counted as one arm's time
         gc.disable()
         started = time.perf_counter()
         try:
             for _ in range(steps):
-                taken.append(self._step())
+                steps_done.append(self._step())
         except TaskError:
             raise
         except Exception as error:
-            failure = told(error)
+            failure = report_failure(error)
         finally:
             gc.enable()
         try:
-            read = self._read(taken)
+            read = self._read(steps_done)
         except Exception as error:
-            # what a device was asked for fails when it is read
-            read, failure = (), failure or told(error)
+            # an error on the device is raised when a result is read
+            read, failure = (), failure or report_failure(error)
         return Turn(read, time.perf_counter() - started, failure)
 
     def evaluate(self) -> dict[str, float]:
@@ -119,22 +119,22 @@ class Course:
             self.stepper.backward(loss)
             self._clock.lap("backward")
             losses.append(loss.detach())
-        taken = self.stepper.update()
+        update = self.stepper.update()
         self._clock.lap("update")
-        return units, losses, taken.loss_scale, taken.skipped
+        return units, losses, update.loss_scale, update.skipped
 
-    def _read(self, taken: Sequence[tuple[float, list[Tensor], Any, Any]]) -> tuple[Step, ...]:
+    def _read(self, steps: Sequence[tuple[float, list[Tensor], Any, Any]]) -> tuple[Step, ...]:
         phases = self._clock.read()
         each = 2 + self.settings.micro_batches
-        values = _numbers([value for _, losses, *rest in taken for value in (*rest, *losses)])
+        values = _numbers([value for _, losses, *rest in steps for value in (*rest, *losses)])
         rows = [values[start : start + each] for start in range(0, len(values), each)]
         return tuple(
             Step(seconds, units, loss=sum(losses), loss_scale=scale, skipped=bool(skipped))
-            for seconds, (units, *_), (scale, skipped, *losses) in zip(phases, taken, rows, strict=True)
+            for seconds, (units, *_), (scale, skipped, *losses) in zip(phases, steps, rows, strict=True)
         )
 
 
-def told(error: Exception) -> Failure:
+def report_failure(error: Exception) -> Failure:
     """Print an error's traceback, and return what it means."""
     traceback.print_exception(error, file=sys.stderr)
     return failure_of(error)

@@ -7,8 +7,8 @@ import torch
 
 from duotone.compare import environment
 from duotone.compare.environment import describe
-from duotone.compare.measuring import surroundings
-from duotone.compare.measuring.surroundings import Surroundings, look_around
+from duotone.compare.measuring import device_state
+from duotone.compare.measuring.device_state import DeviceState, read_device_state
 
 CPU = torch.device("cpu")
 
@@ -24,15 +24,15 @@ def test_free_memory_is_what_the_tightest_limit_leaves(
     used.write_text("2000000\n")
     if limit is not None:
         most.write_text(f"{limit}\n")
-    monkeypatch.setattr(surroundings, "_MEMORY", memory)
-    monkeypatch.setattr(surroundings, "_LIMITS", ((str(most), str(used)),))
-    assert look_around(CPU) == Surroundings("cpu", None, free_bytes)
+    monkeypatch.setattr(device_state, "_MEMORY", memory)
+    monkeypatch.setattr(device_state, "_LIMITS", ((str(most), str(used)),))
+    assert read_device_state(CPU) == DeviceState("cpu", None, free_bytes)
 
 
 def test_where_nothing_tells_it_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(surroundings, "_MEMORY", tmp_path / "none")
-    monkeypatch.setattr(surroundings, "_LIMITS", ())
-    assert look_around(CPU).free_bytes is None
+    monkeypatch.setattr(device_state, "_MEMORY", tmp_path / "none")
+    monkeypatch.setattr(device_state, "_LIMITS", ())
+    assert read_device_state(CPU).free_bytes is None
 
 
 def test_an_environment_names_the_cpu_with_its_16_bit_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,14 +43,14 @@ def test_an_environment_names_the_cpu_with_its_16_bit_products(tmp_path: Path, m
     memory.write_text("MemTotal:       16000000 kB\n")
     monkeypatch.setattr(environment, "_CPU", information)
     monkeypatch.setattr(environment, "_MEMORY", memory)
-    lines = describe(Surroundings("cuda", "H100", None))
+    lines = describe(DeviceState("cuda", "H100", None))
     assert lines["cpu"] == "Some CPU: fast (avx512_bf16, amx_bf16)"
     assert (lines["memory"], lines["gpu"], lines["torch"]) == ("16 GB", "H100", torch.__version__)
     assert all(isinstance(line, str) for line in lines.values())
 
 
 def test_an_environment_tells_a_task_file_from_an_edited_one(tmp_path: Path) -> None:
-    task, here = tmp_path / "task.py", Surroundings("cpu", None, None)
+    task, here = tmp_path / "task.py", DeviceState("cpu", None, None)
     lines = []
     for text in ("lr = 1", "lr = 2", "lr = 1"):
         task.write_text(text)

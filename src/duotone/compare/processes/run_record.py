@@ -1,4 +1,4 @@
-"""From turns, one after the other, to the record of a run: losses thinned, scales as changes, skips as steps."""
+"""The record of a run, made of its turns: losses averaged to few points, scales as changes, skips as step numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from duotone.compare.records import Failure, Run
 _POINTS = 400
 
 
-def run_of(
+def run_record(
     arm: str,
     seed: int,
     turns: Sequence[Turn],

@@ -1,4 +1,4 @@
-"""A course trains as the Trainer does, whatever its turns, and tells what went wrong."""
+"""A trainer trains as the Trainer does, whatever its turns, and tells what went wrong."""
 
 import gc
 from dataclasses import replace
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from duotone.compare.arms.catalogue import CATALOGUE
-from duotone.compare.entry import Entry
-from duotone.compare.measuring.course import Course
+from duotone.compare.job import Job
+from duotone.compare.measuring.arm_trainer import ArmTrainer
 from duotone.errors import LossScaleCollapse, TaskError
 from duotone.train import Trainer
 
@@ -17,17 +17,17 @@ TINY = str(Path(__file__).parents[1] / "tiny_task.py")
 CPU = torch.device("cpu")
 
 
-def entry_of(arm: str, seed: int = 0, **settings: object) -> Entry:
-    return Entry(CATALOGUE[arm], TINY, seed, settings)
+def job_of(arm: str, seed: int = 0, **settings: object) -> Job:
+    return Job(CATALOGUE[arm], TINY, seed, settings)
 
 
-def course_of(arm: str, seed: int = 0, **settings: object) -> Course:
-    task, resolved = entry_of(arm, seed, **settings).open()
-    return Course(CATALOGUE[arm], task, resolved, CPU)
+def course_of(arm: str, seed: int = 0, **settings: object) -> ArmTrainer:
+    task, resolved = job_of(arm, seed, **settings).open()
+    return ArmTrainer(CATALOGUE[arm], task, resolved, CPU)
 
 
-def losses_of(course: Course, turn_steps: int, steps: int) -> list[float]:
-    turns = [course.take(turn_steps) for _ in range(steps // turn_steps)]
+def losses_of(trainer: ArmTrainer, turn_steps: int, steps: int) -> list[float]:
+    turns = [trainer.take(turn_steps) for _ in range(steps // turn_steps)]
     return [step.loss for turn in turns for step in turn.steps]
 
 
@@ -41,7 +41,7 @@ def test_turns_do_not_change_what_is_trained() -> None:
 
 
 def test_a_course_trains_as_the_trainer_does() -> None:
-    task, settings = entry_of("bf16", 3, steps=6, log_every=1, micro_batches=2).open()
+    task, settings = job_of("bf16", 3, steps=6, log_every=1, micro_batches=2).open()
     expected = [metrics.loss for metrics in Trainer(task, settings).run()]
     # the sum of halves is the half of the sum: every digit is the same
     assert losses_of(course_of("bf16", 3, steps=6, micro_batches=2), 3, 6) == pytest.approx(expected, rel=1e-6)
@@ -63,15 +63,15 @@ def test_a_step_counts_its_units_times_and_scale() -> None:
 
 def test_no_collection_runs_in_a_turn() -> None:
     seen = []
-    course = course_of("fp32")
-    loss = course.task.loss
+    trainer = course_of("fp32")
+    loss = trainer.task.loss
 
     def watched(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
         seen.append(gc.isenabled())
         return loss(model, batch)
 
-    object.__setattr__(course.task, "loss", watched)
-    course.take(2)
+    object.__setattr__(trainer.task, "loss", watched)
+    trainer.take(2)
     assert seen == [False, False]
     assert gc.isenabled()
 
@@ -81,9 +81,9 @@ def test_no_collection_runs_in_a_turn() -> None:
     [(RuntimeError("no"), "error"), (LossScaleCollapse("no"), "not finite"), (MemoryError(), "out of memory")],
 )
 def test_an_error_ends_a_turn_and_keeps_its_steps(error: Exception, kind: str, capfd: pytest.CaptureFixture) -> None:
-    course = course_of("fp32")
-    course.take(2)
-    loss, calls = course.task.loss, []
+    trainer = course_of("fp32")
+    trainer.take(2)
+    loss, calls = trainer.task.loss, []
 
     def failing(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
         calls.append(batch)
@@ -91,8 +91,8 @@ def test_an_error_ends_a_turn_and_keeps_its_steps(error: Exception, kind: str, c
             raise error
         return loss(model, batch)
 
-    object.__setattr__(course.task, "loss", failing)
-    turn = course.take(5)
+    object.__setattr__(trainer.task, "loss", failing)
+    turn = trainer.take(5)
     assert len(turn.steps) == 2
     assert turn.failure is not None
     assert turn.failure.kind == kind
@@ -104,24 +104,24 @@ def test_what_fails_when_the_device_is_read_is_the_turns_failure_too(monkeypatch
     def failing(values: object) -> list[float]:
         raise torch.AcceleratorError("an address that is none")
 
-    course = course_of("fp32")
-    monkeypatch.setattr("duotone.compare.measuring.course._numbers", failing)
-    turn = course.take(2)
+    trainer = course_of("fp32")
+    monkeypatch.setattr("duotone.compare.measuring.arm_trainer._numbers", failing)
+    turn = trainer.take(2)
     assert turn.steps == ()
     assert turn.failure is not None
     assert turn.failure.reason == "AcceleratorError: an address that is none"
 
 
 def test_what_is_wrong_with_the_task_is_not_the_arms_failure() -> None:
-    task, settings = entry_of("fp32").open()
-    empty = Course(CATALOGUE["fp32"], replace(task, batches=lambda generator: ()), settings, CPU)
+    task, settings = job_of("fp32").open()
+    empty = ArmTrainer(CATALOGUE["fp32"], replace(task, batches=lambda generator: ()), settings, CPU)
     with pytest.raises(TaskError, match="the data set of task 'tiny' is empty"):
         empty.take(1)
-    task, settings = entry_of("fp32").open()
-    wide = Course(CATALOGUE["fp32"], replace(task, loss=lambda model, x: model(x)), settings, CPU)
+    task, settings = job_of("fp32").open()
+    wide = ArmTrainer(CATALOGUE["fp32"], replace(task, loss=lambda model, x: model(x)), settings, CPU)
     with pytest.raises(TaskError, match=r"the loss of task 'tiny' is a tensor of shape \(8, 1\)"):
         wide.take(1)
-    task, settings = entry_of("fp32").open()
-    other = Course(CATALOGUE["fp32"], replace(task, quality="accuracy"), settings, CPU)
+    task, settings = job_of("fp32").open()
+    other = ArmTrainer(CATALOGUE["fp32"], replace(task, quality="accuracy"), settings, CPU)
     with pytest.raises(TaskError, match="evaluates loss, but its quality is 'accuracy'"):
         other.evaluate()

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from duotone.compare.measuring.turn import Step, Turn
-from duotone.compare.processes.ledger import changes, not_finite, run_of, thinned
+from duotone.compare.processes.run_record import changes, not_finite, run_record, thinned
 from duotone.compare.records import Failure, Phases
 
 PHASES = Phases(4.0, 1.0, 2.0, 1.0)
@@ -30,7 +30,7 @@ def test_thinning_leaves_out_what_is_not_finite() -> None:
     assert thinned([]) == ()
 
 
-def test_scales_are_told_where_they_change() -> None:
+def test_scales_are_recorded_where_they_change() -> None:
     assert changes([]) == ()
     assert changes([1.0, 1.0]) == ((1, 1.0),)
 
@@ -39,14 +39,14 @@ def test_a_record_adds_up_its_turns() -> None:
     steps = [Step(PHASES, 8.0, 1.0, 4.0), Step(PHASES, 8.0, 2.0, 4.0, skipped=True), Step(PHASES, 8.0, 3.0, 2.0)]
     failure = Failure("error", "it broke")
     turns = [Turn(tuple(steps[:2]), 1.5), Turn((steps[2],), 1.0), Turn((), 0.5, failure)]
-    run = run_of("bf16", 3, turns, failure=failure, notes=("slow",))
+    run = run_record("bf16", 3, turns, failure=failure, notes=("slow",))
     assert (run.arm, run.seed, run.steps, run.seconds, run.failure) == ("bf16", 3, 3, 3.0, failure)
     assert run.turns == (PHASES, PHASES)
     assert run.losses == ((1, 1.0), (2, 2.0), (3, 3.0))
     assert (run.loss_scales, run.skipped, run.notes) == (((1, 4.0), (3, 2.0)), (2,), ("slow",))
 
 
-def test_a_loss_that_is_not_finite_is_told_with_its_step() -> None:
+def test_a_loss_that_is_not_finite_is_reported_with_its_step() -> None:
     assert not_finite([turn_of(1.0, 2.0)]) is None
     failure = not_finite([turn_of(1.0, 2.0), turn_of(3.0, math.nan, math.nan)])
     assert failure == Failure("not finite", "the loss became nan by step 4")
