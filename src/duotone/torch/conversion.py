@@ -9,6 +9,7 @@ from torch.nn.parameter import UninitializedParameter
 from duotone.errors import OptimizerError
 from duotone.policy import Policy
 from duotone.torch.casting.cast import cast
+from duotone.torch.internals.training import move_step_hooks
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.optim import SGD, AdamW, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
 from duotone.torch.parameters.storage import storage_of
@@ -139,10 +140,7 @@ def _taken_over(
     converted.load_portable_state_dict(optimizer.state_dict())
     # whoever holds the old one, a scheduler for instance, changes the groups of the new one
     optimizer.param_groups = converted.param_groups
-    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        getattr(converted, hooks).update(getattr(optimizer, hooks))
-    # torch's schedulers warn if their optimizer has not been stepped
-    optimizer._opt_called = True  # type: ignore[attr-defined]
+    move_step_hooks(optimizer, converted)
     optimizer.register_step_pre_hook(_refuse)
     return converted
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from duotone.torch.internals.tensors import wrapped_in
 from duotone.torch.parameters.shards import local, reshard
 from duotone.torch.parameters.storage import storage_of
 
@@ -87,11 +87,11 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
 def _size(tensor: Tensor, seen: dict[int, Tensor]) -> int:
     """Return the bytes of a tensor; those of wrapped tensors, noted in `seen` by identity, only the first time."""
     tensor = local(tensor)
-    if not is_traceable_wrapper_subclass(tensor):
+    parts = wrapped_in(tensor)
+    if parts is None:
         return tensor.numel() * tensor.element_size()
     size = 0
-    for name in tensor.__tensor_flatten__()[0]:
-        inner = getattr(tensor, name)
+    for inner in parts:
         if id(inner) not in seen:
             # held, so that nothing else gets its identity
             seen[id(inner)] = inner

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 
 def whole_bfloat16(model: nn.Module, device: torch.device) -> nn.Module:
@@ -33,4 +32,8 @@ def _widen(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _cast(values: Any, dtype: torch.dtype) -> Any:
-    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)
+    if isinstance(values, Tensor):
+        return values.to(dtype) if values.is_floating_point() else values
+    if isinstance(values, dict):
+        return {name: _cast(value, dtype) for name, value in values.items()}
+    return type(values)(_cast(value, dtype) for value in values) if type(values) in (tuple, list) else values

@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
-from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from duotone.errors import DuotoneWarning, PolicyError
+from duotone.torch.internals.autograd import version_of
+from duotone.torch.internals.compiler import mark_constant
+from duotone.torch.internals.dispatch import function_modes
+from duotone.torch.internals.tensors import tree_flatten, tree_unflatten
+from duotone.torch.internals.training import buffers_of, parameters_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -104,7 +107,7 @@ class CheckpointedForward:
 
     def _mark_for_compiler(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Call checkpoint, which is traced and becomes a mark on the graph."""
-        modes = _function_modes()
+        modes = function_modes()
 
         def run(*args: Any) -> Any:
             with ExitStack() as stack:
@@ -137,8 +140,8 @@ def _say_that_compiled_code_does_not_offload() -> None:
     )
 
 
-# what torch.compiler.assume_constant_result does, which would load the compiler now: called once, while tracing
-_say_that_compiled_code_does_not_offload._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# called once, while tracing
+mark_constant(_say_that_compiled_code_does_not_offload)
 
 
 class _Call:
@@ -147,9 +150,9 @@ class _Call:
     def __init__(self, module: nn.Module, inner: Callable[..., Any]) -> None:
         self._inner = inner
         self._given: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
-        self._modes = _function_modes()
-        self._parameters = [_Held(m._parameters) for m in module.modules() if m._parameters]
-        self._buffers = [_Held(m._buffers) for m in module.modules() if m._buffers]
+        self._modes = function_modes()
+        self._parameters = [_Held(store) for m in module.modules() if (store := parameters_of(m))]
+        self._buffers = [_Held(store) for m in module.modules() if (store := buffers_of(m))]
 
     def take(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return every tensor in the arguments, once; checkpoint is to keep them, and the call keeps the rest."""
@@ -186,11 +189,11 @@ class _Held:
     def __init__(self, store: dict[str, Any]) -> None:
         self._store = store
         self._tensors = {name: tensor for name, tensor in store.items() if tensor is not None}
-        self._versions = [_version(tensor) for tensor in self._tensors.values()]
+        self._versions = [version_of(tensor) for tensor in self._tensors.values()]
 
     def was_written(self) -> bool:
         """Return whether one of them was changed in place since."""
-        return self._versions != [_version(tensor) for tensor in self._tensors.values()]
+        return self._versions != [version_of(tensor) for tensor in self._tensors.values()]
 
     def put_back(self, stack: ExitStack, *, copied: bool) -> None:
         """Put them, or copies of them, in the module until `stack` unwinds."""
@@ -215,12 +218,12 @@ class _KeptOnCpu(saved_tensors_hooks):
         def pack(tensor: Tensor) -> tuple[torch.device, Tensor, int]:
             moves = tensor.data_ptr() in addresses
             device, kept = on_cpu.pack_hook(tensor) if moves else (tensor.device, tensor)
-            return device, kept, _version(kept)
+            return device, kept, version_of(kept)
 
         def unpack(packed: tuple[torch.device, Tensor, int]) -> Tensor:
             device, kept, version = packed
             # autograd checks this for tensors that it keeps itself
-            if _version(kept) != version:
+            if version_of(kept) != version:
                 raise RuntimeError(
                     f"an input of shape {list(kept.shape)} of a checkpointed module was changed in place before the "
                     "backward pass needed it; change a copy of it instead"
@@ -256,26 +259,17 @@ def _choose(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
     return list(dict.fromkeys(chosen[path] for path in outermost))
 
 
-def _function_modes() -> list[TorchFunctionMode]:
-    # checkpoint enters the context of a default device itself, and the compiler cannot trace that here
-    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
-
-
 def _enter_missing(modes: list[TorchFunctionMode], stack: ExitStack) -> None:
-    present = _function_modes()
+    present = function_modes()
     # those that checkpoint was followed by may lie inside of what is missing
     while not torch.compiler.is_compiling() and len(modes) > len(present) > 0 and present[-1] in modes:
         mode = present.pop()
-        _pop_mode()
-        stack.callback(_push_mode, mode)
+        # what a mode does besides, of a class of its own, is not undone
+        TorchFunctionMode.__exit__(mode, None, None, None)
+        stack.callback(TorchFunctionMode.__enter__, mode)
     for mode in modes:
         if not any(mode is other for other in present):
             stack.enter_context(mode)
-
-
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; torch does not count that for those made in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -20,6 +20,8 @@ from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.handlers import Handlers, handlers_for
 from duotone.torch.casting.region import RegionMode, mode_context
 from duotone.torch.casting.tracing import not_by_itself
+from duotone.torch.internals.compiler import mark_constant
+from duotone.torch.internals.dispatch import extension_device, has_no_cuda
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -122,8 +124,8 @@ def _make_handlers(dtype: torch.dtype, device_type: str) -> None:
     _handlers(dtype, device_type)
 
 
-# a tracer calls it and does not follow: torch.compiler.assume_constant_result, which would load the compiler now
-_make_handlers._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# a tracer calls it and does not follow
+mark_constant(_make_handlers)
 
 
 @contextmanager
@@ -165,7 +167,7 @@ def _works(device_type: str, dtype: torch.dtype) -> bool:
         return dtype in _NARROW
     why = None
     if device_type == "cuda":
-        if torch.cuda.amp.common.amp_definitely_not_available():
+        if has_no_cuda():
             why = "there is no CUDA here"
         elif dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
             raise AutocastError("this CUDA device has no BF16; take dtype=torch.float16")
@@ -181,6 +183,6 @@ def _works(device_type: str, dtype: torch.dtype) -> bool:
 def _allowed(device_type: str) -> tuple[torch.dtype, ...]:
     if device_type == "cuda":
         return (*_NARROW, torch.float32)
-    if device_type == torch._C._get_privateuse1_backend_name():
+    if device_type == extension_device():
         return tuple(getattr(torch, device_type).get_amp_supported_dtype())
     return _NARROW

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
 from duotone.torch.casting.region import Region
+from duotone.torch.internals.autograd import in_backward
+from duotone.torch.internals.dispatch import past_modes
+from duotone.torch.internals.training import active_ddp
 from duotone.torch.nested import cast_floating
 from duotone.torch.parameters.storage import set_storage, storage_of
 
@@ -72,7 +75,7 @@ class CastForward:
         if self._output is None and self._pending is None:
             if self._runs_without_mode and len(args) == 1 and type(args[0]) is Tensor and self._region.is_only_mode():
                 # a mode takes longer to call a function than a small one takes to run
-                with torch._C.DisableTorchFunction():
+                with past_modes():
                     return self._forward(*args, **kwargs)
             tracing = torch.compiler.is_compiling()
             if self._region.is_active(_device_type(self._module, args) if tracing else "cpu"):
@@ -82,7 +85,7 @@ class CastForward:
             self._pending = None
         inputs, output = self._inputs, self._output
         # neither inside of a border nor run again in a backward pass: a part that is called by itself is its own border
-        if output is None and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+        if output is None and (torch.compiler.is_compiling() or not in_backward()):
             inputs, output = self._by_itself
         if not (self._has_asked_for_ranks or self._output is None or torch.compiler.is_compiling()):
             self._has_asked_for_ranks = _say_if_masters_differ(self._module)
@@ -147,7 +150,7 @@ class CastForward:
 
 def _say_if_masters_differ(module: nn.Module) -> bool:
     """Warn if torch's own DistributedDataParallel runs a module with masters; return whether one runs it at all."""
-    around = nn.parallel.DistributedDataParallel._active_ddp_module
+    around = active_ddp()
     if around is None:
         return False
     params = (param for param in module.parameters() if param.requires_grad)

@@ -16,17 +16,26 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch._C import _autograd
-from torch._C._functorch import maybe_current_level
 from torch.nn import functional as F
 
 from duotone.errors import DuotoneWarning, OperationError
+from duotone.torch.internals.autograd import (
+    can_hook_saved,
+    in_transform,
+    is_jit_tracing,
+    pop_saved_hooks,
+    push_saved_hooks,
+    top_saved_hooks,
+    version_of,
+)
+from duotone.torch.internals.dispatch import has_half_products, without_autocast
+from duotone.torch.internals.tensors import storage_id
 from duotone.torch.nested import map_tensors
 
 
 def cpu_has_half_products() -> bool:
     """Return whether this CPU multiplies matrices in FP16 itself."""
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return has_half_products()
 
 
 @functools.cache
@@ -71,7 +80,7 @@ def multiply_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs:
             return map_tensors(_round, func(*wide_args, **wide_kwargs))
     call = _Call(func)
     # several times cheaper than torch.autocast, but the compiler does not know it
-    with torch._C._DisableAutocast():
+    with without_autocast():
         try:
             return call.run(args, kwargs)
         finally:
@@ -100,14 +109,14 @@ class _Call:
             return _rounded(self.func(*wide_args, **wide_kwargs))
 
         # autograd calls the innermost hooks only, so those of checkpointing or offloading are called from ours
-        self.outer = _autograd._top_saved_tensors_default_hooks(False)
+        self.outer = top_saved_hooks(False)
         if self.func is F.scaled_dot_product_attention:
             self.waiting = []
-        _autograd._push_saved_tensors_default_hooks(self.pack, _Saved.unpack)
+        push_saved_hooks(self.pack, _Saved.unpack)
         try:
             result = self.func(*wide_args, **wide_kwargs)
         finally:
-            _autograd._pop_saved_tensors_default_hooks()
+            pop_saved_hooks()
         rounded = _rounded(result)
         if self.waiting:
             self.keep_result(result, rounded)
@@ -134,7 +143,7 @@ class _Call:
             self.needs_grad = True
         if self.hookable:
             if type(tensor) in _PLAIN and tensor.layout is torch.strided and tensor.is_cpu:
-                self.by_memory[wide.untyped_storage()._cdata] = half, wide
+                self.by_memory[storage_id(wide.untyped_storage())] = half, wide
             else:
                 self.hookable = False
         return wide
@@ -152,17 +161,17 @@ class _Call:
         waiting, self.waiting = self.waiting, None
         if result.dtype is torch.float32 and result.numel() * 4 == result.untyped_storage().nbytes():
             # a result that hooks outside keep would hold its own history, which holds it
-            self.by_memory[result.untyped_storage()._cdata] = rounded.detach(), result
+            self.by_memory[storage_id(result.untyped_storage())] = rounded.detach(), result
         for saved, tensor in waiting or ():
             self.keep(saved, tensor)
 
     def keep(self, saved: "_Saved", tensor: Tensor) -> None:
         """Fill `saved` with the 16-bit tensor behind `tensor`, or, if there is none, with itself."""
         half = tensor
-        widened = self.by_memory.get(tensor.untyped_storage()._cdata)
+        widened = self.by_memory.get(storage_id(tensor.untyped_storage()))
         # one that has been changed is no longer what was widened; widening a tensor of inference mode, which has no
         # version to check in backward, leaves another version than 0 as well
-        if widened is not None and tensor.dtype is torch.float32 and tensor._version == 0:
+        if widened is not None and tensor.dtype is torch.float32 and version_of(tensor) == 0:
             half, wide = widened
             saved.stride = wide.stride()
             if tensor is not wide and (tensor.stride() != saved.stride or tensor.shape != wide.shape):
@@ -177,7 +186,7 @@ class _Call:
             if torch.equal(copy.float(), tensor):
                 half, saved.stride = copy, copy.stride()
         if self.outer is None:
-            saved.func, saved.kept, saved.version = self.func, half.detach(), half._version
+            saved.func, saved.kept, saved.version = self.func, half.detach(), version_of(half)
         else:
             saved.kept, saved.unpack_outer = self.outer[0](half), self.outer[1]
 
@@ -198,7 +207,7 @@ class _Saved:
         kept = self.kept
         if self.unpack_outer is not None:
             kept = self.unpack_outer(kept)
-        elif kept._version != self.version:
+        elif version_of(kept) != self.version:
             self.complain()
         if self.stride is None:
             return kept
@@ -213,7 +222,7 @@ class _Saved:
         raise OperationError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "
             f"a {self.kept.dtype} tensor of shape {tuple(self.kept.shape)} that {name} saved for backward is at "
-            f"version {self.kept._version} instead of {self.version}; change a clone of it, or change it after backward"
+            f"version {version_of(self.kept)} instead of {self.version}; change a clone of it, or do so after backward"
         )
 
 
@@ -227,8 +236,7 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 
 def _hooks_work_here() -> bool:
     # torch.func's transforms and disable_saved_tensors_hooks refuse them; torch.jit.trace would record them
-    enabled = _autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
-    return enabled and maybe_current_level() is None and torch._C._get_tracing_state() is None
+    return can_hook_saved() and not in_transform() and not is_jit_tracing()
 
 
 def _widen(tensor: Tensor) -> Tensor:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch.overrides import TorchFunctionMode
 
 from duotone.torch.casting.handlers import Handlers, are_ready, handlers_for, operands
 from duotone.torch.casting.operation_table import Function
 from duotone.torch.casting.recomputation import follow_checkpoint, hooks_around
 from duotone.torch.casting.tracing import not_by_itself
+from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks
+from duotone.torch.internals.dispatch import SEES_MODES, mode_at, mode_count, without_autocast
 
 # modules that call one function, which is a product
 _PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,19 +63,18 @@ class Region:
         """Return whether the region of a cast model is entered, and still decides here."""
         if self.compute == torch.float32:
             return True
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not SEES_MODES:
             # a tracer does not show its modes
             return compute_dtype(device_type) is not None
-        depth = torch._C._len_torch_function_stack()
         # the innermost mode first: it is the one nearly always
-        modes = (torch._C._get_function_stack_at(at) for at in range(depth - 1, -1, -1))
+        modes = (mode_at(place) for place in range(mode_count() - 1, -1, -1))
         return any(isinstance(mode, RegionMode) and not mode.is_users for mode in modes)
 
     def is_only_mode(self) -> bool:
         """Return whether a region with this `compute` is entered, and no other mode."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() != 1:
+        if torch.compiler.is_compiling() or mode_count() != 1:
             return False
-        mode = torch._C._get_function_stack_at(0)
+        mode = mode_at(0)
         return type(mode) is RegionMode and mode.compute is self.compute and not mode.is_users
 
     def runs_without_mode(self, module: nn.Module) -> bool:
@@ -188,7 +188,7 @@ class RegionMode(TorchFunctionMode):
     ) -> Any:
         tracing = torch.compiler.is_compiling()
         # looked at here too, because this is called for every function
-        if tracing or top_hooks(False) is not None or func is torch._C._set_grad_enabled:
+        if tracing or top_saved_hooks(False) is not None or func is set_grad_enabled:
             args = follow_checkpoint(self, func, args, self.outer_hooks)
         handler = self._handlers.find(func) if tracing else self._handlers.by_function.get(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
@@ -212,4 +212,4 @@ def no_autocast(device_type: str) -> Any:
     # the guard of C++ is several times cheaper, but a tracer would not see it
     if torch.compiler.is_compiling():
         return torch.autocast(device_type, enabled=False)
-    return torch._C._DisableAutocast()
+    return without_autocast()

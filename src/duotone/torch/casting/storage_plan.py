@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
 from duotone.torch.casting.module_policies import ModulePolicy
+from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.parameters.masters import beyond_range, read_master
 from duotone.torch.parameters.storage import Storage, set_storage, set_tail, storage_of
 
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
 _FLOAT32: dict[str, Any] = {
     "param": torch.float32,

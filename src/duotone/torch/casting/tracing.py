@@ -7,9 +7,12 @@ compiled code cannot. What such a function calls runs as it is, too.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+import torch
+
+from duotone.torch.internals.compiler import SKIPS_CODE, say_once_that_code_is_not_skipped, skip_code
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -24,5 +27,14 @@ def not_by_itself(function: Function) -> Function:
     >>> torch.compile(is_compiled, backend="eager")()
     False
     """
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-    return function
+    if SKIPS_CODE:
+        skip_code(function.__code__)
+        return function
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            say_once_that_code_is_not_skipped()
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]

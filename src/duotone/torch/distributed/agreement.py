@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from duotone.errors import OptimizerError
+from duotone.torch.internals.training import join_of
 from duotone.torch.parameters.shards import is_shard, local, shards_among
 from duotone.torch.parameters.storage import set_storage, storage_of
 
@@ -49,7 +50,7 @@ class SharedBy:
         Raises:
             OptimizerError: it is, unless all ranks stop together there.
         """
-        config = getattr(self._wrapper and self._wrapper(), "_join_config", None)
+        config = join_of(self._wrapper and self._wrapper())
         if config is not None and config.enable and not config.throw_on_early_termination:
             raise OptimizerError(
                 "ranks agree in every step, but in torch's Join those that run out of batches take no more steps, and "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.fitness import check_cast, check_one_dtype
+from duotone.torch.internals.training import parameters_of
 from duotone.torch.parameters.shards import is_sharded
 from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
@@ -109,7 +110,7 @@ def _shard(module: Any, slots: list[_Slot], dtypes: _Dtypes | None, options: dic
 
     reduce = None if dtypes is None or dtypes.reduce is None else torch.promote_types(dtypes.param, dtypes.reduce)
     shard(module, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False), **options)
-    replaced = {slot.param: slot.owner._parameters[slot.name] for slot in slots}
+    replaced = {slot.param: parameters_of(slot.owner)[slot.name] for slot in slots}
     replaced = {param: new for param, new in replaced.items() if new is not param and not storage_of(param).is_replaced}
     tails = {param: tail for param in replaced if (tail := storage_of(param).tail) is not None}
     cut_tails = dict(zip(tails, _cut(tails, options), strict=True))

@@ -18,6 +18,7 @@ from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.findings import findings_of
 from duotone.torch.explanation.records import ModuleDtypes, add_up, largest_first
 from duotone.torch.explanation.totals import Totals
+from duotone.torch.internals.compiler import original_of
 from duotone.torch.watching import is_compiled, left_as_it_was, named_modules, watch
 from duotone.torch.watching.saved import dtype_name
 
@@ -58,7 +59,7 @@ def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None,
     if run is not None and (batch or kwargs):
         raise ExplainError("got both a batch and run; give the batch to the model inside run, or leave run out")
     compiled = is_compiled(model)
-    model = getattr(model, "_orig_mod", model)
+    model = original_of(model)
     policy = policy_of(model)
     totals = Totals(model, policy is not None)
     with left_as_it_was(model):

@@ -1,13 +1,12 @@
 """An observer that adds up what it sees: operations, casts, modules, saved bytes."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from duotone.torch.casting.operation_table import kinds, kinds_by_name
 from duotone.torch.explanation.records import (
@@ -20,6 +19,8 @@ from duotone.torch.explanation.records import (
     SavedForBackward,
     Widening,
 )
+from duotone.torch.internals.autograd import version_of
+from duotone.torch.internals.dispatch import OperatorPacket
 from duotone.torch.nested import tensors_in
 from duotone.torch.watching.callers import Caller, in_emulation
 from duotone.torch.watching.modes import in_keep_float32
@@ -85,9 +86,9 @@ class Totals:
         self.widenings: list[Widening] = []
         # by what makes casts casts of the same tensor to the same dtype
         self._casts_of: defaultdict[tuple[Any, ...], list[Cast]] = defaultdict(list)
-        self._cast_from: dict[StorageWeakRef, torch.dtype] = {}
-        self._rounded_in: dict[StorageWeakRef, str] = {}
-        self.outputs: dict[StorageWeakRef, Output] = {}
+        self._cast_from: dict[Hashable, torch.dtype] = {}
+        self._rounded_in: dict[Hashable, str] = {}
+        self.outputs: dict[Hashable, Output] = {}
 
     @property
     def module(self) -> str:
@@ -164,7 +165,7 @@ class Totals:
             return
         self.casts.append(cast)
         for key in storage_keys(source):
-            version = 0 if source.is_inference() else source._version
+            version = version_of(source)
             same = source.storage_offset(), tuple(source.shape), source.stride(), version, cast.to_dtype
             self._casts_of[key, *same].append(cast)
         at_border = by == "duotone" and operation is None and cast.module not in ("", OUTSIDE)
@@ -240,7 +241,7 @@ def function_name(func: Callable[..., Any]) -> str:
 def _kind(func: Callable[..., Any]) -> str | None:
     """Return an operation's kind in the table, or None if it is not listed."""
     # an aten operator that no function stands around is listed by its name alone
-    is_operator = isinstance(func, torch._ops.OpOverloadPacket)
+    is_operator = isinstance(func, OperatorPacket)
     return kinds_by_name().get(func.__name__) if is_operator else kinds().get(func)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import BackendError, DuotoneWarning, nearest_names
+from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout
 from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, SGDSettings
@@ -114,7 +115,7 @@ def _update(
     for copy_back in write_back:
         copy_back()
     # autograd must notice what was written through raw addresses
-    torch.autograd.graph.increment_version(weights)
+    increment_version(weights)
 
 
 def _weights(operands: Sequence[Operand]) -> list[Tensor]:

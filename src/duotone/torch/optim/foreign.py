@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.torch.internals.training import takes_scale
+
 # their fused kernels write FP16 weights, rounded, without a master
 _FUSED = (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
 
@@ -28,9 +30,7 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     (False, True)
     """
     # torch's refuse to skip in a group that a loaded state has made one of another implementation
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        group.get("fused", True) for group in optimizer.param_groups
-    )
+    return takes_scale(optimizer) and all(group.get("fused", True) for group in optimizer.param_groups)
 
 
 def takes_scaler(optimizer: torch.optim.Optimizer) -> bool:

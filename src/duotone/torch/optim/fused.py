@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
+from duotone.torch.internals.autograd import increment_version
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
 from duotone.torch.optim.gathering import Gathering, numbered
 from duotone.torch.optim.portable import (
@@ -69,7 +70,7 @@ class FusedOptimizer(MasterOptimizer):
             self._update(operands, settings, multiplier, is_skipped)
         if self._gathering.shards:
             # kernels know the parts alone, and autograd the parameters
-            torch.autograd.graph.increment_version(self._gathering.shards)
+            increment_version(self._gathering.shards)
         return loss
 
     @abstractmethod

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.errors import OptimizerError
+from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
@@ -276,7 +277,7 @@ class MasterWeights(MasterOptimizer):
             # it was not dense, or the optimizer put a new tensor in its place
             if master.data_ptr() != resident.data_ptr():
                 resident.copy_(master)
-            torch.autograd.graph.increment_version(param)
+            increment_version(param)
             return
         if tail is not None:
             weight, new_tail = encode(master, param.dtype)
@@ -287,7 +288,7 @@ class MasterWeights(MasterOptimizer):
             weight = master.to(param.dtype)
         _write_unless(found_inf, resident, weight)
         if resident is not param:
-            torch.autograd.graph.increment_version(param)
+            increment_version(param)
 
     def _rounded(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> Tensor:
         step = self._kept[param]["rounding_step"]

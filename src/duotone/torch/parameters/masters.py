@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from duotone.errors import OptimizerError, nearest_names
+from duotone.torch.internals.autograd import increment_version
+from duotone.torch.internals.training import is_flattened
 from duotone.torch.kernels import SPLIT_DTYPES, decode, encode
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.storage import NO_STORAGE, set_tail, storage_of
@@ -38,7 +40,7 @@ def check_not_flattened(param: Tensor) -> None:
     Raises:
         OptimizerError: it is: its tail is lost, and no other rank can be asked for the norm of the whole.
     """
-    if getattr(param, "_fsdp_flattened", False):
+    if is_flattened(param):
         raise OptimizerError(
             "the parameters were flattened by FullyShardedDataParallel, which cuts them without their masters and does "
             "not tell what was cut; shard a cast model with duotone.torch.fully_shard instead"
@@ -118,7 +120,7 @@ def write_master(param: Tensor, master: Tensor) -> None:
             resident.copy_(weight)
             shards.local(tail).copy_(new_tail)
         if resident is not param:
-            torch.autograd.graph.increment_version(param)
+            increment_version(param)
 
 
 def beyond_range(master: Tensor, dtype: torch.dtype | None) -> float | None:

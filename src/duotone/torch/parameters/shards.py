@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from duotone.torch.internals.tensors import local_part
+
 
 def is_shard(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
@@ -32,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
     >>> local(weight) is weight
     True
     """
-    return tensor._local_tensor if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    return local_part(tensor) if is_shard(tensor) else tensor
 
 
 def like(part: Tensor, whole: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
 
 from duotone.errors import LossScaleError, OptimizerError
 from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.internals.dispatch import has_no_cuda
+from duotone.torch.internals.training import OptState, check_grad_scaler, new_optimizer_state, update_scale
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.optim.foreign import fused_step, loses_float16_updates, skips_on_device, takes_scaler
 from duotone.torch.parameters.shards import local
@@ -79,12 +80,13 @@ class GradScaler(torch.amp.GradScaler):
             )
         if isinstance(device, torch.device):
             device = device.type
-        if enabled and device == "cuda" and torch.cuda.amp.common.amp_definitely_not_available():
+        if enabled and device == "cuda" and has_no_cuda():
             warnings.warn("torch.cuda.amp.GradScaler is enabled, but CUDA is not available.  Disabling.", stacklevel=2)
             enabled = False
         if enabled:
             check_scale("init_scale", init_scale)
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        check_grad_scaler(self)
         self._alarm = ScaleAlarm()
 
     @overload
@@ -226,12 +228,12 @@ class GradScaler(torch.amp.GradScaler):
         optimizers = [state["optimizer"] for state in states if "optimizer" in state]
         if not found_infs and not optimizers:
             raise AssertionError("No inf checks were recorded prior to update.")
-        self._per_optimizer_states = defaultdict(_refresh_per_optimizer_state)
+        self._per_optimizer_states = defaultdict(new_optimizer_state)
         # without a single gradient there is nothing to react to
         if found_infs:
             found_inf = _sum(found_infs, scale.device)
             factors = self._growth_factor, self._backoff_factor, self._growth_interval
-            torch._amp_update_scale_(scale, growth_tracker, found_inf, *factors)  # type: ignore[attr-defined]
+            update_scale(scale, growth_tracker, found_inf, *factors)
             self._alarm.follow(scale.clamp_(FLOOR, CEILING), found_inf, optimizers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from duotone.torch.internals.autograd import in_transform
+
 
 class Losses:
     """The losses that were scaled since the last step.
@@ -40,7 +42,7 @@ class Losses:
         """
         self.count += 1
         # a tracer has no values, and inside of vmap and its like a loss has no one value
-        is_traced = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None  # type: ignore[attr-defined]
+        is_traced = torch.compiler.is_compiling() or in_transform()
         if is_traced or self._ignores_later:
             return
         if on_host:

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from duotone.torch.internals.dispatch import multiply_all
+from duotone.torch.internals.tensors import sparse_values
+from duotone.torch.internals.training import check_and_unscale
 from duotone.torch.parameters.shards import local
 
 
@@ -40,7 +43,7 @@ def unscale_(params: list[Tensor], inverse_scale: Tensor) -> list[Tensor]:
             part = local(param.grad)
             grads.setdefault(part.device, []).append(part)
     for device, parts in grads.items():
-        torch._foreach_mul_(parts, inverse_scale.to(device))  # type: ignore[attr-defined]
+        multiply_all(parts, inverse_scale.to(device))
     return widened
 
 
@@ -79,9 +82,7 @@ def unscale_and_check_(
     for (device, _), grads in parts.items():
         if device not in flags:
             flags[device] = found_inf.to(device, copy=True)
-        torch._amp_foreach_non_finite_check_and_unscale_(  # type: ignore[attr-defined]
-            grads, flags[device], inverse_scale.to(device)
-        )
+        check_and_unscale(grads, flags[device], inverse_scale.to(device))
     return flags
 
 
@@ -94,7 +95,7 @@ def _values_of(param: Tensor) -> Tensor:
     # finite FP16 values of one element may sum up to Inf
     if grad.dtype == torch.float16:
         grad = param.grad = grad.coalesce()
-    return grad._values()
+    return sparse_values(grad)
 
 
 def _change_grad_dtype(param: Tensor, dtype: torch.dtype) -> None:

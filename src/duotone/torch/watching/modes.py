@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from duotone.torch.casting.region import compute_dtype
+from duotone.torch.internals.autograd import in_backward
+from duotone.torch.internals.dispatch import MOVING_KERNELS, WatchingMode, casting_kernel
 from duotone.torch.nested import tensors_in
 from duotone.torch.watching.callers import find_caller
 from duotone.torch.watching.observer import Call, MixedOperands, Observer
-from duotone.torch.watching.saved import in_backward
 
 _aten = torch.ops.aten
 # kernels that move nothing and compute nothing; views are recognised by themselves
 _NAMES = """
-    _unsafe_view _reshape_alias lift_fresh empty empty_like empty_strided new_empty new_empty_strided zeros_like
-    ones_like full_like new_zeros new_ones new_full _local_scalar_dense is_same_size
+    lift_fresh empty empty_like empty_strided new_empty new_empty_strided zeros_like
+    ones_like full_like new_zeros new_ones new_full is_same_size
 """
-_NO_ARITHMETIC = frozenset(getattr(_aten, name) for name in _NAMES.split())
+_NO_ARITHMETIC = MOVING_KERNELS.union(getattr(_aten, name) for name in _NAMES.split())
 # functions that are a whole layer: each of their kernels counts as an operation
 _LAYERS = frozenset({F.multi_head_attention_forward})
 _NARROW = frozenset({torch.bfloat16, torch.float16})
@@ -113,7 +113,7 @@ class _Functions(TorchFunctionMode):
             call.func = call.caller.handler_func
 
 
-class _Kernels(TorchDispatchMode):
+class _Kernels(WatchingMode):
     """Sees what is read and written, and in which dtype."""
 
     def __init__(self, observer: Observer, functions: _Functions, stop: CodeType) -> None:
@@ -121,11 +121,6 @@ class _Kernels(TorchDispatchMode):
         self._observer = observer
         self._functions = functions
         self._stop = stop
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # torch would import its compiler for seconds, only to keep it away from here; nothing is compiled meanwhile
-        return False
 
     def __torch_dispatch__(
         self,
@@ -196,7 +191,7 @@ def _floating_dtypes(value: Any) -> dict[torch.dtype, None]:
 
 def _source_of_copy(func: Any, args: tuple[Any, ...]) -> Tensor | None:
     """Return what a kernel copies from if it does nothing else."""
-    if func.overloadpacket is _aten._to_copy:
+    if func.overloadpacket is casting_kernel:
         return args[0]
     return args[1] if func.overloadpacket is _aten.copy_ else None
 

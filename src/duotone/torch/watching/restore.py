@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from duotone.torch.internals.autograd import version_of
+from duotone.torch.internals.training import buffers_of
+
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
@@ -20,13 +23,13 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     training = [(module, module.training) for module in modules]
-    buffers = [(module, dict(module._buffers)) for module in modules]
+    buffers = [(module, dict(buffers_of(module))) for module in modules]
     changeable = [buffer for _, held in buffers for buffer in held.values() if buffer is not None]
     for module in modules:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
             changeable.append(module.weight)
     values = [
-        (tensor, tensor._version, tensor.detach().clone())
+        (tensor, version_of(tensor), tensor.detach().clone())
         for tensor in dict.fromkeys(changeable)
         if _can_change(tensor)
     ]
@@ -43,12 +46,13 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         for module, mode in training:
             module.training = mode
         for module, held in buffers:
-            module._buffers.clear()
-            module._buffers.update(held)
+            store = buffers_of(module)
+            store.clear()
+            store.update(held)
         with torch.no_grad():
             for tensor, version, value in values:
                 # writing what is there already would spoil the graph of an earlier forward pass
-                if tensor._version != version or not torch.equal(tensor, value):
+                if version_of(tensor) != version or not torch.equal(tensor, value):
                     tensor.copy_(value)
 
 

@@ -8,18 +8,17 @@ out: what is kept without autograd, in attributes or closures, and what is saved
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# torch's stubs do not list the module's functions
-_autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
+from duotone.torch.internals.autograd import in_backward, pop_saved_hooks, push_saved_hooks, top_saved_hooks
+from duotone.torch.internals.tensors import sparse_indices, sparse_values, storage_reference, wrapped_in
+
 # how deep a packed object is searched for tensors
 _DEPTH = 4
 
@@ -39,7 +38,7 @@ class SavedBytes:
         self.activation_bytes: Counter[str] = Counter()
         self.parameter_bytes: Counter[str] = Counter()
         self._parameters = {key for tensor in parameters for key in storage_keys(tensor)}
-        self._seen: set[StorageWeakRef] = set()
+        self._seen: set[Hashable] = set()
 
     @property
     def total_activation_bytes(self) -> int:
@@ -82,7 +81,7 @@ def saved_for_backward(parameters: Iterable[Tensor] = ()) -> Iterator[SavedBytes
 @contextmanager
 def watch_saved(add: Callable[[Tensor], object]) -> Iterator[None]:
     """Call `add` with every tensor that autograd keeps for the backward pass, in this thread, inside the block."""
-    outer = _autograd._top_saved_tensors_default_hooks(False)
+    outer = top_saved_hooks(False)
     thread = threading.get_ident()
 
     def adding(pack: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -108,35 +107,36 @@ def watch_saved(add: Callable[[Tensor], object]) -> Iterator[None]:
             hooks.pack_hook = pack
 
     pack, unpack = outer or (_itself, _itself)
-    _autograd._push_saved_tensors_default_hooks(adding(pack), unpack)
+    push_saved_hooks(adding(pack), unpack)
     # torch calls the innermost pair alone: without this, whatever enters a pair inside would hide what it keeps
     saved_tensors_hooks.__enter__ = enter_adding  # type: ignore[method-assign]
     try:
         yield
     finally:
         saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
-        _autograd._pop_saved_tensors_default_hooks()
+        pop_saved_hooks()
 
 
-def storage_keys(tensor: Tensor) -> list[StorageWeakRef]:
+def storage_keys(tensor: Tensor) -> list[Hashable]:
     """Return what tells the storages of a tensor from others, even if one was freed and its memory is used again."""
     return [key for key, _ in _storages_of(tensor)]
 
 
-def _storages_of(tensor: Tensor) -> Iterator[tuple[StorageWeakRef, Tensor]]:
+def _storages_of(tensor: Tensor) -> Iterator[tuple[Hashable, Tensor]]:
     """Yield the storages that a tensor stands on, each with a plain tensor of it; a sparse tensor has several."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages_of(getattr(tensor, name))
+    parts = wrapped_in(tensor)
+    if parts is not None:
+        for part in parts:
+            yield from _storages_of(part)
     elif tensor.layout == torch.sparse_coo:
-        yield from _storages_of(tensor._indices())
-        yield from _storages_of(tensor._values())
+        yield from _storages_of(sparse_indices(tensor))
+        yield from _storages_of(sparse_values(tensor))
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
             yield from _storages_of(part)
     elif tensor.layout == torch.strided:
         try:
-            yield StorageWeakRef(tensor.untyped_storage()), tensor
+            yield storage_reference(tensor.untyped_storage()), tensor
         except (NotImplementedError, RuntimeError):
             # a tensor without storage, as inside of torch.func's transforms, holds no bytes of its own
             return
@@ -149,11 +149,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     'bfloat16'
     """
     return str(dtype).removeprefix("torch.")
-
-
-def in_backward() -> bool:
-    """Return whether autograd's engine is running on this thread."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Runs a function under an observer: hooks on the model's modules, modes over torch's functions and kernels."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -8,9 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from duotone.torch.internals import compiler
+from duotone.torch.internals.autograd import in_backward
+from duotone.torch.internals.compiler import is_loaded, original_of, written_path
 from duotone.torch.watching.modes import watch_operations
 from duotone.torch.watching.observer import Observer
-from duotone.torch.watching.saved import in_backward, watch_saved
+from duotone.torch.watching.saved import watch_saved
 
 
 def watch(model: nn.Module, run: Callable[[], object], observer: Observer) -> None:
@@ -19,7 +21,7 @@ def watch(model: nn.Module, run: Callable[[], object], observer: Observer) -> No
     Compiled parts run as they are written.
     """
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
+        if is_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_hooks(model, observer))
         stack.enter_context(torch.inference_mode(False))
@@ -35,8 +37,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     ['', '0']
     """
     for path, module in model.named_modules():
-        if not _is_wrapper(module):
-            yield ".".join(name for name in path.split(".") if name != "_orig_mod"), module
+        if original_of(module) is module:
+            yield written_path(path), module
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -45,11 +47,7 @@ def is_compiled(model: nn.Module) -> bool:
     >>> is_compiled(nn.Sequential(nn.ReLU()))
     False
     """
-    return any(_is_wrapper(module) or module._compiled_call_impl is not None for module in model.modules())
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod")
+    return any(compiler.is_compiled(module) for module in model.modules())
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.autograd import Function
 
+from duotone.torch.internals.autograd import transforms_are_active
+
 
 def apply(function: type[Function], *args: Any) -> Any:
     """Return what `function.apply(*args)` returns.
@@ -44,4 +46,4 @@ def is_eager() -> bool:
     >>> is_eager(), torch.func.vmap(lambda x: x + is_eager())(torch.zeros(1))
     (True, tensor([0.]))
     """
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and not transforms_are_active()

@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager
+from duotone.torch.internals.dispatch import log_softmax_backward
 
 _NARROW = (torch.bfloat16, torch.float16)
 # logits widened at a time: on a CPU 1 MiB of FP32 for each core, its second-level cache; elsewhere what fills a device
@@ -78,7 +79,7 @@ class _ChunkedCrossEntropy(Function):
                 of_rows = of_rows.unsqueeze(1) if of_rows.dim() else of_rows
                 image, classes = probabilities.unsqueeze(2), target[piece].unsqueeze(1)
                 of_chosen = torch.ops.aten.nll_loss2d_backward(of_rows, image, classes, *rest).squeeze(2)
-            grad_logits[part] = torch.ops.aten._log_softmax_backward_data(of_chosen, probabilities, 1, torch.float32)
+            grad_logits[part] = log_softmax_backward(of_chosen, probabilities, 1, torch.float32)
         return grad_logits, None, None, None, None
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 from torch.autograd import Function
 
 from duotone.torch.casting.float32_inside.autograd_function import apply
 from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of, sum_rows
+from duotone.torch.internals.autograd import is_batched
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -25,7 +25,7 @@ def needs_sum(source: Tensor) -> bool:
     if source.dtype not in _NARROW or not torch.is_grad_enabled():
         return False
     # a tensor inside vmap does not say whether the one that it stands for requires a gradient
-    return source.requires_grad or (not torch.compiler.is_compiling() and is_batchedtensor(source))
+    return source.requires_grad or (not torch.compiler.is_compiling() and is_batched(source))
 
 
 class GatherRows(Function):

@@ -1,0 +1,98 @@
+"""Private names of torch's autograd: hooks on saved tensors, versions, backward passes, transforms of torch.func."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from duotone.torch.internals.lookup import find, has_all
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+# hooks on saved tensors: FP16 on CPUs keeps operands in 16 bits by them, and torch.utils.checkpoint shows in them;
+# where they cannot be seen, the former keeps FP32 copies, and what checkpoint runs again finds no region
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/init.cpp
+top_saved_hooks: Callable[[bool], Any] = find(
+    "torch._C._autograd:_top_saved_tensors_default_hooks", lambda ignore_tracing: None
+)
+push_saved_hooks: Callable[..., Any] = find(
+    "torch._C._autograd:_push_saved_tensors_default_hooks",
+    lambda pack, unpack: saved_tensors_hooks(pack, unpack).__enter__(),
+)
+pop_saved_hooks: Callable[[], Any] = find(
+    "torch._C._autograd:_pop_saved_tensors_default_hooks", lambda: saved_tensors_hooks(_itself, _itself).__exit__()
+)
+_hooks_are_allowed: Callable[[], bool] = find("torch._C._autograd:_saved_tensors_hooks_is_enabled", lambda: False)
+SEES_SAVED_HOOKS = has_all("_top_saved_tensors")
+# whether torch.jit.trace records what runs; it would record the hooks of FP16 on CPUs
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/jit/_trace.py#L1261
+is_jit_tracing: Callable[[], bool] = find("torch.jit:is_tracing", lambda: False)
+# which backward pass runs on this thread, -1 for none; without it, a part of a cast model that is run again in one is
+# taken for one that is called by itself, whose output is cast
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/Module.cpp
+_backward_pass: Callable[[], int] = find("torch._C:_current_graph_task_id", lambda: -1)
+# what torch.no_grad calls, as modes see it; without it, checkpoint with reentrant autograd is not followed
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/init.cpp
+set_grad_enabled: Any = find("torch._C:_set_grad_enabled", object())
+
+
+def can_hook_saved() -> bool:
+    """Return whether hooks on saved tensors may be pushed here; transforms of torch.func forbid them."""
+    return SEES_SAVED_HOOKS and _hooks_are_allowed()
+
+
+def in_backward() -> bool:
+    """Return whether autograd's engine is running on this thread."""
+    return _backward_pass() != -1
+
+
+# how often a tensor was written to; without it, a change in place between forward and backward pass is not seen where
+# Duotone itself keeps a tensor for the latter
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/python_variable.cpp
+VERSION = "_version"
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; 0 for those made in inference mode, for which torch does not count."""
+    return 0 if tensor.is_inference() else getattr(tensor, VERSION, 0)
+
+
+def _write_nothing(tensors: Tensor | Iterable[Tensor]) -> None:
+    for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
+        # writing into an empty part counts as writing
+        tensor.detach()[None][:0].zero_()
+
+
+# has autograd see what was written through addresses
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/graph.py#L245
+increment_version: Callable[[Tensor | list[Tensor]], None] = find(
+    "torch.autograd.graph:increment_version", _write_nothing
+)
+
+# the level of the transform of torch.func that is under way, or None
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/functorch/init.cpp
+_transform_level: Callable[[], int | None] | None = find("torch._C._functorch:maybe_current_level")
+# whether one is; without either, one is taken to be, which is slower
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/utils/python_dispatch.cpp
+transforms_are_active: Callable[[], bool] = find(
+    "torch._C:_are_functorch_transforms_active", lambda: _transform_level is None or _transform_level() is not None
+)
+# whether vmap stands for a batch by a tensor; without it, each is taken to be one inside of transforms
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/functorch/init.cpp
+is_batched: Callable[[Tensor], bool] = find(
+    "torch._C._functorch:is_batchedtensor", lambda tensor: transforms_are_active()
+)
+
+
+def in_transform() -> bool:
+    """Return whether this is called inside of a transform of torch.func.
+
+    >>> import torch
+    >>> in_transform(), torch.func.vmap(lambda x: x + in_transform())(torch.zeros(1))
+    (False, tensor([1.]))
+    """
+    return transforms_are_active() if _transform_level is None else _transform_level() is not None

@@ -1,0 +1,79 @@
+"""Private names of torch.compile: what it leaves alone, what it calls while it traces, what it has made."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from duotone.errors import DuotoneWarning
+from duotone.torch.internals.lookup import find, has_all
+
+# leaves code alone that it would compile by itself; without them, that is said as something is compiled
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/dynamo/eval_frame.c
+_Action: Any = find("torch._C._dynamo.eval_frame:_FrameAction")
+_Strategy: Any = find("torch._C._dynamo.eval_frame:_FrameExecStrategy")
+_set_strategy: Callable[[CodeType, Any], None] = find("torch._C._dynamo.eval_frame:set_code_exec_strategy")
+SKIPS_CODE = has_all("eval_frame")
+# the mark of a function whose result is a constant: torch.compiler.assume_constant_result, which loads the compiler
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/decorators.py#L188
+CONSTANT = "_dynamo_marked_constant"
+# the module that a compiled one was made of; without it, explain shows the compiled one
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/eval_frame.py
+ORIGINAL_MODULE = "_orig_mod"
+# what is called in place of a module that was compiled in place
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L480
+COMPILED_CALL = "_compiled_call_impl"
+
+
+def skip_code(code: CodeType) -> None:
+    """Have a function neither compiled by itself nor what it calls; traced from outside, it still is."""
+    _set_strategy(code, _Strategy(_Action.SKIP, _Action.SKIP))
+
+
+def mark_constant(function: Callable[..., Any]) -> None:
+    """Have a function called while tracing, and not followed."""
+    setattr(function, CONSTANT, True)
+
+
+@functools.cache
+def say_once_that_code_is_not_skipped() -> None:
+    """Warn that graph breaks inside of a region are not safe."""
+    warnings.warn(
+        f"torch {torch.__version__} does not let code be skipped (torch._C._dynamo.eval_frame.set_code_exec_strategy): "
+        "where a graph breaks inside of a cast model, operations may run in another dtype; compile with fullgraph=True",
+        DuotoneWarning,
+        stacklevel=2,
+    )
+
+
+mark_constant(say_once_that_code_is_not_skipped)
+
+
+def is_loaded() -> bool:
+    """Return whether something may have been compiled."""
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/__init__.py
+    return "torch._dynamo" in sys.modules
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """Return the module that a compiled one was made of; any other itself."""
+    return getattr(module, ORIGINAL_MODULE, module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module was compiled, in place or not."""
+    return original_of(module) is not module or getattr(module, COMPILED_CALL, None) is not None
+
+
+def written_path(path: str) -> str:
+    """Return a module's path without what torch.compile puts around modules.
+
+    >>> written_path("_orig_mod.blocks.0")
+    'blocks.0'
+    """
+    return ".".join(name for name in path.split(".") if name != ORIGINAL_MODULE)

@@ -1,0 +1,54 @@
+"""Private names of torch's tensors: their memory, what they wrap, and structures that hold them."""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, UntypedStorage
+
+from duotone.torch.internals.lookup import find, find_or_refuse
+
+# tells storages apart that are alive; without it, their addresses do
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/StorageMethods.cpp
+_cdata: Any = find("torch:UntypedStorage._cdata")
+storage_id: Callable[[UntypedStorage], int] = UntypedStorage.data_ptr if _cdata is None else _cdata.__get__
+# the same of those that may be gone; without it, explain counts memory that is used again once
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/multiprocessing/reductions.py#L22
+storage_reference: Callable[[UntypedStorage], Hashable] = find(
+    "torch.multiprocessing.reductions:StorageWeakRef", UntypedStorage.data_ptr
+)
+# what a sparse tensor stands on; without them, torch refuses one that is not coalesced
+# https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
+sparse_indices: Callable[[Tensor], Tensor] = find("torch:Tensor._indices", Tensor.indices)
+sparse_values: Callable[[Tensor], Tensor] = find("torch:Tensor._values", Tensor.values)
+# this rank's part of a DTensor; without it, what its `to_local` returns
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
+LOCAL_TENSOR = "_local_tensor"
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return this rank's part of a DTensor, sharing its memory."""
+    part = getattr(tensor, LOCAL_TENSOR, None)
+    if part is None:
+        with torch.no_grad():
+            part = tensor.to_local()
+    return part
+
+
+def wrapped_in(tensor: Any) -> list[Any] | None:
+    """Return the tensors that a tensor wraps, such as the parts of a quantized one; None if it wraps none."""
+    # what torch.utils._python_dispatch.is_traceable_wrapper_subclass asks for
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_python_dispatch.py
+    if type(tensor) is Tensor or not (
+        hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "__tensor_unflatten__")
+    ):
+        return None
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+# takes structures apart and puts them together as torch does itself, those that other libraries have registered too
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/utils/_pytree.py
+_TREES = "which checkpoint_activations and explain need to find the tensors that a module is given"
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = find_or_refuse("torch.utils._pytree:tree_flatten", _TREES)
+tree_unflatten: Callable[[Iterable[Any], Any], Any] = find_or_refuse("torch.utils._pytree:tree_unflatten", _TREES)
+tree_leaves: Callable[[Any], list[Any]] = find("torch.utils._pytree:tree_leaves", lambda tree: tree_flatten(tree)[0])
