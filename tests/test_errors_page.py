@@ -18,7 +18,7 @@ TORCHS = (
     "step() has already been called",
 )
 # what only a defect of our own would say
-OURS = ("a course must be started before",)
+OURS = ("start must be requested before",)
 # letters that tell one message from another
 _LEAST = 9
 
