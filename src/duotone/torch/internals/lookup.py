@@ -47,12 +47,12 @@ def refusal(name: str, purpose: str) -> Callable[..., NoReturn]:
     >>> refusal("torch:cast_rays", "explain needs it")()
     Traceback (most recent call last):
     ...
-    duotone.errors.BackendError: torch ... has no torch.cast_rays, explain needs it; use a version that docs/requirements.md names
+    duotone.errors.BackendError: torch ... has no torch.cast_rays, explain needs it; use another version
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise BackendError(
-            f"torch {torch.__version__} has no {name.replace(':', '.')}, {purpose}; use a version that docs/requirements.md names"
+            f"torch {torch.__version__} has no {name.replace(':', '.')}, {purpose}; use another version"
         )
 
     return refuse
