@@ -1,5 +1,6 @@
 """An existing model and torch optimizer made Duotone's: all three mechanisms in one call, or the optimizer alone."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from duotone.policy import Policy
 from duotone.torch.casting.cast import cast
 from duotone.torch.internals.training import move_step_hooks
 from duotone.torch.kernels import SPLIT_DTYPES
-from duotone.torch.optim import SGD, AdamW, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
+from duotone.torch.optim import OWN, FusedOptimizer, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.loss_scaler import LossScaler
 
@@ -80,7 +81,7 @@ def convert_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     counterpart = _counterpart(optimizer)
     if counterpart is not None:
         check_parameters(params)
-        return _taken_over(optimizer, *counterpart)
+        return _taken_over(optimizer, counterpart)
     _check_moments(optimizer, {str(storage_of(param).state).removeprefix("torch.") for param in params}, "the policy")
     # a lazily shaped parameter is cast when it gets its shape
     if any(param.dtype in SPLIT_DTYPES or isinstance(param, UninitializedParameter) for param in params):
@@ -104,14 +105,9 @@ def _check_convertible(optimizer: torch.optim.Optimizer, policy: Policy) -> None
         check_wrappable(optimizer)
 
 
-def _counterpart(optimizer: torch.optim.Optimizer) -> tuple[type[AdamW | SGD], tuple[str, ...]] | None:
-    """Return Duotone's optimizer of the same update, and the settings that it takes over; None if there is none."""
-    # exact types: a subclass may change the update
-    if type(optimizer) is torch.optim.AdamW and not any(group["amsgrad"] for group in optimizer.param_groups):
-        return AdamW, ("lr", "betas", "eps", "weight_decay", "maximize")
-    if type(optimizer) is torch.optim.SGD:
-        return SGD, ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    return None
+def _counterpart(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer] | None:
+    """Return Duotone's optimizer of the same update; None if there is none."""
+    return next((kind for kind in OWN if kind.replaces(optimizer)), None)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -131,12 +127,11 @@ def _check_moments(optimizer: torch.optim.Optimizer, formats: set[str], who: str
         )
 
 
-def _taken_over(
-    optimizer: torch.optim.Optimizer, kind: type[AdamW | SGD], settings: tuple[str, ...]
-) -> torch.optim.Optimizer:
+def _taken_over(optimizer: torch.optim.Optimizer, kind: type[FusedOptimizer]) -> torch.optim.Optimizer:
     """Return an optimizer of another kind with a torch optimizer's settings, groups, state and hooks."""
     groups = [{"params": group["params"]} for group in optimizer.param_groups]
-    converted = kind(groups, **{name: optimizer.defaults[name] for name in settings})
+    own = inspect.signature(kind).parameters
+    converted: Any = kind(groups, **{name: value for name, value in optimizer.defaults.items() if name in own})
     converted.load_portable_state_dict(optimizer.state_dict())
     # whoever holds the old one, a scheduler for instance, changes the groups of the new one
     optimizer.param_groups = converted.param_groups

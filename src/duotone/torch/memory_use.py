@@ -6,11 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from duotone.torch.internals.tensors import wrapped_in
+from duotone.torch.optim.slots import TAIL, is_moment
 from duotone.torch.parameters.shards import local, reshard
 from duotone.torch.parameters.storage import storage_of
-
-# states that may have a parameter's shape, and are no moments all the same
-_COUNTERS = ("step", "beta_products")
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,9 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
         tail = storage_of(param).tail
         counted["tails"] += 0 if tail is None else _size(tail, seen)
         for name, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
-            if not isinstance(value, Tensor) or name == "tail":
+            if not isinstance(value, Tensor) or name == TAIL.name:
                 continue
-            is_moment = value.shape == param.shape and name not in _COUNTERS
-            counted["moments" if is_moment else "other"] += _size(value, seen)
+            counted["moments" if is_moment(optimizer, name, value, param) else "other"] += _size(value, seen)
     counted["other"] += sum(_size(buffer, seen) for buffer in model.buffers())
     return Memory(parameters=parameters, **{f"{role}_bytes": size for role, size in counted.items()})
 

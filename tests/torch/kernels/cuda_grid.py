@@ -18,8 +18,8 @@ from duotone.torch.kernels.round_stochastically import round_stochastically
 
 from .grid import (
     MOMENTS,
-    OPERATIONS,
     SETTINGS,
+    UPDATES,
     adversarial_grads,
     copy_of,
     differing,
@@ -71,13 +71,14 @@ def step_both(optimizer, expected, own, grads, settings=None, *, found_inf=False
     """Step both with the same gradients; the settings of the kernels may name tensors on the device."""
     settings = settings or ([SETTINGS[optimizer]],) * 2
     backend = import_module("duotone.torch.kernels.cuda")
-    for update, operands, groups, device in (
-        (getattr(reference, OPERATIONS[optimizer]), expected, settings[0], "cpu"),
-        (getattr(backend, OPERATIONS[optimizer]), own, settings[1], DEVICE),
+    for module, operands, groups, device in (
+        (reference, expected, settings[0], "cpu"),
+        (backend, own, settings[1], DEVICE),
     ):
         for operand, grad in zip(operands, grads, strict=True):
             operand.grad.copy_(grad)
-        update(operands, groups, torch.tensor(0.37, device=device), torch.tensor(found_inf, device=device))
+        scalars = torch.tensor(0.37, device=device), torch.tensor(found_inf, device=device)
+        module.update(UPDATES[optimizer], operands, groups, *scalars)
 
 
 def differences(own, expected):
@@ -191,7 +192,8 @@ def test_addresses_need_no_alignment(form):
 
 
 def test_no_operands_and_no_elements():
-    import_module("duotone.torch.kernels.cuda").adamw([], [], torch.ones((), device=DEVICE), torch.tensor(False))
+    nothing = torch.ones((), device=DEVICE), torch.tensor(False)
+    import_module("duotone.torch.kernels.cuda").update(UPDATES["adamw"], [], [], *nothing)
     step_and_compare("sgd", pair(0, form=("float32", torch.float32, 0, torch.float32)), 1)
 
 
@@ -226,7 +228,7 @@ def test_elements_beyond_two_to_the_36(monkeypatch):
     monkeypatch.setattr(launch(), "tables_of", lambda operands: (late,))
     backend = import_module("duotone.torch.kernels.cuda")
     one, found_inf = torch.ones((), device=DEVICE), torch.tensor(False, device=DEVICE)
-    backend.sgd([own], [SETTINGS["sgd"]._replace(lr=lr)], one, found_inf)
+    backend.update(UPDATES["sgd"], [own], [SETTINGS["sgd"]._replace(lr=lr)], one, found_inf)
     assert torch.equal(own.weight.cpu().view(torch.int16), expected.view(torch.int16))
 
 

@@ -8,9 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.torch.kernels import AdamWSettings, LionSettings, Operand, Rounding, SGDSettings, encode
+from duotone.torch.kernels import Operand, Rounding, encode
+from duotone.torch.kernels.updates import adamw, lion, sgd
+from duotone.torch.kernels.updates.adamw import AdamWSettings
+from duotone.torch.kernels.updates.lion import LionSettings
+from duotone.torch.kernels.updates.sgd import SGDSettings
 
-OPERATIONS = {"adamw": "adamw", "sgd": "sgd", "momentum": "sgd", "nesterov": "sgd", "lion": "lion"}
+UPDATES = {
+    "adamw": adamw.UPDATE,
+    "sgd": sgd.UPDATE,
+    "momentum": sgd.UPDATE,
+    "nesterov": sgd.UPDATE,
+    "lion": lion.UPDATE,
+}
 MOMENTS = {"adamw": 2, "sgd": 0, "momentum": 1, "nesterov": 1, "lion": 1}
 SETTINGS = {
     "adamw": AdamWSettings(1e-3, 0.9, 0.999, 1e-8, 0.01, maximize=False, seed=5),
@@ -34,7 +44,7 @@ MOMENT_DTYPES = (torch.float32, torch.bfloat16)
 
 def every_case() -> Iterator[tuple[str, str, torch.dtype, torch.dtype]]:
     """Yield optimizer, weight form, gradient dtype and moment dtype of every case there is."""
-    for name, form, grad, moment in itertools.product(OPERATIONS, WEIGHT_FORMS, GRAD_DTYPES, MOMENT_DTYPES):
+    for name, form, grad, moment in itertools.product(UPDATES, WEIGHT_FORMS, GRAD_DTYPES, MOMENT_DTYPES):
         if MOMENTS[name] or moment == torch.float32:
             yield name, form, grad, moment
 
@@ -121,7 +131,7 @@ def copy_of(operands: Sequence[Operand]) -> list[Operand]:
 
 def tensors_of(operand: Operand) -> dict[str, Tensor]:
     """Return what an update may write, by name."""
-    named = {"weight": operand.weight, "tail": operand.tail, "step": operand.step, "products": operand.beta_products}
+    named = {"weight": operand.weight, "tail": operand.tail, "step": operand.step, "counters": operand.counters}
     named |= {f"moment {number}": moment for number, moment in enumerate(operand.moments)}
     return {name: value for name, value in named.items() if value is not None}
 
@@ -160,5 +170,4 @@ def step_both(
     for backend, own in zip(backends, operands, strict=True):
         for operand, grad in zip(own, grads, strict=True):
             operand.grad.copy_(grad)
-        update = getattr(backend, OPERATIONS[optimizer])
-        update(own, settings, torch.tensor(multiplier), torch.tensor(found_inf))
+        backend.update(UPDATES[optimizer], own, settings, torch.tensor(multiplier), torch.tensor(found_inf))

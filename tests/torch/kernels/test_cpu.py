@@ -14,6 +14,7 @@ from duotone.torch.kernels.round_stochastically import round_stochastically
 from .grid import (
     MOMENTS,
     SETTINGS,
+    UPDATES,
     adversarial_grads,
     copy_of,
     differing,
@@ -166,7 +167,7 @@ def test_indices_beyond_two_to_the_31(monkeypatch):
     monkeypatch.setattr(
         cpu, "tables_of", lambda operands: (rows._replace(chunks=rows.chunks[-1:], lengths=rows.lengths[-1:]),)
     )
-    cpu.sgd([operand], [SETTINGS["sgd"]], torch.ones(()), torch.tensor(False))
+    cpu.update(UPDATES["sgd"], [operand], [SETTINGS["sgd"]], torch.ones(()), torch.tensor(False))
 
     blocks = first // 8 + torch.arange(length // 8 + 1)
     zero, seed = torch.zeros_like(blocks), SETTINGS["sgd"].seed

@@ -12,13 +12,14 @@ import torch
 
 from duotone.torch.kernels import reference
 
-from .grid import SETTINGS, copy_of, differing, make_operand
+from .grid import SETTINGS, UPDATES, copy_of, differing, make_operand
 
 triton = pytest.importorskip("triton", reason="the cuda backend needs Triton")
 from duotone.torch.kernels import cuda  # noqa: E402
 from duotone.torch.kernels.cuda import launch, settings, upload  # noqa: E402
 
 CPU = torch.device("cpu")
+ADAMW = UPDATES["adamw"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def on_gpu(*forms):
             grad=operand.grad.cuda(),
             moments=tuple(moment.cuda() for moment in operand.moments),
             step=operand.step.cuda(),
-            beta_products=operand.beta_products.cuda(),
+            counters=operand.counters.cuda(),
         )
         for operand in operands
     ]
@@ -164,7 +165,7 @@ def test_a_step_never_waits_for_the_device():
             operands = [operand._replace(grad=grad) for operand, grad in zip(operands, grads, strict=True)]
             group = SETTINGS["adamw"]._replace(lr=lr if step % 2 else 0.1 / (step + 1))
             _, found_inf = cuda.grad_stats(grads, one)
-            cuda.adamw(operands, [group], one, found_inf)
+            cuda.update(ADAMW, operands, [group], one, found_inf)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -179,7 +180,7 @@ def test_a_captured_step_is_the_eager_one_with_a_changing_learning_rate(seen):
 
     def step(operands):
         total, found_inf = cuda.grad_stats([operand.grad for operand in operands], one)
-        cuda.adamw(operands, groups, one, found_inf)
+        cuda.update(ADAMW, operands, groups, one, found_inf)
         return total
 
     step(warm)
@@ -210,6 +211,6 @@ def test_the_reference_on_the_gpu_has_the_same_bits():
     others = copy_of(operands)
     one, found_inf = torch.ones((), device="cuda"), torch.tensor(False, device="cuda")
     for _ in range(3):
-        cuda.adamw(operands, [SETTINGS["adamw"]], one, found_inf)
-        reference.adamw(others, [SETTINGS["adamw"]], one, found_inf)
+        cuda.update(ADAMW, operands, [SETTINGS["adamw"]], one, found_inf)
+        reference.update(ADAMW, others, [SETTINGS["adamw"]], one, found_inf)
         assert not differing(operands, others)

@@ -10,11 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from duotone.torch.kernels.cuda.coefficients import BLOCK, coefficients_kernel
-from duotone.torch.kernels.cuda.launch import OPTIONS
+from duotone.torch.kernels.cuda.coefficients import coefficients_kernel
+from duotone.torch.kernels.cuda.elements import update_kernel
+from duotone.torch.kernels.cuda.launch import OPTIONS, constants_in, constants_of
 from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
-from duotone.torch.kernels.cuda.update import tile_of, update_kernel
-from duotone.torch.kernels.table import Form
+from duotone.torch.kernels.table import Formats
+
+from .grid import UPDATES
 
 TYPES = {
     "parameters": "*i64",
@@ -29,16 +31,16 @@ TYPES = {
     "total": "*fp64",
     "count": "i32",
 }
-# rule, form, and how many 4-byte words a thread moves at once: of loads, of stores
-UPDATES = [
-    ("adamw", Form("bfloat16+tail", "bfloat16", "float32"), {2: 3, 4: 2}, {2: 2, 4: 2}),
-    ("adamw", Form("bfloat16+tail", "bfloat16", "bfloat16"), {4: 5}, {4: 4}),
-    ("adamw", Form("float16+tail", "float16", "float32"), {2: 3, 4: 2}, {2: 2, 4: 2}),
-    ("adamw", Form("float32", "bfloat16", "float32"), {2: 1, 4: 3}, {4: 3}),
-    ("sgd", Form("float32", "float32", "none"), {4: 2}, {4: 1}),
-    ("sgd", Form("float16+stochastic", "float16", "bfloat16"), {4: 3}, {4: 2}),
-    ("sgd", Form("bfloat16", "bfloat16", "none"), {4: 2}, {4: 1}),
-    ("lion", Form("bfloat16+stochastic", "float16", "float32"), {2: 2, 4: 1}, {2: 1, 4: 1}),
+# optimizer, formats, and how many 4-byte words a thread moves at once: of loads, of stores
+WIDTHS = [
+    ("adamw", Formats("bfloat16+tail", "bfloat16", ("float32",) * 2), {2: 3, 4: 2}, {2: 2, 4: 2}),
+    ("adamw", Formats("bfloat16+tail", "bfloat16", ("bfloat16",) * 2), {4: 5}, {4: 4}),
+    ("adamw", Formats("float16+tail", "float16", ("float32",) * 2), {2: 3, 4: 2}, {2: 2, 4: 2}),
+    ("adamw", Formats("float32", "bfloat16", ("float32",) * 2), {2: 1, 4: 3}, {4: 3}),
+    ("sgd", Formats("float32", "float32", ()), {4: 2}, {4: 1}),
+    ("sgd", Formats("float16+stochastic", "float16", ("bfloat16",)), {4: 3}, {4: 2}),
+    ("sgd", Formats("bfloat16", "bfloat16", ()), {4: 2}, {4: 1}),
+    ("lion", Formats("bfloat16+stochastic", "float16", ("float32",)), {2: 2, 4: 1}, {2: 1, 4: 1}),
 ]
 
 
@@ -50,10 +52,9 @@ def instructions(kernel, architecture=90, **constants):
     return Counter(re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z]\w*\.[\w.:]+)", compiled.asm["ptx"], re.MULTILINE))
 
 
-def of_update(rule, form, *, aligned=True, architecture=90):
-    weight, _, kind = form.weight.partition("+")
-    constants = {"RULE": rule, "WEIGHT": weight, "KIND": kind, "GRAD": form.grad, "MOMENTS": form.moments}
-    return instructions(update_kernel, architecture, **constants, TILE=tile_of(form), ALIGNED=aligned)
+def of_update(optimizer, formats, *, aligned=True, architecture=90):
+    constants = constants_of(UPDATES[optimizer])[1] | constants_in(formats)
+    return instructions(update_kernel, architecture, **constants, ALIGNED=aligned)
 
 
 def widths(found, access):
@@ -65,35 +66,35 @@ def inexact(found):
     return {name for name in found if re.search(r"ftz|approx|\bfma|\bmad\.rn|div\.full", name)}
 
 
-@pytest.mark.parametrize(("rule", "form", "loads", "stores"), UPDATES)
-def test_updates_are_exact_and_their_accesses_wide(rule, form, loads, stores):
-    found = of_update(rule, form)
+@pytest.mark.parametrize(("optimizer", "formats", "loads", "stores"), WIDTHS)
+def test_updates_are_exact_and_their_accesses_wide(optimizer, formats, loads, stores):
+    found = of_update(optimizer, formats)
     assert not inexact(found)
     assert (widths(found, "ld"), widths(found, "st")) == (loads, stores)
     # whatever moves between threads goes through shared memory
     assert not [name for name in found if "shared" in name or name.startswith("bar")]
-    if rule == "adamw":
+    if optimizer == "adamw":
         assert {"div.rn.f32", "sqrt.rn.f32"} <= set(found)
 
 
 @pytest.mark.parametrize("architecture", [80, 89, 100])
 def test_other_architectures(architecture):
-    found = of_update("adamw", Form("float16+tail", "bfloat16", "float32"), architecture=architecture)
+    found = of_update("adamw", Formats("float16+tail", "bfloat16", ("float32",) * 2), architecture=architecture)
     assert not inexact(found)
     assert widths(found, "st") == {2: 2, 4: 2}
 
 
 def test_unaligned_addresses_are_accessed_element_by_element():
-    found = of_update("adamw", Form("bfloat16+tail", "bfloat16", "float32"), aligned=False)
+    found = of_update("adamw", Formats("bfloat16+tail", "bfloat16", ("float32",) * 2), aligned=False)
     assert not inexact(found)
     assert (widths(found, "ld"), widths(found, "st")) == ({}, {})
 
 
-@pytest.mark.parametrize("rule", ["adamw", "sgd", "lion"])
-def test_coefficients_are_exact(rule):
-    found = instructions(coefficients_kernel, RULE=rule, BLOCK=BLOCK)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+def test_coefficients_are_exact(optimizer):
+    found = instructions(coefficients_kernel, **constants_of(UPDATES[optimizer])[0])
     assert not inexact(found)
-    if rule == "adamw":
+    if optimizer == "adamw":
         assert {"div.rn.f64", "sqrt.rn.f64"} <= set(found)
 
 

@@ -11,9 +11,10 @@ from duotone.errors import BackendError, DuotoneWarning
 from duotone.torch import kernels
 from duotone.torch.kernels import cpu, dispatch, reference
 
-from .grid import SETTINGS, adversarial_grads, copy_of, differing, make_operand
+from .grid import SETTINGS, UPDATES, adversarial_grads, copy_of, differing, make_operand
 
 FALSE, ONE = torch.tensor(False), torch.ones(())
+ADAMW = UPDATES["adamw"]
 
 
 @pytest.fixture
@@ -31,27 +32,27 @@ def operands():
 
 def test_the_device_has_its_own(monkeypatch):
     called = []
-    monkeypatch.setattr(cpu, "adamw", lambda *arguments: called.append("cpu"))
-    monkeypatch.setattr(reference, "adamw", lambda *arguments: called.append("reference"))
+    monkeypatch.setattr(cpu, "update", lambda *arguments: called.append("cpu"))
+    monkeypatch.setattr(reference, "update", lambda *arguments: called.append("reference"))
     for backend in ("auto", "cpu", "reference"):
-        kernels.adamw(operands(), [SETTINGS["adamw"]], ONE, FALSE, backend)
+        kernels.update(ADAMW, operands(), [SETTINGS["adamw"]], ONE, FALSE, backend)
     assert called == ["cpu", "cpu", "reference"]
     called.clear()
     meta = [operand._replace(weight=operand.weight.to("meta")) for operand in operands()]
-    kernels.adamw(meta, [SETTINGS["adamw"]], ONE, FALSE)
+    kernels.update(ADAMW, meta, [SETTINGS["adamw"]], ONE, FALSE)
     assert called == ["reference"]
 
 
 def test_where_it_does_not_work_that_is_said_once_and_the_bits_are_the_same(broken_cpu):
     own, other = operands(), operands()
     with pytest.warns(DuotoneWarning, match=r'the fused "cpu" kernels do not work here \(.*halted.*slower'):
-        kernels.adamw(own, [SETTINGS["adamw"]], ONE, FALSE)
-    reference.adamw(other, [SETTINGS["adamw"]], ONE, FALSE)
+        kernels.update(ADAMW, own, [SETTINGS["adamw"]], ONE, FALSE)
+    reference.update(ADAMW, other, [SETTINGS["adamw"]], ONE, FALSE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kernels.adamw(own, [SETTINGS["adamw"]], ONE, FALSE)
+        kernels.update(ADAMW, own, [SETTINGS["adamw"]], ONE, FALSE)
         kernels.grad_stats([operand.grad for operand in own], ONE)
-    reference.adamw(other, [SETTINGS["adamw"]], ONE, FALSE)
+    reference.update(ADAMW, other, [SETTINGS["adamw"]], ONE, FALSE)
     assert not differing(own, other)
 
 
@@ -60,7 +61,7 @@ def test_one_that_was_asked_for_by_name_must_work(broken_cpu):
     before = operands()
     own = copy_of(before)
     with pytest.raises(BackendError, match=r'"cpu" does not work here: .*; mend that, or use backend "reference"'):
-        kernels.adamw(own, [SETTINGS["adamw"]], ONE, FALSE, "cpu")
+        kernels.update(ADAMW, own, [SETTINGS["adamw"]], ONE, FALSE, "cpu")
     assert not differing(own, before)
 
 
@@ -103,7 +104,7 @@ def test_any_memory_layout_is_updated_in_place(backend):
                 moments=tuple(of_weight(moment.view(2, 3, 4, 5)) for moment in operand.moments),
             )
             strides = shaped.weight.stride()
-            kernels.adamw([shaped], [SETTINGS["adamw"]], ONE, FALSE, backend)
+            kernels.update(ADAMW, [shaped], [SETTINGS["adamw"]], ONE, FALSE, backend)
             assert shaped.weight.stride() == strides
             results.append([tensor.contiguous().flatten() for tensor in (shaped.weight, shaped.tail, *shaped.moments)])
     assert len(results) == 16

@@ -80,7 +80,9 @@ def test_where_nothing_can_be_kept_it_compiles_each_time(tmp_path, monkeypatch):
     assert call(machine_code.entry_of("add", add_one)) == [41, 42]
 
 
-@pytest.mark.parametrize("source", ["sums.py", "formats.py", "table.py", "reference.py"])
+@pytest.mark.parametrize(
+    "source", ["sums.py", "formats.py", "table.py", "reference.py", "slots.py", "adamw.py", "definition.py"]
+)
 def test_other_sources_have_other_names(monkeypatch, source):
     before = machine_code._fingerprint.__wrapped__()
     assert before == machine_code._fingerprint.__wrapped__()

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from duotone import rounding
-from duotone.torch.kernels import Rounding, reference
+from duotone.torch.kernels import Rounding, exact, reference
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.reference import CHUNK, LANES, PARTS, ROWS, grad_stats
 from duotone.torch.kernels.round_stochastically import round_stochastically
 
-from .grid import SETTINGS, make_operand
+from .grid import SETTINGS, UPDATES, make_operand
 
 ONE = torch.ones(())
 
@@ -137,7 +137,7 @@ def test_a_weight_without_a_tail_is_rounded_as_told(mode, dtype, found_inf):
     grad = torch.rand((40, 30), generator=generator)
     operand = operand._replace(weight=old.clone(), grad=grad, rounding=mode)
     settings = SETTINGS["sgd"]._replace(lr=1e-3, seed=9)
-    reference.sgd([operand], [settings], ONE, torch.tensor(found_inf))
+    reference.update(UPDATES["sgd"], [operand], [settings], ONE, torch.tensor(found_inf))
     exact = old.float() - grad * 1e-3
     random = random_16_bits(1200, seed=9, step=torch.tensor(5), parameter=2).view(40, 30)
     rounded = exact.to(dtype) if mode == Rounding.NEAREST else round_stochastically(exact, dtype, random)
@@ -152,7 +152,7 @@ def test_moments_in_bfloat16_keep_the_mean_that_nearest_rounding_would_lose():
     operand.moments[1].fill_(1.0)
     operand.grad.fill_(0.0)
     for _ in range(100):
-        reference.adamw([operand], [SETTINGS["adamw"]], ONE, torch.tensor(False))
+        reference.update(UPDATES["adamw"], [operand], [SETTINGS["adamw"]], ONE, torch.tensor(False))
     expected = 0.999**100
     # each step adds at most one step of 2^-8: by Hoeffding's bound the mean of 2^14 is off by more than this with
     # probability 1e-9 at most
@@ -163,9 +163,9 @@ def test_moments_in_bfloat16_keep_the_mean_that_nearest_rounding_would_lose():
 
 def test_the_square_root_is_rounded_to_nearest():
     values = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    exact = values.double().numpy() ** 0.5
-    assert np.array_equal(reference._sqrt(values).numpy(), np.float32(exact))
-    assert reference._sqrt(torch.tensor(2.0, dtype=torch.float64)).item() == math.sqrt(2.0)
+    expected = np.float32(values.double().numpy() ** 0.5)
+    assert np.array_equal(exact.sqrt(values).numpy(), expected)
+    assert exact.sqrt(torch.tensor(2.0, dtype=torch.float64)).item() == math.sqrt(2.0)
 
 
 def test_sums_have_one_order():
@@ -192,6 +192,6 @@ def test_lion_goes_by_the_sign_of_what_it_remembers(moment, value, direction):
     operand.moments[0].fill_(moment)
     operand.grad.fill_(value)
     settings = SETTINGS["lion"]._replace(lr=0.125, beta1=0.75, beta2=0.5, weight_decay=1.0)
-    reference.lion([operand], [settings], ONE, torch.tensor(False))
+    reference.update(UPDATES["lion"], [operand], [settings], ONE, torch.tensor(False))
     assert operand.weight.item() == 0.875 - 0.125 * direction
     assert operand.moments[0].item() == 0.5 * moment + 0.5 * value

@@ -1,26 +1,26 @@
-"""Tables of raw addresses: forms, chunks, and when they are made anew."""
+"""Tables of raw addresses: formats, chunks, and when they are made anew."""
 
 import numpy as np
 import torch
 
 from duotone.torch.kernels import Batch, table
 from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import GRAD, GROUP, MOMENT1, MOMENT2, NUMBER, NUMEL, TAIL, WEIGHT, Form
+from duotone.torch.kernels.table import GRAD, GROUP, MOMENT, NUMBER, NUMEL, STEP, TAIL, WEIGHT, Formats
 
 from .grid import make_operand
 
 FORMS = [
-    (("bfloat16+tail", torch.bfloat16, 2, torch.float32), Form("bfloat16+tail", "bfloat16", "float32")),
-    (("float32", torch.float16, 0, torch.float32), Form("float32", "float16", "none")),
-    (("float16+stochastic", torch.float32, 1, torch.bfloat16), Form("float16+stochastic", "float32", "bfloat16")),
-    (("float16", torch.float32, 1, torch.float32), Form("float16", "float32", "float32")),
+    (("bfloat16+tail", torch.bfloat16, 2, torch.float32), Formats("bfloat16+tail", "bfloat16", ("float32", "float32"))),
+    (("float32", torch.float16, 0, torch.float32), Formats("float32", "float16", ())),
+    (("float16+stochastic", torch.float32, 1, torch.bfloat16), Formats("float16+stochastic", "float32", ("bfloat16",))),
+    (("float16", torch.float32, 1, torch.float32), Formats("float16", "float32", ("float32",))),
 ]
 
 
 def test_there_is_one_table_for_each_form():
     operands = [make_operand(*FORMS[index % 4][0], 10 + index, index, index % 2) for index in range(8)]
     tables = table.tables_of(operands)
-    assert [one.form for one in tables] == [form for _, form in FORMS]
+    assert [one.formats for one in tables] == [formats for _, formats in FORMS]
     for number, one in enumerate(tables):
         own = operands[number::4]
         assert one.parameters[:, WEIGHT].tolist() == [operand.weight.data_ptr() for operand in own]
@@ -28,8 +28,9 @@ def test_there_is_one_table_for_each_form():
         assert one.parameters[:, GROUP].tolist() == [number % 2, number % 2]
         assert one.parameters[:, NUMEL].tolist() == [10 + number, 14 + number]
     assert tables[0].parameters[0, TAIL] == operands[0].tail.data_ptr()
-    assert tables[0].parameters[0, MOMENT2] == operands[0].moments[1].data_ptr()
-    assert not tables[1].parameters[:, [TAIL, MOMENT1, MOMENT2]].any()
+    assert tables[0].parameters[0, MOMENT + 1] == operands[0].moments[1].data_ptr()
+    assert not tables[0].parameters[:, MOMENT + 2].any()
+    assert not tables[1].parameters[:, [TAIL, *range(MOMENT, STEP)]].any()
 
 
 def test_chunks_cover_every_element_once():
@@ -58,26 +59,26 @@ def test_a_table_is_made_anew_just_when_an_address_or_a_form_changes():
     assert table.tables_of(operands[:1]) is not first
     # the same address read as another dtype
     read_as_fp16 = [operand._replace(grad=operand.grad.view(torch.float16)) for operand in operands]
-    assert table.tables_of(read_as_fp16)[0].form.grad == "float16"
+    assert table.tables_of(read_as_fp16)[0].formats.grad == "float16"
     assert table.tables_of(operands) is first
 
 
 def test_only_the_addresses_of_gradients_are_filled_in_anew():
     forms = [FORMS[0][0], FORMS[1][0], FORMS[0][0]]
     operands = [make_operand(*form, CHUNK + 1, index) for index, form in enumerate(forms)]
-    blank, noted = [operand._replace(grad=None) for operand in operands], {}
+    blank, cache = [operand._replace(grad=None) for operand in operands], {}
     grads = [operand.grad for operand in operands]
-    first = table.tables_of(Batch(blank, grads, noted))
+    first = table.tables_of(Batch(blank, grads, cache))
     before = [one.parameters.copy() for one in first]
     elsewhere = [grad.clone() for grad in grads]
-    moved = table.tables_of(Batch(blank, elsewhere, noted))
+    moved = table.tables_of(Batch(blank, elsewhere, cache))
     for one, other, places in zip(first, moved, ([0, 2], [1]), strict=True):
         assert other.parameters[:, GRAD].tolist() == [elsewhere[place].data_ptr() for place in places]
         assert (one.parameters[:, WEIGHT:] == other.parameters[:, WEIGHT:]).all()
-        assert (one.form, one.chunks is other.chunks, one.lengths is other.lengths) == (other.form, True, True)
+        assert (one.formats, one.chunks is other.chunks, one.lengths is other.lengths) == (other.formats, True, True)
     # what was handed out is as it was, and is handed out again
     assert all((one.parameters == copy).all() for one, copy in zip(first, before, strict=True))
-    assert table.tables_of(Batch(blank, grads, noted)) is first
+    assert table.tables_of(Batch(blank, grads, cache)) is first
     assert table.tables_of(operands) is first
 
 

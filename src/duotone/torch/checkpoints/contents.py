@@ -24,6 +24,7 @@ from duotone.torch.checkpoints.folder import is_sharded, read_folder, read_manif
 from duotone.torch.checkpoints.process_group import check_same, ranks_of
 from duotone.torch.checkpoints.random_states import random_states, restore_of_rank
 from duotone.torch.kernels import decode
+from duotone.torch.optim.slots import OF_POLICY, follows_policy, is_cut
 from duotone.torch.parameters.masters import (
     beyond_range,
     has_lost_tail,
@@ -33,12 +34,6 @@ from duotone.torch.parameters.masters import (
 from duotone.torch.parameters.shards import is_shard, like, local, reshard
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.loss_scaler import LossScaler
-
-# what an optimizer keeps for a parameter because of its policy
-_OF_POLICY = ("tail", "rounding_step")
-# what an optimizer may keep that is shaped like a parameter by chance
-_COUNTERS = ("step", "beta_products", "rounding_step")
-_MOMENTS = (torch.float32, torch.bfloat16)
 
 
 def save_checkpoint(
@@ -187,8 +182,10 @@ def _cut_like(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Call
     def cut_like(name: str, shape: torch.Size) -> Tensor | None:
         part, _, rest = name.partition(".")
         whole = values.get(rest) if part in ("model", "tails") else None
-        if name.startswith("optimizer.state.") and name.rpartition(".")[2] not in _COUNTERS:
-            whole = params.get(int(name.split(".")[2]))
+        if name.startswith("optimizer.state."):
+            param = params.get(int(name.split(".")[2]))
+            if param is not None and is_cut(optimizer, name.rpartition(".")[2], shape, param):
+                whole = param
         return whole if whole is not None and is_shard(whole) and whole.shape == shape else None
 
     return cut_like
@@ -341,21 +338,16 @@ def _converted(state_dict: dict[str, Any], optimizer: torch.optim.Optimizer) -> 
     params = [param for group in optimizer.param_groups for param in group["params"]]
     states = {}
     for index, param in enumerate(params):
-        kept = {key: value for key, value in state_dict["state"].get(index, {}).items() if key not in _OF_POLICY}
-        if "wrapped" not in own["duotone"]:
-            kept = {
-                key: value.to(storage_of(param).state) if _is_moment(value, param) else value
-                for key, value in kept.items()
-            }
+        kept = {key: value for key, value in state_dict["state"].get(index, {}).items() if key not in OF_POLICY}
+        kept = {
+            key: value.to(storage_of(param).state) if follows_policy(optimizer, key) else value
+            for key, value in kept.items()
+        }
         if kept and needs_tail(param):
             kept["tail"] = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-        states[index] = kept | {key: value for key, value in own["state"].get(index, {}).items() if key in _OF_POLICY}
+        states[index] = kept | {key: value for key, value in own["state"].get(index, {}).items() if key in OF_POLICY}
     marks = {**state_dict["duotone"], "weights": own["duotone"]["weights"]}
     return {**state_dict, "state": {index: state for index, state in states.items() if state}, "duotone": marks}
-
-
-def _is_moment(value: Any, param: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dtype in _MOMENTS and value.shape == param.shape
 
 
 def _restore_model(contents: Mapping[str, Any], model: nn.Module, converting: bool) -> None:

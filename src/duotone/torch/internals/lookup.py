@@ -51,8 +51,6 @@ def refusal(name: str, purpose: str) -> Callable[..., NoReturn]:
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise BackendError(
-            f"torch {torch.__version__} has no {name.replace(':', '.')}, {purpose}; use another version"
-        )
+        raise BackendError(f"torch {torch.__version__} has no {name.replace(':', '.')}, {purpose}; use another version")
 
     return refuse

@@ -1,31 +1,29 @@
 """The operations of an optimizer step, one signature for every backend, chosen by device.
 
 `reference` is plain torch, runs anywhere and defines the bits. `cpu` (compiled by Numba) and `cuda` (Triton) equal it
-bit for bit, one launch over all parameters of one form.
+bit for bit, one launch over all parameters that are stored alike. What an update computes stands in `updates`, a file
+for each optimizer.
 """
 
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
-from duotone.torch.kernels.dispatch import Backend, adamw, check_backend, grad_stats, lion, sgd
+from duotone.torch.kernels.dispatch import Backend, check_backend, grad_stats, update
 from duotone.torch.kernels.layout import is_contiguous
-from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, Rounding, SGDSettings
+from duotone.torch.kernels.operands import Batch, Operand, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
+from duotone.torch.kernels.updates.definition import Update
 
 __all__ = [
     "SPLIT_DTYPES",
-    "AdamWSettings",
     "Backend",
     "Batch",
-    "LionSettings",
     "Operand",
     "Rounding",
-    "SGDSettings",
-    "adamw",
+    "Update",
     "check_backend",
     "decode",
     "encode",
     "grad_stats",
     "is_contiguous",
-    "lion",
-    "sgd",
     "uncompiled",
+    "update",
 ]

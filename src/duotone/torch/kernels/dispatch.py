@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from duotone.errors import BackendError, DuotoneWarning, nearest_names
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout
-from duotone.torch.kernels.operands import AdamWSettings, Batch, LionSettings, Operand, SGDSettings
+from duotone.torch.kernels.operands import Batch, Operand
 from duotone.torch.kernels.uncompiled import uncompiled
+from duotone.torch.kernels.updates.definition import Update
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -32,23 +33,25 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor, backend: Backend 
     Args:
         grads: as there, in any memory layout.
         inverse_scale: as there.
-        backend: whose kernel; as in `adamw`.
+        backend: whose kernel; as in `update`.
     """
     module = _module(inverse_scale.device, backend)
     is_dense = all(map(Tensor.is_contiguous, grads))
     return module.grad_stats(grads if is_dense else [dense(grad) for grad in grads], inverse_scale)
 
 
-def adamw(
+def update(
+    definition: Update,
     operands: Sequence[Operand],
-    settings: Sequence[AdamWSettings],
+    settings: Sequence[Any],
     grad_multiplier: Tensor,
     found_inf: Tensor,
     backend: Backend = "auto",
 ) -> None:
-    """Update in place by one step of AdamW, as `reference.adamw` does, operands in any memory layout.
+    """Update in place by one step of an optimizer, as `reference.update` does, operands in any memory layout.
 
     Args:
+        definition: as there.
         operands: as there, all on one device; may be empty.
         settings: as there.
         grad_multiplier: as there.
@@ -58,29 +61,16 @@ def adamw(
     Raises:
         BackendError: the backend was asked for by name and does not work here, or not on this device.
     """
-    _update("adamw", operands, settings, grad_multiplier, found_inf, backend)
-
-
-def sgd(
-    operands: Sequence[Operand],
-    settings: Sequence[SGDSettings],
-    grad_multiplier: Tensor,
-    found_inf: Tensor,
-    backend: Backend = "auto",
-) -> None:
-    """Update in place by one step of SGD, as `reference.sgd` does; arguments as in `adamw`."""
-    _update("sgd", operands, settings, grad_multiplier, found_inf, backend)
-
-
-def lion(
-    operands: Sequence[Operand],
-    settings: Sequence[LionSettings],
-    grad_multiplier: Tensor,
-    found_inf: Tensor,
-    backend: Backend = "auto",
-) -> None:
-    """Update in place by one step of Lion, as `reference.lion` does; arguments as in `adamw`."""
-    _update("lion", operands, settings, grad_multiplier, found_inf, backend)
+    weights = _weights(operands)
+    if not weights:
+        return
+    module = _module(weights[0].device, backend)
+    dense_operands, write_back = in_one_layout(operands)
+    module.update(definition, dense_operands, settings, grad_multiplier, found_inf)
+    for copy_back in write_back:
+        copy_back()
+    # autograd must notice what was written through raw addresses
+    increment_version(weights)
 
 
 def check_backend(name: str, devices: Iterable[torch.device] = ()) -> None:
@@ -98,31 +88,11 @@ def check_backend(name: str, devices: Iterable[torch.device] = ()) -> None:
             _module(device, name)  # type: ignore[arg-type]
 
 
-def _update(
-    operation: str,
-    operands: Sequence[Operand],
-    settings: Sequence[tuple],
-    grad_multiplier: Tensor,
-    found_inf: Tensor,
-    backend: Backend,
-) -> None:
-    weights = _weights(operands)
-    if not weights:
-        return
-    module = _module(weights[0].device, backend)
-    placed, write_back = in_one_layout(operands)
-    getattr(module, operation)(placed, settings, grad_multiplier, found_inf)
-    for copy_back in write_back:
-        copy_back()
-    # autograd must notice what was written through raw addresses
-    increment_version(weights)
-
-
 def _weights(operands: Sequence[Operand]) -> list[Tensor]:
-    noted = operands.noted if isinstance(operands, Batch) else {}
-    if "weights" not in noted:
-        noted["weights"] = [operand.weight for operand in operands]
-    return noted["weights"]
+    cache = operands.cache if isinstance(operands, Batch) else {}
+    if "weights" not in cache:
+        cache["weights"] = [operand.weight for operand in operands]
+    return cache["weights"]
 
 
 def _module(device: torch.device, backend: Backend) -> ModuleType:
@@ -131,11 +101,11 @@ def _module(device: torch.device, backend: Backend) -> ModuleType:
         raise BackendError(f'backend "{backend}" was asked for, but the tensors are on {device}; use backend "{own}"')
     if backend == "reference" or own == "reference":
         return reference
-    found = _tried(own)
-    if isinstance(found, ModuleType):
-        return found
+    fused = _tried(own)
+    if isinstance(fused, ModuleType):
+        return fused
     if backend == own:
-        raise BackendError(f'backend "{own}" does not work here: {found}; mend that, or use backend "reference"')
+        raise BackendError(f'backend "{own}" does not work here: {fused}; mend that, or use backend "reference"')
     return reference
 
 

@@ -51,7 +51,7 @@ def is_contiguous(operand: Operand) -> bool:
 def _in_layout_of_weight(operand: Operand, write_back: list[Callable[[], object]]) -> Operand:
     strides = _strides(dense(operand.weight))
 
-    def placed(tensor: Tensor, *, written: bool = True) -> Tensor:
+    def in_layout(tensor: Tensor, *, written: bool = True) -> Tensor:
         if _strides(tensor) == strides and not tensor.is_neg():
             return tensor
         copied = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -60,10 +60,10 @@ def _in_layout_of_weight(operand: Operand, write_back: list[Callable[[], object]
         return copied
 
     return operand._replace(
-        weight=placed(operand.weight.detach()),
-        tail=None if operand.tail is None else placed(operand.tail),
-        grad=placed(operand.grad.detach(), written=False),
-        moments=tuple(placed(moment) for moment in operand.moments),
+        weight=in_layout(operand.weight.detach()),
+        tail=None if operand.tail is None else in_layout(operand.tail),
+        grad=in_layout(operand.grad.detach(), written=False),
+        moments=tuple(in_layout(moment) for moment in operand.moments),
     )
 
 

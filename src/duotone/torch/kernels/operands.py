@@ -1,4 +1,4 @@
-"""What an update reads and writes: one operand per parameter, one set of settings per parameter group."""
+"""What an update reads and writes: one operand per parameter."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -23,11 +23,11 @@ class Operand(NamedTuple):
         weight: the resident weight in FP32, BF16 or FP16; read and written.
         tail: int16, shaped like the weight, or None where the weight is FP32 or has no master; read and written.
         grad: the scaled gradient in FP32, BF16 or FP16, shaped like the weight; read.
-        moments: FP32 or BF16 tensors shaped like the weight, in the optimizer's order; read and written.
+        moments: FP32 or BF16 tensors shaped like the weight, in the order of the update's slots; read and written.
         step: int64, 0-d: how often the parameter has been updated; read and written.
-        beta_products: FP64, shape `(2,)`, the running products of AdamW's betas; None in other updates.
+        counters: FP64, 1-d, what else an update counts; None where it counts nothing; read and written.
         rounding: how a 16-bit weight without a tail is rounded; without meaning for the others.
-        number: the parameter's place in its optimizer, from 0 on; random bits depend on it.
+        number: the parameter's index in its optimizer, from 0 on; random bits depend on it.
         group: which of the settings hold.
     """
 
@@ -36,7 +36,7 @@ class Operand(NamedTuple):
     grad: Tensor
     moments: tuple[Tensor, ...]
     step: Tensor
-    beta_products: Tensor | None
+    counters: Tensor | None
     rounding: Rounding
     number: int
     group: int
@@ -48,53 +48,18 @@ class Batch(Sequence[Operand]):
     Args:
         operands: the operands, their gradients left out as None.
         grads: their gradients in this step, of the same dtypes in all of these steps, at whatever addresses.
-        noted: what is known already of these operands, but for where gradients lie; written to.
+        cache: what was derived from these operands, but for where gradients lie; written to.
     """
 
-    def __init__(self, operands: Sequence[Operand], grads: Sequence[Tensor], noted: dict[str, Any]) -> None:
+    def __init__(self, operands: Sequence[Operand], grads: Sequence[Tensor], cache: dict[str, Any]) -> None:
         self._operands = operands
         self.grads = grads
-        self.noted = noted
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self._operands)
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return list(self)[place]
-        return self._operands[place]._replace(grad=self.grads[place])
-
-
-class AdamWSettings(NamedTuple):
-    """Hyper-parameters of `adamw` for one parameter group, as in torch; `seed` is that of the random bits."""
-
-    lr: Scalar
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    maximize: bool
-    seed: int
-
-
-class SGDSettings(NamedTuple):
-    """Hyper-parameters of `sgd` for one parameter group, as in torch; `seed` is that of the random bits."""
-
-    lr: Scalar
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    seed: int
-
-
-class LionSettings(NamedTuple):
-    """Hyper-parameters of `lion` for one parameter group; `seed` is that of the random bits."""
-
-    lr: Scalar
-    beta1: float
-    beta2: float
-    weight_decay: float
-    maximize: bool
-    seed: int
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        return self._operands[index]._replace(grad=self.grads[index])

@@ -1,9 +1,9 @@
 """Where the operands of a step lie: raw addresses, lengths and group numbers, cut into chunks.
 
-Parameters stay where they are; a table names them, one for each form of storage, for kernels that run over all of
-them at once. Gradients lie elsewhere in every step, if they are given back between two. So all else is laid out first
-(a `_Layout`), and is filled with the gradients' addresses for each step. For the same layout and addresses as before
-that gives the same tables, which may be on a device already; none is ever written to again.
+Parameters stay where they are; a table names them, one for each combination of formats, for kernels that run over all
+of them at once. Gradients lie elsewhere in every step, if they are given back between two. So all else is laid out
+first (a `_Layout`), and is filled with the gradients' addresses for each step. For the same layout and addresses as
+before that gives the same tables, which may be on a device already; none is ever written to again.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,40 +19,46 @@ from torch import Tensor
 from duotone.errors import OptimizerError
 from duotone.torch.kernels.operands import Batch, Operand, Rounding
 from duotone.torch.kernels.reference import CHUNK
+from duotone.torch.kernels.slots import MAX_MOMENTS
 
 # columns of `Table.parameters`; in `GradTable.chunks` too the first is an address of a gradient
-GRAD, WEIGHT, TAIL, MOMENT1, MOMENT2, STEP, BETA_PRODUCTS, NUMEL, NUMBER, GROUP = range(10)
+GRAD, WEIGHT, TAIL = range(3)
+# one after the other, as many as there may be
+MOMENT = 3
+STEP, COUNTERS, NUMEL, NUMBER, GROUP = range(MOMENT + MAX_MOMENTS, MOMENT + MAX_MOMENTS + 5)
+COLUMNS = GROUP + 1
 
+_NO_MOMENTS = (0,) * MAX_MOMENTS
 _DTYPE_OF = attrgetter("dtype")
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-class Form(NamedTuple):
+class Formats(NamedTuple):
     """How the tensors of an operand are stored, and so which kernel reads them.
 
     Attributes:
         weight: a format's name, with `+tail` or `+stochastic` behind it where that is what updates go into.
         grad: a format's name.
-        moments: a format's name, or `none`.
+        moments: the format's name of each.
     """
 
     weight: str
     grad: str
-    moments: str
+    moments: tuple[str, ...]
 
 
 class Table(NamedTuple):
-    """All operands of one form.
+    """All operands that are stored alike.
 
     Attributes:
-        form: theirs.
-        parameters: int64 of shape `(n, 10)`: addresses, lengths and numbers, by column. An address is 0 where there
-            is no such tensor.
+        formats: theirs.
+        parameters: int64 of shape `(n, COLUMNS)`: addresses, lengths and numbers, by column. An address is 0 where
+            there is no such tensor.
         chunks: int64 of shape `(m, 2)`: a row of `parameters`, and the first of the up to `CHUNK` elements from there.
         lengths: int64 of shape `(m,)`: how many elements a chunk has.
     """
 
-    form: Form
+    formats: Formats
     parameters: np.ndarray
     chunks: np.ndarray
     lengths: np.ndarray
@@ -98,12 +104,12 @@ class _Layout(Generic[Made]):
 
 
 def tables_of(operands: Sequence[Operand]) -> tuple[Table, ...]:
-    """Return one table for each form among operands, which lie dense and in one layout each."""
+    """Return one table for each combination of formats of operands, which lie dense and in one layout each."""
     if not isinstance(operands, Batch):
         return _filled(_layout(tuple(map(_row, operands))), _addresses(operand.grad for operand in operands))
-    if "layout" not in operands.noted:
-        operands.noted["layout"] = _layout(tuple(map(_row, operands)))
-    return _filled(operands.noted["layout"], _addresses(operands.grads))
+    if "layout" not in operands.cache:
+        operands.cache["layout"] = _layout(tuple(map(_row, operands)))
+    return _filled(operands.cache["layout"], _addresses(operands.grads))
 
 
 def grad_tables_of(grads: Sequence[Tensor]) -> tuple[GradTable, ...]:
@@ -118,28 +124,27 @@ def _addresses(grads: Iterable[Tensor]) -> tuple[int, ...]:
 # a few optimizers, each with a few sets of addresses that take turns
 @lru_cache(maxsize=32)
 def _filled(layout: _Layout[Made], addresses: tuple[int, ...]) -> tuple[Made, ...]:
-    found = np.array(addresses, dtype=np.int64)
+    of_grads = np.array(addresses, dtype=np.int64)
     tables = []
     for rows, owners, made, distances in layout.parts:
         filled = rows.copy()
         # adding takes NumPy longer than all else here
-        filled[:, GRAD] = found[owners] if distances is None else found[owners] + distances
+        filled[:, GRAD] = of_grads[owners] if distances is None else of_grads[owners] + distances
         tables.append(made(filled))
     return tuple(tables)
 
 
-def _row(operand: Operand) -> tuple[Form, tuple[int, ...]]:
-    weight, tail, grad, moments, step, beta_products, rounding, number, group = operand
-    count = len(moments)
-    form = _form(weight.dtype, tail is not None, rounding, grad.dtype, moments[0].dtype if count else None)
-    return form, (
+def _row(operand: Operand) -> tuple[Formats, tuple[int, ...]]:
+    weight, tail, grad, moments, step, counters, rounding, number, group = operand
+    formats = _formats(weight.dtype, tail is not None, rounding, grad.dtype, tuple(map(_DTYPE_OF, moments)))
+    return formats, (
         0,
         weight.data_ptr(),
         0 if tail is None else tail.data_ptr(),
-        moments[0].data_ptr() if count > 0 else 0,
-        moments[1].data_ptr() if count > 1 else 0,
+        *map(Tensor.data_ptr, moments),
+        *_NO_MOMENTS[len(moments) :],
         step.data_ptr(),
-        0 if beta_products is None else beta_products.data_ptr(),
+        0 if counters is None else counters.data_ptr(),
         weight.numel(),
         number,
         group,
@@ -147,26 +152,26 @@ def _row(operand: Operand) -> tuple[Form, tuple[int, ...]]:
 
 
 @cache
-def _form(
-    weight: torch.dtype, has_tail: bool, rounding: Rounding, grad: torch.dtype, moments: torch.dtype | None
-) -> Form:
+def _formats(
+    weight: torch.dtype, has_tail: bool, rounding: Rounding, grad: torch.dtype, moments: tuple[torch.dtype, ...]
+) -> Formats:
     where = ""
     if has_tail:
         where = "+tail"
     elif weight != torch.float32 and rounding == Rounding.STOCHASTIC:
         where = "+stochastic"
-    return Form(_NAMES[weight] + where, _NAMES[grad], "none" if moments is None else _NAMES[moments])
+    return Formats(_NAMES[weight] + where, _NAMES[grad], tuple([_NAMES[moment] for moment in moments]))
 
 
 @lru_cache(maxsize=32)
-def _layout(rows: tuple[tuple[Form, tuple[int, ...]], ...]) -> _Layout[Table]:
+def _layout(rows: tuple[tuple[Formats, tuple[int, ...]], ...]) -> _Layout[Table]:
     parts = []
-    for form in dict.fromkeys(form for form, _ in rows):
-        places = [place for place, (other, _) in enumerate(rows) if other == form]
-        parameters = np.array([rows[place][1] for place in places], dtype=np.int64)
+    for formats in dict.fromkeys(formats for formats, _ in rows):
+        indices = [index for index, (other, _) in enumerate(rows) if other == formats]
+        parameters = np.array([rows[index][1] for index in indices], dtype=np.int64)
         owners, starts, lengths = _chunks(parameters[:, NUMEL])
-        made = partial(Table, form, chunks=np.stack((owners, starts), axis=1), lengths=lengths)
-        parts.append(_Part(parameters, np.array(places), made))
+        made = partial(Table, formats, chunks=np.stack((owners, starts), axis=1), lengths=lengths)
+        parts.append(_Part(parameters, np.array(indices), made))
     return _Layout(tuple(parts))
 
 

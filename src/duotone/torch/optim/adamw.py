@@ -4,7 +4,6 @@
 (`state=bfloat16` in the policy), which are rounded stochastically.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,14 @@ from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
+from duotone.torch.kernels.updates.adamw import UPDATE, AdamWSettings
 from duotone.torch.optim.fused import FusedOptimizer
-from duotone.torch.optim.portable import PortableForm
+from duotone.torch.optim.portable import PortableFormat
 
-_PORTABLE = PortableForm(
-    moments=("exp_avg", "exp_avg_sq"),
+_PORTABLE = PortableFormat(
+    counterpart=torch.optim.AdamW,
     counts_steps=True,
-    telling=frozenset({"betas", "eps"}),
+    kind_settings=frozenset({"betas", "eps"}),
     implementation={"foreach": None, "capturable": False, "differentiable": False, "fused": None},
     fixed={"amsgrad": False, "decoupled_weight_decay": True},
 )
@@ -49,6 +49,9 @@ class AdamW(FusedOptimizer):
     >>> optimizer.step()
     """
 
+    _update = UPDATE
+    _portable = _PORTABLE
+
     def __init__(
         self,
         params: ParamsT,
@@ -75,34 +78,8 @@ class AdamW(FusedOptimizer):
         }
         super().__init__(params, defaults, backend)
 
-    @property
-    def _portable(self) -> PortableForm:
-        return _PORTABLE
-
-    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq"
-
-    def _held_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq", "step", "beta_products"
-
-    def _new_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        products = torch.ones(2, dtype=torch.float64, device=param.device)
-        return {**super()._new_state(param, names), "beta_products": products}
-
-    def _state_after(
-        self, steps: int, moments: Mapping[str, Tensor], param: Tensor, group: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        state = super()._state_after(steps, moments, param, group)
-        products = torch.tensor([beta**steps for beta in group["betas"]], dtype=torch.float64, device=param.device)
-        return {**state, "beta_products": products}
-
-    def _settings(self, group: dict[str, Any]) -> kernels.AdamWSettings:
+    def _settings(self, group: dict[str, Any]) -> AdamWSettings:
         beta1, beta2 = group["betas"]
-        return kernels.AdamWSettings(
+        return AdamWSettings(
             group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["maximize"], group["seed"]
         )
-
-    def _update(
-        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
-    ) -> None:
-        kernels.adamw(operands, settings, grad_multiplier, found_inf, self.backend)

@@ -218,10 +218,15 @@ def listed(state: Mapping[str, Any]) -> str:
     >>> listed({"step": torch.tensor(1), "exp_avg": torch.zeros(2, 3), "tail": None})
     'exp_avg float32 (2, 3), step int64 (), tail NoneType'
     """
-    parts = [
-        f"{name} {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"{name} {type(value).__name__}"
-        for name, value in state.items()
-    ]
-    return ", ".join(sorted(parts)) or "nothing"
+    tensors = {name: (value.dtype, value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+    others = [f"{name} {type(value).__name__}" for name, value in state.items() if name not in tensors]
+    return ", ".join(sorted([*_each(tensors), *others])) or "nothing"
+
+
+def listed_layouts(layouts: Mapping[str, tuple[torch.dtype, torch.Size]]) -> str:
+    """Return names, dtypes and shapes of tensors as text, as `listed` does."""
+    return ", ".join(sorted(_each(layouts)))
+
+
+def _each(layouts: Mapping[str, tuple[torch.dtype, torch.Size]]) -> list[str]:
+    return [f"{name} {str(dtype).removeprefix('torch.')} {tuple(shape)}" for name, (dtype, shape) in layouts.items()]

@@ -1,9 +1,9 @@
-"""The base of the optimizers whose update is one kernel over all parameters; each says its settings and moments."""
+"""The base of the optimizers whose update is one kernel over all parameters; each names its update and settings."""
 
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,31 +12,35 @@ from torch.optim.optimizer import ParamsT
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.internals.autograd import increment_version
-from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
+from duotone.torch.kernels.slots import STATE_FORMATS, Slot
+from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, listed_layouts, run_closure
 from duotone.torch.optim.gathering import Gathering, numbered
 from duotone.torch.optim.portable import (
-    PortableForm,
+    PortableFormat,
     portable_group,
     portable_state,
     settings_from_portable,
     state_from_portable,
 )
+from duotone.torch.optim.slots import TAIL, expected, is_cut, new_state, stored
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import check_in_place, needs_tail
-from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
-
-# what is kept for a parameter besides tensors of its shape
-_COUNTERS = ("step", "beta_products")
+from duotone.torch.parameters.storage import set_tail, storage_of
 
 
 class FusedOptimizer(MasterOptimizer):
     """An optimizer that hands all of its parameters to one kernel.
+
+    A subclass names its update, whose slots say what is kept for a parameter, and its portable format.
 
     Args:
         params: parameters or parameter groups, as in torch.
         defaults: of the groups.
         backend: whose kernel runs.
     """
+
+    _update: ClassVar[kernels.Update]
+    _portable: ClassVar[PortableFormat]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: kernels.Backend) -> None:
         kernels.check_backend(backend)
@@ -63,51 +67,55 @@ class FusedOptimizer(MasterOptimizer):
         """Update every parameter that has a gradient; see `MasterOptimizer.step`."""
         loss = run_closure(closure, grad_multiplier, found_inf)
         settings = [self._settings(group) for group in self.param_groups]
-        by_device = self._gathering.operands(self.param_groups, self.state, self._held_names, self._operands_by_device)
+        by_device = self._gathering.operands(
+            self.param_groups, self.state, self._update.names_in, self._operands_by_device
+        )
         for device, operands in by_device.items():
             multiplier = _scalar(1.0 if grad_multiplier is None else grad_multiplier, torch.float32, device)
             is_skipped = _scalar(False if found_inf is None else found_inf, torch.bool, device)
-            self._update(operands, settings, multiplier, is_skipped)
+            kernels.update(self._update, operands, settings, multiplier, is_skipped, self.backend)
         if self._gathering.shards:
             # kernels know the parts alone, and autograd the parameters
             increment_version(self._gathering.shards)
         return loss
 
-    @abstractmethod
-    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of a group's moments in the order of the kernel."""
+    @classmethod
+    def replaces(cls, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether a torch optimizer makes the same updates, so that this one can go on from its state."""
+        # exact types: a subclass may change the update
+        return type(optimizer) is cls._portable.counterpart and all(
+            group.get(setting, only) == only
+            for group in optimizer.param_groups
+            for setting, only in cls._portable.fixed.items()
+        )
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All that is kept for a parameter."""
+        return (TAIL, *self._update.slots)
 
     @abstractmethod
-    def _settings(self, group: dict[str, Any]) -> NamedTuple:
-        """Return a group's hyper-parameters as the kernel takes them."""
-
-    @abstractmethod
-    def _update(
-        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
-    ) -> None:
-        """Call the kernel."""
-
-    def _held_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the tensors in a state that are part of an operand, moments first, the tail apart."""
-        return (*self._moment_names(group), "step")
+    def _settings(self, group: dict[str, Any]) -> Any:
+        """Return a group's settings as the update names them."""
 
     def _operands_by_device(self) -> dict[torch.device, list[kernels.Operand]]:
         by_device: dict[torch.device, list[kernels.Operand]] = {}
         index, count = 0, sum(len(group["params"]) for group in self.param_groups)
         for number, group in enumerate(self.param_groups):
-            names = self._moment_names(group)
+            names = self._update.moments_in(group)
             for param in group["params"]:
                 grad = param.grad
                 if grad is not None:
                     check_gradient(self, grad)
-                    state = self._state_of(param, names)
+                    state = self._state_of(param, group)
                     step, tail = state["step"], state.get("tail")
                     device = step.device
                     if device != param.device:
                         raise _moved(device, param.device)
+                    self._check_dtypes(index, state, group)
                     rounding = kernels.Rounding.NEAREST if tail is not None else _rounding(param)
                     moments = tuple([state[name] for name in names])
-                    products = state.get("beta_products")
+                    counters = None if self._update.counters is None else state[self._update.counters.name]
                     weight, draws = param, index
                     if shards.is_shard(param):
                         weight, tail, grad, moments = _parts(param, tail, moments)
@@ -115,25 +123,40 @@ class FusedOptimizer(MasterOptimizer):
                     _check_shapes(
                         weight, index, {"gradient": grad, "tail": tail, **dict(zip(names, moments, strict=True))}
                     )
-                    _check_dtypes(index, moments, step, products)
-                    operand = kernels.Operand(weight, tail, grad, moments, step, products, rounding, draws, number)
+                    operand = kernels.Operand(weight, tail, grad, moments, step, counters, rounding, draws, number)
                     by_device.setdefault(device, []).append(operand)
                 else:
                     check_in_place(param)
                 index += 1
         return by_device
 
-    def _new_state(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Return the state of a parameter before its first update, the tail apart."""
-        moments = {name: torch.zeros_like(param, dtype=storage_of(param).state, requires_grad=False) for name in names}
-        return {"step": torch.zeros((), dtype=torch.int64, device=param.device), **moments}
+    def _needed_slots(self, group: Mapping[str, Any]) -> list[Slot]:
+        return [slot for slot in self._update.slots if slot.is_needed(group)]
 
-    def _state_of(self, param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state = self._take_tail(param)
-        if "step" not in state or not state.keys() >= set(names):
+        if not state.keys() >= set(self._update.names_in(group)):
             # what is there already stays: a momentum may be switched on later
-            state.update({**self._new_state(param, names), **state})
+            state.update({**new_state(self._needed_slots(group), param), **state})
         return state
+
+    def _check_dtypes(self, index: int, state: Mapping[str, Tensor], group: Mapping[str, Any]) -> None:
+        held = {slot.name: state[slot.name] for slot in self._needed_slots(group)}
+        own = {slot.name: slot.format for slot in self._update.slots if slot.format is not None}
+        counters = {slot.name: slot.shape for slot in self._update.slots if slot.is_counter}
+        moments = {value.dtype for name, value in held.items() if name not in own}
+        if (
+            moments in (set(), *({each.dtype} for each in STATE_FORMATS.values()))
+            and all(held[name].dtype == each.dtype for name, each in own.items() if name in held)
+            and all(held[name].shape == shape for name, shape in counters.items() if name in held)
+        ):
+            return
+        needed = [f"all in {name}" for name in STATE_FORMATS]
+        fixed = [f"{name} in {_name(each.dtype)} {counters.get(name, '')}" for name, each in own.items()]
+        raise OptimizerError(
+            f"the state of parameter {index} was changed to {listed(held)}; needed are moments {' or '.join(needed)}, "
+            f"{' and '.join(fixed)}: a torch optimizer's state is taken by load_portable_state_dict"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return groups and states as torch does, and under `"duotone"` what they are states of."""
@@ -174,7 +197,8 @@ class FusedOptimizer(MasterOptimizer):
         0.01
         """
         packed = super().state_dict()
-        states = {index: portable_state(state, self._portable) for index, state in packed["state"].items()}
+        names = [slot.name for slot in self._update.moments]
+        states = {index: portable_state(state, names, self._portable) for index, state in packed["state"].items()}
         return {
             "state": {index: state for index, state in states.items() if state},
             "param_groups": [portable_group(group, self._portable) for group in packed["param_groups"]],
@@ -203,26 +227,26 @@ class FusedOptimizer(MasterOptimizer):
             where = f"the state of parameter {index}"
             loaded = state_dict["state"].get(index)
             if loaded:
-                steps, moments = state_from_portable(loaded, param, self._portable, where)
+                needed = self._update.moments_in(group)
+                every = [slot.name for slot in self._update.moments]
+                steps, moments = state_from_portable(loaded, param, (needed, every), self._portable, where)
                 states[index] = self._state_after(steps, moments, param, group) if steps else {}
         # a tail may be held by the old state alone; it then waits on its parameter for the new one
         self._take_tails()
         self._replace(groups, states)
         self._take_tails()
 
-    @property
-    @abstractmethod
-    def _portable(self) -> PortableForm:
-        """How the torch optimizer of the same update keeps its states."""
-
     def _state_after(
         self, steps: int, moments: Mapping[str, Tensor], param: Tensor, group: dict[str, Any]
     ) -> dict[str, Tensor]:
         """Return the state of a parameter after some updates that left these moments, the tail apart."""
-        state = self._new_state(param, self._moment_names(group))
-        state["step"].fill_(steps)
-        for name in self._moment_names(group):
-            state[name].copy_(shards.cut(moments[name], param))
+        slots, settings = self._needed_slots(group), self._settings(group)
+        state = new_state(slots, param)
+        for slot in slots:
+            if not slot.is_counter:
+                state[slot.name].copy_(shards.cut(moments[slot.name], param))
+            elif slot.after is not None:
+                state[slot.name].copy_(torch.tensor(slot.after(steps, settings), dtype=state[slot.name].dtype))
         return state
 
     def _with_groups(self, groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, dict[str, Any]]]:
@@ -241,37 +265,32 @@ class FusedOptimizer(MasterOptimizer):
         for index, (param, _) in enumerate(self._parameters()):
             if states.get(index):
                 copies = {key: value.detach().clone().to(param.device) for key, value in states[index].items()}
-                for name in copies.keys() - _COUNTERS:
-                    copies[name] = shards.cut(copies[name], param)
-                self.state[param] = copies
+                self.state[param] = {
+                    name: shards.cut(value, param) if is_cut(self, name, value.shape, param) else value
+                    for name, value in copies.items()
+                }
 
     def _check_state(self, param: Tensor, group: dict[str, Any], loaded: Mapping[str, Any], index: int) -> None:
-        needed = self._needed_state(param, group)
-        allowed = [_forms(needed)]
+        slots = self._needed_slots(group)
+        tail = [TAIL] if needs_tail(param) else []
+        needed = expected([*slots, *tail], param)
+        allowed = [needed]
         # a parameter that never had a gradient holds its tail, and a frozen one may not even have that
-        if needs_tail(param):
-            allowed.append(_forms({"tail": needed["tail"]}))
-        if not (needs_tail(param) and param.requires_grad):
+        if tail:
+            allowed.append(expected(tail, param))
+        if not (tail and param.requires_grad):
             allowed.append({})
-        if not all(shards.is_cut_like(value, param) for name, value in loaded.items() if name not in _COUNTERS):
+        counters = {slot.name for slot in slots if slot.is_counter}
+        if not all(shards.is_cut_like(value, param) for name, value in loaded.items() if name not in counters):
             raise OptimizerError(
                 f"the state of parameter {index} is {', '.join({shards.cut_of(value) for value in loaded.values()})}, "
                 f"the parameter {shards.cut_of(param)}; load whole tensors, or a state of the same ranks"
             )
-        if _forms(loaded) not in allowed:
+        if stored(loaded) not in allowed:
             raise OptimizerError(
-                f"the state of parameter {index} holds {listed(loaded)}, {type(self).__name__} needs {listed(needed)}; "
-                "load a state dict that the same optimizer made under the same policy"
+                f"the state of parameter {index} holds {listed(loaded)}, {type(self).__name__} needs "
+                f"{listed_layouts(needed)}; load a state dict that the same optimizer made under the same policy"
             )
-
-    def _needed_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Return a parameter's whole state, without memory."""
-        meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        set_storage(meta, storage_of(param))
-        needed = self._new_state(meta, self._moment_names(group))
-        if needs_tail(param):
-            needed["tail"] = torch.empty_like(meta, dtype=torch.int16)
-        return needed
 
 
 def _parts(
@@ -284,10 +303,6 @@ def _parts(
         shards.gradient_part(param),
         tuple(map(shards.local, moments)),
     )
-
-
-def _forms(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (getattr(value, "dtype", None), getattr(value, "shape", None)) for name, value in state.items()}
 
 
 def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -308,18 +323,8 @@ def _check_shapes(param: Tensor, index: int, tensors: Mapping[str, Tensor | None
             )
 
 
-def _check_dtypes(index: int, moments: tuple[Tensor, ...], step: Tensor, products: Tensor | None) -> None:
-    moments_fit = {moment.dtype for moment in moments} in (set(), {torch.float32}, {torch.bfloat16})
-    counters_fit = step.dtype == torch.int64 and step.dim() == 0
-    if products is not None:
-        counters_fit = counters_fit and products.dtype == torch.float64 and products.shape == (2,)
-    if not (moments_fit and counters_fit):
-        held = {"step": step, "beta_products": products, **{f"moment {i}": moment for i, moment in enumerate(moments)}}
-        raise OptimizerError(
-            f"the state of parameter {index} was changed to {listed(held)}; needed are moments all in float32 or all "
-            "in bfloat16, step in int64 () and beta_products in float64 (2,): a torch optimizer's state is taken by "
-            "load_portable_state_dict"
-        )
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rounding(param: Tensor) -> kernels.Rounding:

@@ -67,17 +67,19 @@ class Gathering:
             self._memory = [tensor.untyped_storage() for tensor in held]
             self._hold(gathered, len(every))
         return {
-            device: kernels.Batch(operands, grads if len(operands) == len(grads) else [grads[i] for i in places], noted)
-            for device, (places, operands, noted) in self._held.items()
+            device: kernels.Batch(
+                operands, grads if len(operands) == len(grads) else [grads[i] for i in positions], cache
+            )
+            for device, (positions, operands, cache) in self._held.items()
         }
 
     def _hold(self, gathered: Gathered, count: int) -> None:
         # gradients are not held, for their memory is to be free between two steps
         order = sorted(operand.number % count for operands in gathered.values() for operand in operands)
-        places = {index: place for place, index in enumerate(order)}
+        positions = {index: position for position, index in enumerate(order)}
         self._held = {
             device: (
-                [places[operand.number % count] for operand in operands],
+                [positions[operand.number % count] for operand in operands],
                 [operand._replace(grad=None) for operand in operands],  # type: ignore[arg-type]
                 {},
             )
@@ -89,9 +91,9 @@ def numbered(index: int, count: int, param: Tensor) -> int:
     """Return the number by which a parameter's random bits are drawn: no two parts have the same, copies of one do.
 
     Args:
-        index: the parameter's place in its optimizer.
+        index: the parameter's index in its optimizer.
         count: how many parameters that has.
-        param: the parameter; a plain one's number is its place.
+        param: the parameter; a plain one's number is its index.
     """
     # numbers end at 2^30
     return index + count * (part_number(param) % ((1 << 30) // count))
@@ -128,7 +130,7 @@ def _looks(
             if has_shards:
                 held = list(map(local, held))
             looks += (
-                # random bits depend on a parameter's place
+                # random bits depend on a parameter's index
                 list(map(id, every)),
                 list(map(id, params)) if len(params) < len(every) else [],
                 list(map(Tensor.data_ptr, parts + held)),

@@ -5,7 +5,6 @@ updates all have the size of the learning rate, so that is three to ten times sm
 as much larger (section 5 there).
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +12,15 @@ from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
+from duotone.torch.kernels.updates.lion import UPDATE, LionSettings
 from duotone.torch.optim.fused import FusedOptimizer
-from duotone.torch.optim.portable import PortableForm
+from duotone.torch.optim.portable import PortableFormat
 
 # torch has no Lion; others keep its states so
-_PORTABLE = PortableForm(
-    moments=("exp_avg",),
+_PORTABLE = PortableFormat(
+    counterpart=None,
     counts_steps=False,
-    telling=frozenset({"betas"}),
+    kind_settings=frozenset({"betas"}),
     implementation={},
     fixed={},
 )
@@ -50,6 +50,9 @@ class Lion(FusedOptimizer):
     tensor([0.7500, 2.2500])
     """
 
+    _update = UPDATE
+    _portable = _PORTABLE
+
     def __init__(
         self,
         params: ParamsT,
@@ -74,18 +77,6 @@ class Lion(FusedOptimizer):
         }
         super().__init__(params, defaults, backend)
 
-    @property
-    def _portable(self) -> PortableForm:
-        return _PORTABLE
-
-    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
-
-    def _settings(self, group: dict[str, Any]) -> kernels.LionSettings:
+    def _settings(self, group: dict[str, Any]) -> LionSettings:
         beta1, beta2 = group["betas"]
-        return kernels.LionSettings(group["lr"], beta1, beta2, group["weight_decay"], group["maximize"], group["seed"])
-
-    def _update(
-        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
-    ) -> None:
-        kernels.lion(operands, settings, grad_multiplier, found_inf, self.backend)
+        return LionSettings(group["lr"], beta1, beta2, group["weight_decay"], group["maximize"], group["seed"])

@@ -26,18 +26,16 @@ from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.uncompiled import uncompiled
-from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, run_closure
+from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, listed_layouts, run_closure
 from duotone.torch.optim.foreign import fused_step, skips_on_device
 from duotone.torch.optim.gathering import numbered
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
+from duotone.torch.optim.slots import OF_POLICY, ROUNDING_STEP, TAIL, expected
 from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master
 from duotone.torch.parameters.storage import other_attributes, set_tail, storage_of
-
-# what is kept here beside the wrapped optimizer's state
-_KEPT = ("tail", "rounding_step")
 
 
 class MasterWeights(MasterOptimizer):
@@ -71,6 +69,9 @@ class MasterWeights(MasterOptimizer):
     >>> (before - dt.master_weights(model)["weight"]).abs().max() > 0, optimizer.state[model.weight]["exp_avg"].dtype
     (tensor(True), torch.float32)
     """
+
+    # beside the wrapped optimizer's state
+    slots = (TAIL, ROUNDING_STEP)
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, seed: int = 0) -> None:
         check_wrappable(optimizer)
@@ -174,7 +175,7 @@ class MasterWeights(MasterOptimizer):
         for index, (param, _) in enumerate(self._parameters()):
             loaded = states.get(index, {})
             self._kept[param] = {
-                name: copy_state(loaded[name], param.device, param) for name in _KEPT if name in loaded
+                name: copy_state(loaded[name], param.device, param) for name in OF_POLICY if name in loaded
             }
             if "tail" in loaded:
                 set_tail(param, self._kept[param]["tail"])
@@ -316,21 +317,21 @@ class MasterWeights(MasterOptimizer):
                 )
 
     def _check_kept(self, param: Tensor, loaded: Mapping[str, Any], index: int) -> None:
-        held = {name: loaded[name] for name in _KEPT if name in loaded}
-        meta = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        needed: dict[str, Tensor] = {}
+        held = {name: loaded[name] for name in OF_POLICY if name in loaded}
+        slots = []
         if needs_tail(param) and (param.requires_grad or loaded):
-            needed["tail"] = torch.empty_like(meta, dtype=torch.int16)
+            slots.append(TAIL)
         if (
             param.dtype in SPLIT_DTYPES
             and storage_of(param).rounding == Rounding.STOCHASTIC
             and (param.requires_grad or loaded)
         ):
-            needed["rounding_step"] = torch.zeros((), dtype=torch.int64, device="meta")
-        if listed(held) != listed(needed):
+            slots.append(ROUNDING_STEP)
+        needed = listed_layouts(expected(slots, param))
+        if (listed(held) if held else "") != needed:
             raise OptimizerError(
                 f"the state of parameter {index} holds {listed(held)} beside that of {type(self.optimizer).__name__}, "
-                f"needed is {listed(needed)}; load a state dict that was made under the same policy"
+                f"needed is {needed or 'nothing'}; load a state dict that was made under the same policy"
             )
 
     def _replace(self, state_dict: Mapping[str, Any], states: Mapping[Any, Any]) -> None:
@@ -348,7 +349,7 @@ class MasterWeights(MasterOptimizer):
                 self.state[key] = copy.deepcopy(loaded)
                 continue
             param, group = params[key]
-            own = {name: value for name, value in loaded.items() if name not in _KEPT}
+            own = {name: value for name, value in loaded.items() if name not in OF_POLICY}
             # as torch does: step counts stay on the host unless a kernel reads them
             step_device = param.device if group.get("fused") or group.get("capturable") else None
             if own:

@@ -1,11 +1,11 @@
-"""The portable form of a state: what the torch optimizer of the same update keeps for FP32 weights.
+"""The portable format of a state: what the torch optimizer of the same update keeps for FP32 weights.
 
 Moments in FP32, step counts as torch keeps them, groups with every setting that torch expects, no tails: the masters
 come with the weights, from `master_weights` and by `load_master_weights`. On the way back, what ours has no counterpart
 for is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from duotone.errors import OptimizerError
 from duotone.torch.optim.base import listed
 
-# settings by which torch's optimizers are told apart: what else a group holds may be a scheduler's or the user's
-_TELLING = {
+# settings by which torch's optimizers are wanted apart: what else a group holds may be a scheduler's or the user's
+_KIND_SETTINGS = {
     "alpha",
     "beta2_decay",
     "betas",
@@ -37,75 +37,86 @@ _IMPLEMENTATION = {"foreach", "capturable", "differentiable", "fused"}
 
 
 @dataclass(frozen=True)
-class PortableForm:
+class PortableFormat:
     """How the torch optimizer of the same update keeps what one of ours keeps.
 
     Attributes:
-        moments: their names.
-        counts_steps: whether a step count goes with them.
-        telling: the settings that tell its kind.
+        counterpart: that optimizer; None if torch has none.
+        counts_steps: whether a step count goes with the moments.
+        kind_settings: the settings that tell its kind.
         implementation: settings that its groups hold besides, and their defaults; ours has no use for them.
         fixed: settings of its groups for which ours stands with one value only.
     """
 
-    moments: tuple[str, ...]
+    counterpart: type[torch.optim.Optimizer] | None
     counts_steps: bool
-    telling: frozenset[str]
+    kind_settings: frozenset[str]
     implementation: Mapping[str, bool | None]
     fixed: Mapping[str, bool]
 
 
-def portable_group(group: Mapping[str, Any], form: PortableForm) -> dict[str, Any]:
+def portable_group(group: Mapping[str, Any], portable: PortableFormat) -> dict[str, Any]:
     """Return a group with all the settings that torch expects and none that it does not know."""
     kept = {name: value for name, value in group.items() if name != "seed"}
-    return {**form.implementation, **form.fixed, **kept}
+    return {**portable.implementation, **portable.fixed, **kept}
 
 
-def portable_state(state: Mapping[str, Any], form: PortableForm) -> dict[str, Tensor]:
-    """Return a parameter's state as torch keeps it; empty before its first update. Waits for the device."""
+def portable_state(state: Mapping[str, Any], moments: Sequence[str], portable: PortableFormat) -> dict[str, Tensor]:
+    """Return a parameter's state as torch keeps it; empty before its first update. Waits for the device.
+
+    Args:
+        state: as ours keeps it.
+        moments: the names of those that it may hold.
+        portable: how torch keeps it.
+    """
     steps = float(state.get("step", 0))
     if steps == 0.0:
         return {}
-    counted = {"step": torch.tensor(steps, dtype=torch.float32)} if form.counts_steps else {}
-    return counted | {name: state[name].to(torch.float32, copy=True) for name in form.moments if name in state}
+    counted = {"step": torch.tensor(steps, dtype=torch.float32)} if portable.counts_steps else {}
+    return counted | {name: state[name].to(torch.float32, copy=True) for name in moments if name in state}
 
 
-def settings_from_portable(group: Mapping[str, Any], form: PortableForm, name: str) -> dict[str, Any]:
+def settings_from_portable(group: Mapping[str, Any], portable: PortableFormat, name: str) -> dict[str, Any]:
     """Return the settings of a portable or a torch group without those that ours does not know.
 
     Args:
         group: of a state dict. What it holds besides settings, a scheduler's `initial_lr` for instance, goes along.
-        form: of the optimizer.
+        portable: of the optimizer.
         name: of the optimizer, for messages.
 
     Raises:
         OptimizerError: it is the group of another kind of optimizer, or has a setting without a counterpart.
     """
-    telling = _TELLING & group.keys()
-    if telling != form.telling:
+    given = _KIND_SETTINGS & group.keys()
+    if given != portable.kind_settings:
         raise OptimizerError(
-            f"the state is not one of {name}: its groups have {_joined(telling)}, those of {name} have "
-            f"{_joined(form.telling)}; load it into an optimizer of its own kind"
+            f"the state is not one of {name}: its groups have {_joined(given)}, those of {name} have "
+            f"{_joined(portable.kind_settings)}; load it into an optimizer of its own kind"
         )
-    for setting, only in form.fixed.items():
+    for setting, only in portable.fixed.items():
         if group.get(setting, only) != only:
             raise OptimizerError(
                 f"the state was made with {setting}={group[setting]}, which has no counterpart in {name}; "
                 f"allowed is {setting}={only}"
             )
-    dropped = _IMPLEMENTATION | form.fixed.keys()
+    dropped = _IMPLEMENTATION | portable.fixed.keys()
     return {"maximize": False, **{key: value for key, value in group.items() if key not in dropped}}
 
 
 def state_from_portable(
-    state: Mapping[str, Any], param: Tensor, form: PortableForm, where: str
+    state: Mapping[str, Any],
+    param: Tensor,
+    names: tuple[Sequence[str], Sequence[str]],
+    portable: PortableFormat,
+    where: str,
 ) -> tuple[int, dict[str, Tensor]]:
     """Return how often a parameter was updated and its moments, both as they are in a portable or a torch state.
 
     Args:
         state: as torch keeps it, plain, foreach, fused or capturable.
         param: the parameter, for its shape.
-        form: of the optimizer.
+        names: of the moments that the parameter's group needs, and of all that there may be.
+        portable: of the optimizer.
         where: whose state it is, for messages.
 
     Returns:
@@ -115,16 +126,17 @@ def state_from_portable(
         OptimizerError: the state holds something else, or another shape.
     """
     moments = {name: value for name, value in state.items() if value is not None and name != "step"}
-    if not moments and not form.counts_steps:
+    if not moments and not portable.counts_steps:
         return 0, {}
-    fits = moments.keys() == set(form.moments) and all(
+    needed, every = map(set, names)
+    fits = needed <= moments.keys() <= every and all(
         isinstance(value, Tensor) and value.is_floating_point() and value.shape == param.shape
         for value in moments.values()
     )
-    if not fits or (form.counts_steps and "step" not in state):
-        needed = [f"{name} {tuple(param.shape)}" for name in form.moments] + ["step"] * form.counts_steps
+    if not fits or (portable.counts_steps and "step" not in state):
+        wanted = [f"{name} {tuple(param.shape)}" for name in names[0] or names[1]] + ["step"] * portable.counts_steps
         raise OptimizerError(
-            f"{where} holds {listed(state)}, needed is {', '.join(needed)}; load the state of the same kind of "
+            f"{where} holds {listed(state)}, needed is {', '.join(wanted)}; load the state of the same kind of "
             "optimizer on the same model"
         )
     return int(state.get("step", 1)), moments
@@ -139,7 +151,7 @@ def check_same_kind(optimizer: torch.optim.Optimizer, own: Mapping[str, Any], lo
     name = type(optimizer).__name__
     wanted = optimizer.defaults.keys() - _IMPLEMENTATION - {"maximize"}
     missing = wanted - loaded.keys()
-    foreign = _TELLING & (loaded.keys() - own.keys())
+    foreign = _KIND_SETTINGS & (loaded.keys() - own.keys())
     if missing or foreign:
         raise OptimizerError(
             f"the state is not one of {name}: its groups lack {_joined(missing)} and have {_joined(foreign)} besides; "

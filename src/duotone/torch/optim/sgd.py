@@ -1,25 +1,26 @@
 """Stochastic gradient descent on FP32 masters, with momentum, dampening, Nesterov and weight decay as in torch.
 
-Sutskever et al., "On the importance of initialization and momentum in deep learning" (ICML 2013), in torch's form.
+Sutskever et al., "On the importance of initialization and momentum in deep learning" (ICML 2013), as torch writes it.
 10 bytes per parameter with 16-bit weights and momentum: weight 2, tail 2, gradient 2, FP32 momentum 4.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
+from duotone.torch.kernels.updates.sgd import UPDATE, SGDSettings
 from duotone.torch.optim.fused import FusedOptimizer
-from duotone.torch.optim.portable import PortableForm
+from duotone.torch.optim.portable import PortableFormat
 
 # torch counts no steps of this one
-_PORTABLE = PortableForm(
-    moments=("momentum_buffer",),
+_PORTABLE = PortableFormat(
+    counterpart=torch.optim.SGD,
     counts_steps=False,
-    telling=frozenset({"momentum", "dampening", "nesterov"}),
+    kind_settings=frozenset({"momentum", "dampening", "nesterov"}),
     implementation={"foreach": None, "differentiable": False, "fused": None},
     fixed={},
 )
@@ -51,6 +52,9 @@ class SGD(FusedOptimizer):
     tensor([0.9500])
     """
 
+    _update = UPDATE
+    _portable = _PORTABLE
+
     def __init__(
         self,
         params: ParamsT,
@@ -81,15 +85,8 @@ class SGD(FusedOptimizer):
         }
         super().__init__(params, defaults, backend)
 
-    @property
-    def _portable(self) -> PortableForm:
-        return _PORTABLE
-
-    def _moment_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return () if group["momentum"] == 0.0 else ("momentum_buffer",)
-
-    def _settings(self, group: dict[str, Any]) -> kernels.SGDSettings:
-        return kernels.SGDSettings(
+    def _settings(self, group: dict[str, Any]) -> SGDSettings:
+        return SGDSettings(
             group["lr"],
             group["momentum"],
             group["dampening"],
@@ -98,8 +95,3 @@ class SGD(FusedOptimizer):
             group["maximize"],
             group["seed"],
         )
-
-    def _update(
-        self, operands: Sequence[kernels.Operand], settings: list[Any], grad_multiplier: Tensor, found_inf: Tensor
-    ) -> None:
-        kernels.sgd(operands, settings, grad_multiplier, found_inf, self.backend)

@@ -1,13 +1,14 @@
-"""The fused kernels on CPUs: `reference`'s operations, bit for bit, each over all parameters of one form at once.
+"""The fused kernels on CPUs: `reference`'s operations, bit for bit, each over all parameters stored alike at once.
 
-Written in Python and compiled by Numba (`update`, `coefficients`, `sums`), kept as machine code (`machine_code`), run
-on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
+Written in Python and compiled by Numba (`elements`, `coefficients`, `updates`, `sums`), kept as machine code
+(`machine_code`), run on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
 """
 
 from array import array
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,9 @@ from torch import Tensor
 
 from duotone.torch.kernels.cpu.machine_code import Entry, entry_of
 from duotone.torch.kernels.cpu.threads import pieces_of, run_on_threads
-from duotone.torch.kernels.operands import AdamWSettings, LionSettings, Operand, SGDSettings
-from duotone.torch.kernels.table import Form, grad_tables_of, tables_of
-
-# columns of a table of coefficients, as in the module of that name, which must not be imported without need
-COEFFICIENTS = 8
+from duotone.torch.kernels.operands import Operand
+from duotone.torch.kernels.table import Formats, grad_tables_of, tables_of
+from duotone.torch.kernels.updates.definition import Update
 
 
 def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,66 +41,31 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, 
     )
 
 
-def adamw(
-    operands: Sequence[Operand], settings: Sequence[AdamWSettings], grad_multiplier: Tensor, found_inf: Tensor
+def update(
+    definition: Update, operands: Sequence[Operand], settings: Sequence[Any], grad_multiplier: Tensor, found_inf: Tensor
 ) -> None:
-    """Update in place by one step of AdamW; see `reference.adamw`."""
-    rows = [
-        (group.maximize, group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, 0.0, 0.0)
-        for group in settings
-    ]
-    _update("adamw", operands, rows, [group.seed for group in settings], grad_multiplier, found_inf)
-
-
-def sgd(
-    operands: Sequence[Operand], settings: Sequence[SGDSettings], grad_multiplier: Tensor, found_inf: Tensor
-) -> None:
-    """Update in place by one step of SGD; see `reference.sgd`."""
-    rows = [
-        (group.maximize, group.lr, group.momentum, group.dampening, group.weight_decay, group.nesterov, 0.0, 0.0)
-        for group in settings
-    ]
-    _update("sgd", operands, rows, [group.seed for group in settings], grad_multiplier, found_inf)
-
-
-def lion(
-    operands: Sequence[Operand], settings: Sequence[LionSettings], grad_multiplier: Tensor, found_inf: Tensor
-) -> None:
-    """Update in place by one step of Lion; see `reference.lion`."""
-    rows = [
-        (group.maximize, group.lr, group.beta1, group.beta2, group.weight_decay, 0.0, 0.0, 0.0) for group in settings
-    ]
-    _update("lion", operands, rows, [group.seed for group in settings], grad_multiplier, found_inf)
-
-
-def _update(
-    optimizer: str,
-    operands: Sequence[Operand],
-    settings: Sequence[tuple[float | Tensor, ...]],
-    seeds: Sequence[int],
-    grad_multiplier: Tensor,
-    found_inf: Tensor,
-) -> None:
-    """Run an optimizer's two kernels, its rows of settings beginning with `maximize`."""
+    """Update in place by one step of an optimizer; see `reference.update`."""
     if found_inf.item():
         return
     multiplier = grad_multiplier.item()
     settings_table = array("d")
-    for maximize, *numbers in settings:
-        settings_table.extend((-multiplier if maximize else multiplier, *map(float, numbers)))
+    for group in settings:
+        settings_table.append(-multiplier if group.maximize else multiplier)
+        # the seed may not be a number in FP64, and is read from a table of its own
+        settings_table.extend((*map(float, group[:-1]), 0.0))
     # the low 64 bits of a seed are its key
-    seed_table = array("Q", [int(seed) & 0xFFFF_FFFF_FFFF_FFFF for seed in seeds])
+    seed_table = array("Q", [int(group.seed) & 0xFFFF_FFFF_FFFF_FFFF for group in settings])
     for table in tables_of(operands):
         # compiled before anything is written, so that a compiler's failure leaves everything as it was
-        update = _update_entry(optimizer, table.form)
+        elements = _elements_entry(definition, table.formats)
         count, columns = table.parameters.shape
         parameters = table.parameters.ctypes.data
-        coefficients = array("f", bytes(4 * COEFFICIENTS * count))
+        coefficients = array("f", bytes(4 * (1 + len(definition.coefficient_names._fields)) * count))
         draws = array("q", bytes(16 * count))
         rows = _address(coefficients), _address(draws)
         job = array("q", (_address(settings_table), _address(seed_table), parameters, *rows, count, columns))
-        _coefficients_entry(optimizer)(_address(job))
-        _run_over_chunks(update, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns)
+        _coefficients_entry(definition)(_address(job))
+        _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns)
 
 
 def _run_over_chunks(entry: Entry, lengths: np.ndarray, *words: int) -> None:
@@ -124,23 +88,23 @@ def _pieces(lengths: bytes) -> tuple[array, int]:
 
 
 @cache
-def _update_entry(optimizer: str, form: Form) -> Entry:
+def _elements_entry(definition: Update, formats: Formats) -> Entry:
     def make() -> Entry:
-        from duotone.torch.kernels.cpu import update
+        from duotone.torch.kernels.cpu import elements
 
-        return update.kernel(optimizer, form)
+        return elements.kernel(definition, formats)
 
-    return entry_of("-".join((optimizer, *form)), make)
+    return entry_of("-".join((definition.name, formats.weight, formats.grad, *formats.moments)), make)
 
 
 @cache
-def _coefficients_entry(optimizer: str) -> Entry:
+def _coefficients_entry(definition: Update) -> Entry:
     def make() -> Entry:
         from duotone.torch.kernels.cpu import coefficients
 
-        return coefficients.kernel(optimizer)
+        return coefficients.kernel(definition)
 
-    return entry_of(f"{optimizer}-coefficients", make)
+    return entry_of(f"{definition.name}-coefficients", make)
 
 
 @cache

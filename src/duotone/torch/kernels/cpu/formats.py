@@ -1,4 +1,4 @@
-"""How compiled kernels read and write each form of storage: values, masters, moments. The bits are those of `codec`."""
+"""How compiled kernels read and write values, masters and moments in each format. The bits are those of `codec`."""
 
 import math
 from typing import Any
@@ -101,10 +101,10 @@ def moment_writer(dtype: str, stream: int) -> Any:
     return write_rounded
 
 
-def master_reader(form: str) -> Any:
-    """Return a compiled function `(weight address, tail address, index) -> FP32 master` for a form of weights."""
-    dtype = form.split("+", maxsplit=1)[0]
-    if not form.endswith("+tail"):
+def master_reader(weight_format: str) -> Any:
+    """Return a compiled function `(weight address, tail address, index) -> FP32 master` for weights in a format."""
+    dtype = weight_format.split("+", maxsplit=1)[0]
+    if not weight_format.endswith("+tail"):
         read_value = value_reader(dtype, memory.WEIGHT)
 
         @compiled
@@ -122,9 +122,9 @@ def master_reader(form: str) -> Any:
     return read_split
 
 
-def master_writer(form: str) -> Any:
+def master_writer(weight_format: str) -> Any:
     """Return a compiled function `(weight address, tail address, index, FP32 master, 16 random bits)`."""
-    if form == "float32":
+    if weight_format == "float32":
         write_f32 = memory.writer("f32", memory.WEIGHT)
 
         @compiled
@@ -133,8 +133,8 @@ def master_writer(form: str) -> Any:
 
         return write_whole
     write_weight, write_tail = memory.writer("u16", memory.WEIGHT), memory.writer("u16", memory.TAIL)
-    if form.endswith("+tail"):
-        encode = _encode_bf16 if form == "bfloat16+tail" else _encode_f16
+    if weight_format.endswith("+tail"):
+        encode = _encode_bf16 if weight_format == "bfloat16+tail" else _encode_f16
 
         @compiled
         def write_split(weight, tail, index, master, random):
@@ -143,7 +143,7 @@ def master_writer(form: str) -> Any:
             write_tail(tail, index, low)
 
         return write_split
-    rounded = _ROUNDED[form]
+    rounded = _ROUNDED[weight_format]
 
     @compiled
     def write_rounded(weight, tail, index, master, random):

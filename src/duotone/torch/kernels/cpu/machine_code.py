@@ -31,7 +31,7 @@ def entry_of(name: str, make: Callable[[], Callable[[int], None]]) -> Entry:
     """Return a kernel as a function of its job's address, which runs without the interpreter's lock.
 
     Args:
-        name: of the kernel and its form, different for different code.
+        name: of the kernel and its formats, different for different code.
         make: returns the Python function to compile; called only if there is no code on disk.
     """
     path = cache_folder() / f"{name}-{_fingerprint()}.o"
@@ -50,9 +50,10 @@ def cache_folder() -> Path:
 @cache
 def _fingerprint() -> str:
     digest = sha256()
-    # the kernels' own sources, and what they share with the other backends: chunks, columns of tables
+    # the kernels' own sources, and what they share with the other backends: columns of tables, names, chunks
     folder = Path(__file__).parent
-    for source in (*sorted(folder.glob("*.py")), folder.parent / "table.py", folder.parent / "reference.py"):
+    shared = [folder.parent / name for name in ("reference.py", "slots.py", "table.py")]
+    for source in (*sorted(folder.rglob("*.py")), *sorted((folder.parent / "updates").glob("*.py")), *shared):
         digest.update(source.read_bytes())
     features = llvm.get_host_cpu_features().flatten()
     for part in (version("numba"), version("llvmlite"), platform.python_version(), llvm.get_host_cpu_name(), features):

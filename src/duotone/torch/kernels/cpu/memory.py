@@ -8,14 +8,19 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core.cgutils import unpack_tuple
 from numba.extending import intrinsic
+
+from duotone.torch.kernels.slots import MAX_MOMENTS
 
 # a function for other compiled functions to call: division follows IEEE 754, and Python has no way in
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 compiled = njit(**OPTIONS)
 
-GRAD, WEIGHT, TAIL, MOMENT1, MOMENT2, RANDOM, SUMS, TABLE = range(8)
-_STREAMS = 8
+GRAD, WEIGHT, TAIL, RANDOM, SUMS, TABLE = range(6)
+# one after the other, as many as there may be
+MOMENT = 6
+_STREAMS = MOMENT + MAX_MOMENTS
 
 _KINDS = {
     "u16": (ir.IntType(16), types.uint16, 2),
@@ -57,6 +62,57 @@ def writer(kind: str, stream: int) -> Any:
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, numba_type), generate
+
+    return write
+
+
+def tuple_reader(kind: str, count: int, names: type | None = None) -> Any:
+    """Return a compiled function of an address that reads numbers of a table, one after the other, as a tuple.
+
+    Args:
+        kind: of the numbers.
+        count: how many.
+        names: a `NamedTuple` to return them as.
+    """
+    llvm_type, numba_type, size = _KINDS[kind]
+    if count == 0:
+        result: Any = types.Tuple(())
+    else:
+        result = types.UniTuple(numba_type, count) if names is None else types.NamedUniTuple(numba_type, count, names)
+
+    @intrinsic
+    def read(context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            (address,) = arguments
+            values = []
+            for index in range(count):
+                load = builder.load(_pointer(builder, llvm_type, address, ir.IntType(64)(index)))
+                load.align = size
+                _apart(builder, load, TABLE)
+                values.append(load)
+            return context.make_tuple(builder, result, values)
+
+        return result(types.int64), generate
+
+    return read
+
+
+def tuple_writer(kind: str) -> Any:
+    """Return a compiled function `(address, tuple)` that writes numbers to a table, each rounded once to the kind."""
+    llvm_type, numba_type, size = _KINDS[kind]
+
+    @intrinsic
+    def write(context: Any, address: Any, values: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, packed = arguments
+            for index, (value, given) in enumerate(zip(unpack_tuple(builder, packed), values.types, strict=True)):
+                number = context.cast(builder, value, given, numba_type)
+                store = builder.store(number, _pointer(builder, llvm_type, address, ir.IntType(64)(index)))
+                store.align = size
+                _apart(builder, store, TABLE)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, values), generate
 
     return write
 

@@ -70,8 +70,8 @@ def total() -> Any:
             _write_sum(sums, number, f64(0.0))
         for number in range(length):
             part, lane = number // _PART, number % LANES
-            place = part * LANES + lane
-            _write_sum(sums, place, _read_sum(sums, place) + read_f64(target, first + number))
+            index = part * LANES + lane
+            _write_sum(sums, index, _read_sum(sums, index) + read_f64(target, first + number))
         return _by_halves(sums, parts * LANES)
 
     def kernel(job):

@@ -1,12 +1,13 @@
 """What an update computes once per parameter: FP32 coefficients from FP64 arithmetic, and the words of random bits.
 
-One launch over all parameters, before the update itself. It reads step counts and beta products, hands on what they
-were, and advances them unless `found_inf` is true. A row of coefficients is `WORDS` int32: the eight coefficients of
-`rules.py` as FP32 patterns, the factor of the gradient first, then the step's low word, the index, and the key.
+One launch over all parameters, before the update itself. It reads step counts and counters, hands on what they were,
+and advances them unless `found_inf` is true. A row of coefficients is int32: the step's low word, the parameter's
+number and the key, then as FP32 patterns the gradient's multiplier and the coefficients that the update names.
 """
 
-# Triton wraps what is passed to a constexpr by itself
-# pyright: reportArgumentType=false
+# Triton wraps what is passed to a constexpr by itself, unrolls a static_range, and knows no star in a tuple
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
@@ -15,18 +16,17 @@ from duotone.torch.kernels import table
 from duotone.torch.kernels.cuda import settings as columns
 from duotone.torch.kernels.cuda.formats import bits_of, float_of
 
-# int32 words per parameter
-WORDS = 12
+# words of a row before the coefficients
+FIRST_COEFFICIENT = 5
 # parameters per program
 BLOCK = 128
 
-_WORDS = tl.constexpr(WORDS)
+_FIRST_COEFFICIENT = tl.constexpr(FIRST_COEFFICIENT)
 _STEP = tl.constexpr(table.STEP)
-_BETA_PRODUCTS = tl.constexpr(table.BETA_PRODUCTS)
+_COUNTERS = tl.constexpr(table.COUNTERS)
 _NUMBER = tl.constexpr(table.NUMBER)
 _GROUP = tl.constexpr(table.GROUP)
-_PARAMETER_COLUMNS = tl.constexpr(table.GROUP + 1)
-_SETTING_COLUMNS = tl.constexpr(columns.COLUMNS)
+_COLUMNS = tl.constexpr(table.COLUMNS)
 _LR = tl.constexpr(columns.LR)
 _LR_FLOAT32 = tl.constexpr(columns.LR_FLOAT32)
 _LR_FLOAT64 = tl.constexpr(columns.LR_FLOAT64)
@@ -44,104 +44,76 @@ def coefficients_kernel(
     grad_multiplier,
     found_inf,
     count,
-    RULE: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    SETTINGS: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    NAMES: tl.constexpr,
+    COUNTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the coefficients of up to `BLOCK` parameters, and advance their step counts and beta products."""
+    """Write the coefficients of up to `BLOCK` parameters, and advance their step counts and counters.
+
+    `COEFFICIENTS` is the update's function, `SETTINGS` its `NamedTuple` of settings and `NUMBERS` the names of those
+    between the first and the last two, `NAMES` those of the coefficients, `COUNTERS` how many counters it has.
+    """
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = number < count
-    row = parameters + number * _PARAMETER_COLUMNS
-    group = settings + tl.load(row + _GROUP, mask=mask, other=0) * _SETTING_COLUMNS
-    words = coefficients + number * _WORDS
+    row = parameters + number * _COLUMNS
+    group = settings + tl.load(row + _GROUP, mask=mask, other=0) * (_FIRST_NUMBER + len(NUMBERS))
+    words = coefficients + number * (_FIRST_COEFFICIENT + len(NAMES))
     moves = number < tl.where(tl.load(found_inf), 0, count)
-    lr = _learning_rate(group, mask)
 
     step_pointer = tl.load(row + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.int64))
     step = tl.load(step_pointer, mask=mask, other=0)
     tl.store(step_pointer, step + 1, mask=moves)
-
+    seed = tl.load(group + _SEED, mask=mask, other=0)
+    tl.store(words, step.to(tl.int32), mask=mask)
+    tl.store(words + 1, tl.load(row + _NUMBER, mask=mask, other=0).to(tl.int32), mask=mask)
+    tl.store(words + 2, seed.to(tl.int32), mask=mask)
+    tl.store(words + 3, (seed >> 32).to(tl.int32), mask=mask)
     maximize = tl.load(group + _MAXIMIZE, mask=mask, other=0)
     # a product, since a negation may be a difference from 0, which makes no -0
-    _write(words, 0, tl.load(grad_multiplier) * tl.where(maximize != 0, -1.0, 1.0), mask)
-    if RULE == "adamw":
-        products = tl.load(row + _BETA_PRODUCTS, mask=mask, other=0).to(tl.pointer_type(tl.float64))
-        _adamw(words, group, lr, products, mask, moves)
-    elif RULE == "sgd":
-        _sgd(words, group, lr, step, mask)
-    else:
-        _lion(words, group, lr, mask)
+    _write(words + 4, tl.load(grad_multiplier) * tl.where(maximize != 0, -1.0, 1.0), mask)
 
-    seed = tl.load(group + _SEED, mask=mask, other=0)
-    tl.store(words + 8, step.to(tl.int32), mask=mask)
-    tl.store(words + 9, tl.load(row + _NUMBER, mask=mask, other=0).to(tl.int32), mask=mask)
-    tl.store(words + 10, seed.to(tl.int32), mask=mask)
-    tl.store(words + 11, (seed >> 32).to(tl.int32), mask=mask)
+    values = (_learning_rate(group, mask),)
+    for index in tl.static_range(len(NUMBERS)):
+        values = values + (tl.load(group + _FIRST_NUMBER + index, mask=mask, other=0).to(tl.float64, bitcast=True),)
+    counter = tl.load(row + _COUNTERS, mask=mask, other=0).to(tl.pointer_type(tl.float64))
+    counters = ()
+    for index in tl.static_range(COUNTERS):
+        counters = counters + (tl.load(counter + index, mask=mask, other=0.0),)
+    # what an update computes depends on neither maximize nor seed
+    c, counters = COEFFICIENTS(SETTINGS(*values, maximize, seed), step, counters)
+    for index in tl.static_range(len(NAMES)):
+        _write(words + _FIRST_COEFFICIENT + index, c[index], mask)
+    for index in tl.static_range(COUNTERS):
+        tl.store(counter + index, counters[index], mask=moves)
 
 
 @triton.jit
-def read_coefficients(words):
-    """Return the eight coefficients of a row as scalars."""
-    return (
-        float_of(tl.load(words), "float32"),
-        float_of(tl.load(words + 1), "float32"),
-        float_of(tl.load(words + 2), "float32"),
-        float_of(tl.load(words + 3), "float32"),
-        float_of(tl.load(words + 4), "float32"),
-        float_of(tl.load(words + 5), "float32"),
-        float_of(tl.load(words + 6), "float32"),
-        float_of(tl.load(words + 7), "float32"),
-    )
+def read_coefficients(words, TYPE: tl.constexpr, NAMES: tl.constexpr):
+    """Return the coefficients of a row, scalars in a `NamedTuple`."""
+    values = ()
+    for index in tl.static_range(len(NAMES)):
+        values = values + (float_of(tl.load(words + _FIRST_COEFFICIENT + index), "float32"),)
+    return TYPE(*values)
+
+
+@triton.jit
+def read_multiplier(words):
+    """Return what the gradient of a row is multiplied by."""
+    return float_of(tl.load(words + 4), "float32")
 
 
 @triton.jit
 def read_draws(words):
     """Return the step, the index and the key of a row as uint32 scalars."""
     return (
-        tl.load(words + 8).to(tl.uint32),
-        tl.load(words + 9).to(tl.uint32),
-        tl.load(words + 10).to(tl.uint32),
-        tl.load(words + 11).to(tl.uint32),
+        tl.load(words).to(tl.uint32),
+        tl.load(words + 1).to(tl.uint32),
+        tl.load(words + 2).to(tl.uint32),
+        tl.load(words + 3).to(tl.uint32),
     )
-
-
-@triton.jit
-def _adamw(words, group, lr, products, mask, moves):
-    beta1, beta2 = _number(group, 0, mask), _number(group, 1, mask)
-    eps, weight_decay = _number(group, 2, mask), _number(group, 3, mask)
-    product1 = tl.load(products, mask=mask, other=0.0) * beta1
-    product2 = tl.load(products + 1, mask=mask, other=0.0) * beta2
-    root = tl.sqrt(1.0 - product2)
-    _write(words, 1, lr * root / (1.0 - product1), mask)
-    _write(words, 2, eps * root, mask)
-    _write(words, 3, 1.0 - lr * weight_decay, mask)
-    _write(words, 4, 1.0 - beta1, mask)
-    _write(words, 5, beta2, mask)
-    _write(words, 6, 1.0 - beta2, mask)
-    tl.store(products, product1, mask=moves)
-    tl.store(products + 1, product2, mask=moves)
-
-
-@triton.jit
-def _sgd(words, group, lr, step, mask):
-    weight_decay = _number(group, 2, mask)
-    _write(words, 1, lr, mask)
-    _write(words, 2, _number(group, 0, mask), mask)
-    _write(words, 3, 1.0 - _number(group, 1, mask), mask)
-    _write(words, 4, weight_decay, mask)
-    _write(words, 5, weight_decay != 0.0, mask)
-    _write(words, 6, _number(group, 3, mask), mask)
-    _write(words, 7, step == 0, mask)
-
-
-@triton.jit
-def _lion(words, group, lr, mask):
-    beta1, beta2 = _number(group, 0, mask), _number(group, 1, mask)
-    _write(words, 1, lr, mask)
-    _write(words, 2, 1.0 - lr * _number(group, 2, mask), mask)
-    _write(words, 3, beta1, mask)
-    _write(words, 4, 1.0 - beta1, mask)
-    _write(words, 5, beta2, mask)
-    _write(words, 6, 1.0 - beta2, mask)
 
 
 @triton.jit
@@ -156,10 +128,5 @@ def _learning_rate(group, mask):
 
 
 @triton.jit
-def _number(group, NUMBER: tl.constexpr, mask):
-    return tl.load(group + _FIRST_NUMBER + NUMBER, mask=mask, other=0).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def _write(words, COLUMN: tl.constexpr, value, mask):
-    tl.store(words + COLUMN, bits_of(value.to(tl.float32)), mask=mask)
+def _write(word, value, mask):
+    tl.store(word, bits_of(value.to(tl.float32)), mask=mask)

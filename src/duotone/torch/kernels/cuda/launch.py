@@ -5,29 +5,32 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from duotone.torch.kernels.cuda.coefficients import BLOCK, WORDS, coefficients_kernel
-from duotone.torch.kernels.cuda.settings import Settings, device_settings
+from duotone.torch.kernels.cuda.coefficients import BLOCK, FIRST_COEFFICIENT, coefficients_kernel
+from duotone.torch.kernels.cuda.elements import SPANS, tile_of, update_kernel
+from duotone.torch.kernels.cuda.settings import device_settings
 from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
-from duotone.torch.kernels.cuda.update import SPANS, tile_of, update_kernel
 from duotone.torch.kernels.cuda.upload import Cache, upload
 from duotone.torch.kernels.operands import Operand
 from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import GRAD, MOMENT2, Form, GradTable, Table, grad_tables_of, tables_of
+from duotone.torch.kernels.table import GRAD, STEP, Formats, GradTable, Table, grad_tables_of, tables_of
+from duotone.torch.kernels.updates.definition import Update
 
 # a fused multiply-add rounds once where the reference rounds twice
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 class UpdatePart(NamedTuple):
-    """The chunks of one form: of parameters whose addresses are all multiples of 16, or of the others."""
+    """The chunks of parameters that are stored alike: whose addresses are all multiples of 16, or the others."""
 
-    form: Form
+    formats: Formats
     aligned: bool
     chunks: Tensor
 
@@ -61,9 +64,9 @@ _sum_tables: Cache[tuple[int, torch.device], SumTable] = Cache(32)
 
 
 def update(
-    rule: str, operands: Sequence[Operand], settings: Sequence[Settings], grad_multiplier: Tensor, found_inf: Tensor
+    definition: Update, operands: Sequence[Operand], settings: Sequence[Any], grad_multiplier: Tensor, found_inf: Tensor
 ) -> None:
-    """Compute every parameter's coefficients, then update parameters form by form."""
+    """Compute every parameter's coefficients, then update parameters, those that are stored alike at once."""
     if not operands:
         return
     device = operands[0].weight.device
@@ -72,26 +75,53 @@ def update(
         table = _update_tables.get((id(tables), device), device, lambda: _update_table(tables, device))
         rows, _rates = device_settings(settings, device)
         count = table.parameters.shape[0]
-        coefficients = torch.empty((count, WORDS), dtype=torch.int32, device=device)
+        per_parameter, per_element = constants_of(definition)
+        words = FIRST_COEFFICIENT + len(definition.coefficient_names._fields)
+        coefficients = torch.empty((count, words), dtype=torch.int32, device=device)
         coefficients_kernel[(-(-count // BLOCK),)](
-            table.parameters, rows, coefficients, grad_multiplier, found_inf, count, RULE=rule, BLOCK=BLOCK, **OPTIONS
+            table.parameters, rows, coefficients, grad_multiplier, found_inf, count, **per_parameter, **OPTIONS
         )
-        for form, aligned, chunks in table.parts:
-            weight, _, kind = form.weight.partition("+")
+        for formats, aligned, chunks in table.parts:
             update_kernel[(chunks.shape[0], SPANS)](
                 table.parameters,
                 chunks,
                 coefficients,
                 found_inf,
-                RULE=rule,
-                WEIGHT=weight,
-                KIND=kind,
-                GRAD=form.grad,
-                MOMENTS=form.moments,
-                TILE=tile_of(form),
+                **per_element,
+                **constants_in(formats),
                 ALIGNED=aligned,
                 **OPTIONS,
             )
+
+
+@cache
+def constants_of(definition: Update) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the kernels of an update are compiled for: that of its coefficients, and that of its elements."""
+    own = import_module(f"duotone.torch.kernels.cuda.updates.{definition.name}")
+    # Triton keeps compiled kernels by the text of a constant, and that of a class does not tell its fields
+    names = definition.coefficient_names._fields
+    per_parameter = {
+        "COEFFICIENTS": own.coefficients,
+        "SETTINGS": definition.settings,
+        "NUMBERS": definition.settings._fields[1:-2],
+        "NAMES": names,
+        "COUNTERS": definition.counter_count,
+        "BLOCK": BLOCK,
+    }
+    return per_parameter, {"APPLY": own.apply, "COEFFICIENTS": definition.coefficient_names, "NAMES": names}
+
+
+@cache
+def constants_in(formats: Formats) -> dict[str, Any]:
+    """Return what the kernel of an update's elements is compiled for because of how they are stored."""
+    weight, _, kind = formats.weight.partition("+")
+    return {
+        "WEIGHT": weight,
+        "KIND": kind,
+        "GRAD": formats.grad,
+        "MOMENTS": formats.moments,
+        "TILE": tile_of(formats),
+    }
 
 
 def sum_of_squares(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,18 +149,18 @@ def _total(sums: Tensor, inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _update_table(tables: tuple[Table, ...], device: torch.device) -> UpdateTable:
-    """Upload the parameters of all forms as one table, and the chunks of each form, aligned ones apart."""
+    """Upload all parameters as one table, and the chunks of those that are stored alike, aligned ones apart."""
     labels, chunks, above = [], [], 0
-    for form, parameters, pairs, _ in tables:
-        aligned = (parameters[:, GRAD : MOMENT2 + 1] % 16 == 0).all(axis=1)[pairs[:, 0]]
+    for formats, parameters, pairs, _ in tables:
+        aligned = (parameters[:, GRAD:STEP] % 16 == 0).all(axis=1)[pairs[:, 0]]
         for is_aligned in (True, False):
             chosen = pairs[aligned == is_aligned]
             if chosen.size:
-                labels.append((form, is_aligned))
+                labels.append((formats, is_aligned))
                 chunks.append(chosen + np.array([above, 0]))
         above += parameters.shape[0]
     moved, *parts = upload([np.concatenate([table.parameters for table in tables]), *chunks], device)
-    named = [UpdatePart(form, aligned, part) for (form, aligned), part in zip(labels, parts, strict=True)]
+    named = [UpdatePart(formats, aligned, part) for (formats, aligned), part in zip(labels, parts, strict=True)]
     return UpdateTable(moved, tuple(named), tables)
 
 

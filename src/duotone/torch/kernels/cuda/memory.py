@@ -1,4 +1,4 @@
-"""Loads and stores through raw addresses, in every form of storage; in between everything is FP32.
+"""Loads and stores through raw addresses, in every format; in between everything is FP32.
 
 16-bit patterns travel as int16. Where `ALIGNED` says that addresses are multiples of 16 and there is no mask, a thread
 moves its elements in one access. `WEIGHT` is the resident weight's format; `KIND` is what updates go into: `tail`,

@@ -23,7 +23,7 @@ _AHEAD = tl.constexpr(4)
 
 @triton.jit
 def squares_kernel(chunks, sums, FORMAT: tl.constexpr, WIDE: tl.constexpr):
-    """Write the sum of squares of one chunk of a gradient to the chunk's place among all sums.
+    """Write the sum of squares of one chunk of a gradient to the chunk's number among all sums.
 
     `WIDE` says that addresses are multiples of 16 and lengths multiples of 8.
     """

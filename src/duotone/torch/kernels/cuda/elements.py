@@ -3,38 +3,42 @@
 A program takes a quarter of a chunk and walks it in tiles, whole ones without a mask. It writes nothing if `found_inf`.
 """
 
-# Triton wraps what is passed to a constexpr by itself
-# pyright: reportArgumentType=false
+# Triton wraps what is passed to a constexpr by itself, unrolls a static_range, and knows no star in a tuple
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# ruff: noqa: RUF005
 
 import triton
 import triton.language as tl
 
 from duotone.torch.kernels import table
-from duotone.torch.kernels.cuda.coefficients import WORDS, read_coefficients, read_draws
+from duotone.torch.kernels.cuda.coefficients import (
+    FIRST_COEFFICIENT,
+    read_coefficients,
+    read_draws,
+    read_multiplier,
+)
 from duotone.torch.kernels.cuda.memory import read, read_master, write_master, write_moment
-from duotone.torch.kernels.cuda.rules import adamw_rule, lion_rule, sgd_rule
 from duotone.torch.kernels.reference import CHUNK
 
 # programs per chunk: enough to occupy a device with a small model, few enough to pay for reading the table
 SPANS = 4
 
 _SPAN = tl.constexpr(CHUNK // SPANS)
-_WORDS = tl.constexpr(WORDS)
-_COLUMNS = tl.constexpr(table.GROUP + 1)
+_FIRST_COEFFICIENT = tl.constexpr(FIRST_COEFFICIENT)
+_COLUMNS = tl.constexpr(table.COLUMNS)
 _GRAD = tl.constexpr(table.GRAD)
 _WEIGHT = tl.constexpr(table.WEIGHT)
 _TAIL = tl.constexpr(table.TAIL)
-_MOMENT1 = tl.constexpr(table.MOMENT1)
-_MOMENT2 = tl.constexpr(table.MOMENT2)
+_MOMENT = tl.constexpr(table.MOMENT)
 _NUMEL = tl.constexpr(table.NUMEL)
 
 
-def tile_of(form: table.Form) -> int:
+def tile_of(formats: table.Formats) -> int:
     """Return how many elements 128 threads take at once: 16 bytes a thread of the widest storage that is written.
 
     Then all accesses of a thread are of the same elements, and nothing moves between threads.
     """
-    return 512 if "float32" in (form.weight, form.moments) else 1024
+    return 512 if "float32" in (formats.weight, *formats.moments) else 1024
 
 
 @triton.jit(do_not_specialize=["found_inf"])
@@ -43,7 +47,9 @@ def update_kernel(
     chunks,
     coefficients,
     found_inf,
-    RULE: tl.constexpr,
+    APPLY: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+    NAMES: tl.constexpr,
     WEIGHT: tl.constexpr,
     KIND: tl.constexpr,
     GRAD: tl.constexpr,
@@ -51,39 +57,48 @@ def update_kernel(
     TILE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Update the part `program_id(1)` of the chunk `program_id(0)` of parameters of one form."""
+    """Update the part `program_id(1)` of the chunk `program_id(0)` of parameters in the same formats.
+
+    `APPLY` is the update's function, `COEFFICIENTS` its `NamedTuple` of coefficients, and `NAMES` the names in it.
+    """
     if tl.load(found_inf) == 0:
         chunk = chunks + tl.program_id(0).to(tl.int64) * 2
         number = tl.load(chunk)
         # chunks begin at multiples of their length, in elements
         first = tl.multiple_of(tl.load(chunk + 1) + tl.program_id(1) * _SPAN, _SPAN)
         row = parameters + number * _COLUMNS
-        words = coefficients + number * _WORDS
-        addresses = (
-            tl.load(row + _GRAD),
-            tl.load(row + _WEIGHT),
-            tl.load(row + _TAIL),
-            tl.load(row + _MOMENT1),
-            tl.load(row + _MOMENT2),
-        )
-        c = read_coefficients(words)
+        words = coefficients + number * (_FIRST_COEFFICIENT + len(NAMES))
+        addresses = (tl.load(row + _GRAD), tl.load(row + _WEIGHT), tl.load(row + _TAIL))
+        moments = ()
+        for index in tl.static_range(len(MOMENTS)):
+            moments = moments + (tl.load(row + _MOMENT + index),)
+        multiplier = read_multiplier(words)
+        c = read_coefficients(words, COEFFICIENTS, NAMES)
         draws = read_draws(words)
         end = tl.minimum(first + _SPAN, tl.load(row + _NUMEL))
         for start in range(first, end - TILE + 1, TILE):
-            _update_tile(addresses, start, None, c, draws, RULE, WEIGHT, KIND, GRAD, MOMENTS, TILE, ALIGNED)
+            _update_tile(
+                addresses, moments, start, None, multiplier, c, draws,
+                APPLY, WEIGHT, KIND, GRAD, MOMENTS, TILE, ALIGNED,
+            )  # fmt: skip
         rest = first + tl.maximum(end - first, 0) // TILE * TILE
         if rest < end:
-            _update_tile(addresses, rest, end, c, draws, RULE, WEIGHT, KIND, GRAD, MOMENTS, TILE, ALIGNED)
+            _update_tile(
+                addresses, moments, rest, end, multiplier, c, draws,
+                APPLY, WEIGHT, KIND, GRAD, MOMENTS, TILE, ALIGNED,
+            )  # fmt: skip
 
 
 @triton.jit
 def _update_tile(
     addresses,
+    moment_addresses,
     start,
     end,
+    multiplier,
     c,
     draws,
-    RULE: tl.constexpr,
+    APPLY: tl.constexpr,
     WEIGHT: tl.constexpr,
     KIND: tl.constexpr,
     GRAD: tl.constexpr,
@@ -92,21 +107,16 @@ def _update_tile(
     ALIGNED: tl.constexpr,
 ):
     """Update a tile: all of it if `end` is None."""
-    grad_address, weight, tail, moment1_address, moment2_address = addresses
+    grad_address, weight, tail = addresses
     offsets = start + tl.arange(0, TILE)
     mask = None if end is None else offsets < end
-    grad = read(grad_address, offsets, mask, GRAD, ALIGNED) * c[0]
+    grad = read(grad_address, offsets, mask, GRAD, ALIGNED) * multiplier
     master = read_master(weight, tail, offsets, mask, WEIGHT, KIND, ALIGNED)
-    HAS_MOMENTS: tl.constexpr = MOMENTS != "none"
-    moment1 = read(moment1_address, offsets, mask, MOMENTS, ALIGNED) if HAS_MOMENTS else grad
-    if RULE == "adamw":
-        moment2 = read(moment2_address, offsets, mask, MOMENTS, ALIGNED)
-        master, moment1, moment2 = adamw_rule(grad, master, moment1, moment2, c)
-        write_moment(moment2_address, start, offsets, mask, moment2, draws, 2, MOMENTS, TILE, ALIGNED)
-    elif RULE == "sgd":
-        master, moment1 = sgd_rule(grad, master, moment1, c, HAS_MOMENTS)
-    else:
-        master, moment1 = lion_rule(grad, master, moment1, c)
-    if HAS_MOMENTS:
-        write_moment(moment1_address, start, offsets, mask, moment1, draws, 1, MOMENTS, TILE, ALIGNED)
+    moments = ()
+    for index in tl.static_range(len(MOMENTS)):
+        moments = moments + (read(moment_addresses[index], offsets, mask, MOMENTS[index], ALIGNED),)
+    master, moments = APPLY(grad, master, moments, c)
+    for index in tl.static_range(len(MOMENTS)):
+        address, moment = moment_addresses[index], moments[index]
+        write_moment(address, start, offsets, mask, moment, draws, index + 1, MOMENTS[index], TILE, ALIGNED)
     write_master(weight, tail, start, offsets, mask, master, draws, WEIGHT, KIND, TILE, ALIGNED)
