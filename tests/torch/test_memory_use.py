@@ -111,12 +111,12 @@ class Coded(torch.Tensor):
 
     def __init__(self, codes: torch.Tensor, *tables: torch.Tensor) -> None:
         self.codes = codes
-        self.names = ["codes", *(f"table{index}" for index in range(len(tables)))]
-        for name, table in zip(self.names[1:], tables, strict=True):
+        self.parts = ["codes", *(f"table{index}" for index in range(len(tables)))]
+        for name, table in zip(self.parts[1:], tables, strict=True):
             setattr(self, name, table)
 
     def __tensor_flatten__(self):
-        return self.names, None
+        return self.parts, None
 
     @staticmethod
     def __tensor_unflatten__(inner, context, outer_size, outer_stride):

@@ -101,8 +101,8 @@ def test_a_checkpoint_saves_nothing_of_what_it_recomputes(in_block):
     saved = []
     with saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda nothing: nothing):
         checkpoint(block, multiply_in_float32, *in_block, use_reentrant=False)
-    # its input alone, which the checkpoint saves itself
-    assert saved == [in_block[0].shape]
+    # its input alone, which the checkpoint saves itself; torch 2.11's saves an empty tensor besides
+    assert [shape for shape in saved if shape.numel()] == [in_block[0].shape]
 
 
 def test_offloading_is_given_the_16_bit_tensors(in_block, same_bits):

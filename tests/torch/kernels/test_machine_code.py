@@ -1,5 +1,6 @@
 """Compiled kernels on disk: used again without Numba, made anew when damaged, and done without."""
 
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -22,7 +23,8 @@ print(weight.tolist(), "numba" in sys.modules)
 
 
 def step_in_a_new_process(folder) -> str:
-    environment = {"XDG_CACHE_HOME": str(folder), "PATH": "/usr/bin:/bin"}
+    kept = {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+    environment = {"XDG_CACHE_HOME": str(folder), "PATH": "/usr/bin:/bin", **kept}
     result = subprocess.run(
         [sys.executable, "-c", STEP], capture_output=True, text=True, check=True, env=environment, timeout=120
     )

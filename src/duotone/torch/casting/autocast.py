@@ -146,13 +146,20 @@ def _checked(device_type: object) -> str:
             f'the device type of an autocast is a str such as "cuda" or "cpu", not {device_type!r:.60}; '
             "write tensor.device.type"
         )
-    try:
-        known = torch.amp.is_autocast_available(device_type)
-    except RuntimeError:
-        known = False
-    if not known:
+    if not _has_autocast(device_type):
         raise AutocastError(f'there is no autocast for device type "{device_type}"; take "cpu", "cuda" or "xpu"')
     return device_type.partition(":")[0]
+
+
+def _has_autocast(device_type: str) -> bool:
+    try:
+        return torch.amp.is_autocast_available(device_type)
+    except RuntimeError:
+        return False
+
+
+# torch 2.11 cannot trace the question
+mark_constant(_has_autocast)
 
 
 def _checked_dtype(dtype: object) -> torch.dtype:

@@ -21,7 +21,7 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.fitness import check_cast, check_one_dtype
 from duotone.torch.internals.training import parameters_of
-from duotone.torch.parameters.shards import is_sharded
+from duotone.torch.parameters.shards import is_sharded, like, local
 from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
 Modules = TypeVar("Modules", bound=nn.Module | Sequence[nn.Module])
@@ -130,14 +130,15 @@ def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Ten
     if not tails:
         return []
     holder = nn.Module()
-    owners = {nn.Parameter(tail, requires_grad=False): param for param, tail in tails.items()}
+    # torch 2.11 lets the parts require a gradient first, which integers cannot
+    owners = {nn.Parameter(tail.view(torch.bfloat16), requires_grad=False): param for param, tail in tails.items()}
     for number, tail in enumerate(owners):
         holder.register_parameter(str(number), tail)
     placement_of = options["shard_placement_fn"]
     of_tail = None if placement_of is None else lambda tail: placement_of(owners[tail])
     same = {name: value for name, value in options.items() if name not in ("ignored_params", "reshard_after_forward")}
     shard(holder, **{**same, "shard_placement_fn": of_tail})
-    return [tail.detach() for tail in holder.parameters()]
+    return [like(local(tail).detach().view(torch.int16), tail.detach()) for tail in holder.parameters()]
 
 
 def _once(shard_placement_fn: Callable[[nn.Parameter], Any] | None) -> Callable[[nn.Parameter], Any] | None:
