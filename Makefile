@@ -4,11 +4,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # where make evidence leaves its comparisons, records and pages
 EVIDENCE ?= comparisons/evidence
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+# the Python of make test-oldest, by its path where it is not found by this name
+OLDEST_PYTHON ?= python3.12
 # a process of one thread for each core; those of one file run in one process, which starts what they share once
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: train compare test test-slow test-gpu soak soak-ranks check format bench docs evidence clean
+.PHONY: train compare test test-slow test-gpu test-torch test-oldest test-newest soak soak-ranks check format bench docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -24,6 +27,15 @@ test-slow: $(VENV)/.installed-test  ## the tests that take minutes
 
 test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/torch
+
+test-torch: $(VENV)/.installed-test  ## the tests of duotone.torch alone
+	$(PYTEST) tests/torch
+
+test-oldest:  ## the same on Python 3.12 and the oldest torch, NumPy, Numba and Triton, in .venv-oldest; downloads gigabytes
+	$(MAKE) VENV=.venv-oldest PYTHON=$(OLDEST_PYTHON) CONSTRAINTS=constraints-oldest.txt test-torch
+
+test-newest:  ## the same on the newest torch, in .venv-newest; downloads gigabytes
+	$(MAKE) VENV=.venv-newest CONSTRAINTS=constraints-newest.txt test-torch
 
 soak: $(VENV)/.installed-test  ## kill training runs 50 times, resume them, compare every bit; about ten minutes
 	$(BIN)/python benchmarks/soak.py
@@ -52,28 +64,28 @@ docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is 
 evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evidence, about 40 minutes on two cores
 	$(BIN)/python benchmarks/evidence.py --out $(EVIDENCE)
 
-clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove the virtual environments and caches
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[test]"
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[dev]"
 	touch $@
 
-$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[docs]"
 	touch $@
 
-$(VENV)/.installed-peers: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-peers: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[test,peers]"
 	touch $@

@@ -63,8 +63,6 @@ extension_device: Callable[[], str] = find("torch._C:_get_privateuse1_backend_na
 # whether this CPU multiplies matrices in FP16; without it, they are multiplied in FP32 arithmetic
 # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/mkldnn/Linear.cpp
 has_half_products: Callable[[], bool] = find("torch:ops.mkldnn._is_mkldnn_fp16_supported", lambda: False)
-# one launch for many tensors
-# https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
 
 
 def _multiply_each(tensors: list[Tensor], factor: Tensor) -> None:
@@ -72,6 +70,8 @@ def _multiply_each(tensors: list[Tensor], factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
+# one launch for many tensors
+# https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
 multiply_all: Callable[[list[Tensor], Tensor], Any] = find("torch:_foreach_mul_", _multiply_each)
 # the derivative of log-softmax from its result, as torch takes it itself
 # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
