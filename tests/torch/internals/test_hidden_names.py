@@ -139,6 +139,7 @@ def test_both_lists_are_what_they_should_be():
     [
         ("torch:_amp_update_scale_", lambda dt: stepped(dt.GradScaler("cpu"))),
         ("torch:_amp_foreach_non_finite_check_and_unscale_", lambda dt: stepped(dt.GradScaler("cpu"))),
+        ("torch.amp.grad_scaler:OptState", lambda dt: dt.GradScaler("cpu")),
         ("torch.utils._pytree:tree_flatten", lambda dt: dt.checkpoint_activations(nest(), "0")(torch.ones(1, 2))),
         ("torch.utils._python_dispatch:TorchDispatchMode", lambda dt: dt.explain(nest(), torch.ones(1, 2))),
         ("torch:ops.aten._to_copy", lambda dt: dt.explain(nest(), torch.ones(1, 2))),

@@ -39,7 +39,7 @@ _HAS_NAMES = has_all(_CHECKPOINT, "_top_saved_tensors", "_set_grad_enabled")
 _BETWEEN = (torch.no_grad.__module__, not_by_itself.__module__, __name__)
 
 
-def hooks_around() -> Callable[[], Any] | None:
+def innermost_hook() -> Callable[[], Any] | None:
     """Return a weak reference to the innermost hook on saved tensors, or None; what a mode notes as it is entered."""
     if not _HAS_NAMES:
         say_once_what_is_not_followed()
@@ -51,7 +51,7 @@ def follow_checkpoint(
     mode: TorchFunctionMode,
     func: Callable[..., Any],
     args: tuple[Any, ...],
-    around: Callable[[], Any] | None = None,
+    outer_hook: Callable[[], Any] | None = None,
 ) -> tuple[Any, ...]:
     """Have a mode entered again wherever the function is run again that checkpoint runs now, if it does.
 
@@ -59,7 +59,7 @@ def follow_checkpoint(
         mode: a mode that has been called, and is off for the length of that call.
         func: what it was called for.
         args: its positional arguments.
-        around: `hooks_around` when the mode was entered; a mode that a checkpointed function itself enters is not
+        outer_hook: `innermost_hook` when the mode was entered; a mode that a checkpointed function itself enters is not
             entered around all of it.
 
     Returns:
@@ -86,15 +86,15 @@ def follow_checkpoint(
     hooks = top_saved_hooks(False)
     if hooks is not None or func is set_grad_enabled:
         say_once_what_is_not_followed()
-        _follow(mode, func, hooks, around)
+        _follow(mode, func, hooks, outer_hook)
     return args
 
 
 def _follow(
-    mode: TorchFunctionMode, func: Callable[..., Any], hooks: Any, around: Callable[[], Any] | None = None
+    mode: TorchFunctionMode, func: Callable[..., Any], hooks: Any, outer_hook: Callable[[], Any] | None = None
 ) -> None:
     if hooks is not None and getattr(hooks[0], "__module__", None) == _CHECKPOINT:
-        _follow_hook(mode, hooks[0], None if around is None else around())
+        _follow_hook(mode, hooks[0], None if outer_hook is None else outer_hook())
     if func is set_grad_enabled:
         caller = sys._getframe(1)
         # no further than modes and no_grad: whoever else switches gradients off does so inside of the function
@@ -151,8 +151,8 @@ class _Counting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _follow_hook(mode: TorchFunctionMode, hook: Callable[..., Any], around: Any) -> None:
-    for cell in () if hook is around else hook.__closure__ or ():
+def _follow_hook(mode: TorchFunctionMode, hook: Callable[..., Any], outer: Any) -> None:
+    for cell in () if hook is outer else hook.__closure__ or ():
         frame = cell.cell_contents
         if isinstance(frame, _CheckpointFrame):
             frame.recompute_fn = _again(frame.recompute_fn, mode)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from duotone.torch.casting.handlers import Handlers, are_ready, handlers_for, operands
 from duotone.torch.casting.operation_table import Function
-from duotone.torch.casting.recomputation import follow_checkpoint, hooks_around
+from duotone.torch.casting.recomputation import follow_checkpoint, innermost_hook
 from duotone.torch.casting.tracing import not_by_itself
 from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks
 from duotone.torch.internals.dispatch import SEES_MODES, mode_at, mode_count, without_autocast
@@ -94,7 +94,7 @@ def mode_context(mode: "RegionMode") -> AbstractContextManager[Any]:
 @contextmanager
 def _on(mode: "RegionMode") -> Iterator[None]:
     if not torch.compiler.is_compiling():
-        mode.outer_hooks = hooks_around()
+        mode.outer_hooks = innermost_hook()
     with torch.autocast(mode.device_type, mode.compute, cache_enabled=False), mode:
         yield
 
@@ -107,7 +107,7 @@ class _OnCpu:
 
     @not_by_itself
     def __enter__(self) -> None:
-        self._mode.outer_hooks = hooks_around()
+        self._mode.outer_hooks = innermost_hook()
         self._before = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         self._cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_enabled("cpu", True)
@@ -133,7 +133,7 @@ def float32_everywhere() -> Iterator[None]:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     mode = RegionMode(handlers_for(torch.float32, "cpu"), device_type, torch.float32)
     if not torch.compiler.is_compiling():
-        mode.outer_hooks = hooks_around()
+        mode.outer_hooks = innermost_hook()
     with (
         torch.autocast("cpu", torch.float32, enabled=False),
         torch.autocast(device_type, torch.float32, enabled=False),

@@ -76,6 +76,8 @@ def check_grad_scaler(scaler: torch.amp.GradScaler) -> None:
     Raises:
         BackendError: it is not.
     """
+    if OptState is None:
+        refusal("torch.amp.grad_scaler.OptState", _SCALER)()
     # one that is switched off has only some of them
     for name in SCALER_ATTRIBUTES if scaler.is_enabled() else ():
         if not (hasattr(torch.amp.GradScaler, name) or name in vars(scaler)):
