@@ -113,8 +113,8 @@ def test_the_commands_of_make_are_targets_of_the_makefile():
     assert in_readme == ["train", "test"]
     for command in COMMANDS.values():
         assert command[0] in ("make", "duotone", "torchrun")
-        if command[0] == "make":
-            assert re.search(rf"^{command[1]}:", makefile, re.MULTILINE), command
+        for target in command[1:] if command[0] == "make" else ():
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
 
 
 def test_no_example_was_missed():
