@@ -19,6 +19,7 @@ default_role = "code"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 
 myst_heading_anchors = 3
 # tests run the notebook; the pages show what it printed then

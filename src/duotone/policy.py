@@ -161,7 +161,7 @@ class Policy:
 
     @property
     def name(self) -> str:
-        """The shortest text of this policy: its nearest preset, the roles that differ, and its rules."""
+        """The shortest text of this policy, made of its nearest preset, the roles that differ, and its rules."""
         return "; ".join([spelling.write_shortest(_roles(self)), *map(str, self.rules)])
 
     @property

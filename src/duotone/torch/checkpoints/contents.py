@@ -272,7 +272,7 @@ def _check_policy(path: Path, saved: Policy | None, model: nn.Module, convert: b
         names = [f'policy "{policy.name}"' if policy else "no policy" for policy in (saved, current)]
         raise CheckpointError(
             f"{path} was saved under {names[0]}, the model is under {names[1]}; "
-            "cast the model to the checkpoint's policy, or ask to convert"
+            "cast the model to the checkpoint's policy, or pass convert=True"
         )
     return True
 

@@ -86,17 +86,17 @@ class LossScaler:
 
     @property
     def loss_scale(self) -> Tensor:
-        """The factor of the next loss: FP32, 0-d, on the device of the last loss; reading its value waits for it."""
+        """The factor of the next loss, FP32, 0-d, on the device of the last loss; reading its value waits for it."""
         return self._scale.tensor("scale")
 
     @property
     def skipped(self) -> Tensor:
-        """Steps skipped in all: int32, 0-d, on the device."""
+        """Number of steps skipped in all, int32, 0-d, on the device."""
         return self._scale.tensor("skipped")
 
     @property
     def skipped_in_a_row(self) -> Tensor:
-        """Steps skipped since the last one that was not: int32, 0-d, on the device."""
+        """Number of steps skipped since the last one that was not, int32, 0-d, on the device."""
         return self._scale.tensor("skipped_in_a_row")
 
     def scale(self, loss: Tensor) -> Tensor:
