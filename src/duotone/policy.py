@@ -40,7 +40,8 @@ class Rule:
 
     >>> print(Rule("blocks.*.norm", (("param", "fp32"), ("compute", "fp32"))))
     blocks.*.norm: param=float32,compute=float32
-    >>> Rule("type=*Attention", (("compute", "fp32"),)).holds_for("blocks.0.mix", {"blocks.0.mix": ["MyAttention"]})
+    >>> rule = Rule("type=*Attention", (("compute", "fp32"),))
+    >>> rule.holds_for("blocks.0.mix", {"blocks.0.mix": ["MyAttention"]})
     True
     """
 

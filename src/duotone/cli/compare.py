@@ -73,10 +73,13 @@ def compare_command(
         str | None,
         typer.Option(help="Find each arm's largest micro-batch that fits, 2GB for instance.", metavar="SIZE"),
     ] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Write a profiler trace of one step of each arm.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", metavar="", help="Write a profiler trace of one step of each arm.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="The comparison's folder. (default: comparisons/TASK-N)")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the comparison in --out, with more --seeds if you like.")
+        bool,
+        typer.Option("--resume", metavar="", help="Go on with the comparison in --out, with more --seeds if you like."),
     ] = False,
     show: Annotated[
         Path | None, typer.Option(help="Show a comparison that was made, and write its report anew.", metavar="FOLDER")

@@ -24,7 +24,9 @@ def explain_command(
         int | None,
         typer.Option(metavar="DEPTH", help="How deep to show modules: 2 shows blocks.0. (default: all)", min=0),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, nothing left out.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print everything as JSON, nothing left out.")
+    ] = False,
 ) -> None:
     """Show the precision of a task's model: dtypes, casts, bytes saved for backward, and what stands out."""
     import torch

@@ -14,7 +14,9 @@ from duotone.formats import FORMATS, Format
 
 
 def formats_command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print every property as JSON, keyed by name.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar="", help="Print every property as JSON, keyed by name.")
+    ] = False,
 ) -> None:
     """Show the number formats: range, precision, memory, use in training, and risks."""
     if as_json:
@@ -34,7 +36,7 @@ def _numbers_table() -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("format", no_wrap=True)
     for heading in ("bits", "max", "smallest\nnormal", "smallest\nsubnormal", "epsilon", "digits", "memory"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     for format in FORMATS.values():
         subnormal = format.smallest_subnormal
         table.add_row(

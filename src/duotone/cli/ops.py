@@ -17,7 +17,7 @@ def ops_command(
     operation: Annotated[
         str | None, typer.Argument(help="One operation, such as softmax or linalg.norm.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print each operation's kind as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Print each operation's kind as JSON.")] = False,
 ) -> None:
     """Show which operations run in which dtype inside a cast model."""
     from duotone.torch.casting.operation_table import functions_named, kinds_by_name

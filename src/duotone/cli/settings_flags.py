@@ -16,7 +16,7 @@ Command = Callable[..., None]
 
 _SHORT_FLAGS = {"learning_rate": ("--lr",)}
 # which source of a setting decides, the first that has it
-_PANEL = "Settings: by flag, else --config, else the task's, else default"
+_PANEL = "Settings: flag, else --config, else task, else default"
 
 
 def with_settings(*names: str) -> Callable[[Command], Command]:

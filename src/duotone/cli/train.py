@@ -54,7 +54,9 @@ def with_resume_value(arguments: Sequence[str]) -> list[str]:
 def train_command(
     given: dict[str, Any],
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
-    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML and exit.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", metavar="", help="Print all settings as YAML and exit.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. (default: runs/TASK-POLICY-N)")] = None,
     resume: Annotated[
         str | None,

@@ -42,7 +42,8 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy |
             the policy. The model is unchanged then.
 
     >>> model = nn.Linear(2, 1)
-    >>> model, optimizer, scaler = prepare(model, torch.optim.AdamW(model.parameters(), lr=3e-4), "bf16")
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    >>> model, optimizer, scaler = prepare(model, optimizer, "bf16")
     >>> type(optimizer).__module__, optimizer.param_groups[0]["lr"]
     ('duotone.torch.optim.adamw', 0.0003)
     """

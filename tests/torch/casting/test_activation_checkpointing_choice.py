@@ -75,7 +75,7 @@ def test_a_forward_that_the_user_had_set_comes_back():
         (
             ["head", "block.*"],
             'pattern "block.*" matches no module inside this Model, whose modules are embed, blocks, blocks.0, '
-            "blocks.0.norms, blocks.0.norms.0, ...; mend it",
+            "blocks.0.norms, blocks.0.norms.0, ...; correct it",
         ),
         (
             ["blocks"],

@@ -310,8 +310,8 @@ def test_torchscript_is_refused_and_nothing_changes():
     [
         ("Linear: grad=float32", "but Linear is a class there; write type=Linear"),
         ("type=nn.Linear: grad=float32", "but Linear is a class there; write type=Linear"),
-        ("type=Liner: grad=float32", "whose classes include Linear; mend its pattern"),
-        ("block.1: grad=float32", r"whose modules include blocks\.1 and blocks\.0 and blocks; mend its pattern"),
+        ("type=Liner: grad=float32", "whose classes include Linear; correct its pattern"),
+        ("block.1: grad=float32", r"whose modules include blocks\.1 and blocks\.0 and blocks; correct its pattern"),
     ],
 )
 def test_a_rule_that_nearly_holds_is_told_what_there_is(model, rule, message):

@@ -52,7 +52,8 @@ def checkpoint_activations(model: Module, *patterns: str, offload: bool = False)
             for without a pattern. The model is unchanged then.
 
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.Sequential(nn.GELU(), nn.Linear(4, 1)))
-    >>> [path for path, module in checkpoint_activations(model, "1*").named_modules() if "forward" in vars(module)]
+    >>> model = checkpoint_activations(model, "1*")
+    >>> [path for path, module in model.named_modules() if "forward" in vars(module)]
     ['1']
     """
     chosen = _choose(model, patterns)
@@ -244,7 +245,7 @@ def _choose(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
         if not matching:
             raise PolicyError(
                 f'pattern "{pattern}" matches no module inside this {type(model).__name__}, whose modules are '
-                f"{', '.join([*modules][:5]) or 'itself alone'}{', ...' if len(modules) > 5 else ''}; mend it"
+                f"{', '.join([*modules][:5]) or 'itself alone'}{', ...' if len(modules) > 5 else ''}; correct it"
             )
         for path in matching:
             if type(modules[path]).forward is not nn.Module.forward:

@@ -100,6 +100,6 @@ def _nearest(pattern: str, classes: ClassNames) -> str:
     kind, known = ("classes", list(types)) if pattern.startswith("type=") else ("modules", [p for p in classes if p])
     near = get_close_matches(wanted if kind == "classes" else pattern, known, n=3, cutoff=0.5)
     if near:
-        return f"whose {kind} include {' and '.join(near)}; mend its pattern"
+        return f"whose {kind} include {' and '.join(near)}; correct its pattern"
     more = f" and {len(known) - 5} more" if len(known) > 5 else ""
-    return f"whose {kind} are {', '.join(known[:5]) or 'itself alone'}{more}; mend its pattern"
+    return f"whose {kind} are {', '.join(known[:5]) or 'itself alone'}{more}; correct its pattern"

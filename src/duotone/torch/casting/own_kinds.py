@@ -53,7 +53,7 @@ def op_rule(function: Any, kind: Kind | None = None) -> Any:
     Args:
         function: any callable that takes tensors: a Python function, a custom operator, `apply` of a
             `torch.autograd.Function`, a function of torch; or a mapping from functions of torch to kinds.
-        kind: "compute", "float32", "float32_inside", "widest" or "as_given".
+        kind: `"compute"`, `"float32"`, `"float32_inside"`, `"widest"` or `"as_given"`.
 
     Raises:
         OperationError: there is no such kind, it is no function, or a function in a mapping is not one of torch's that

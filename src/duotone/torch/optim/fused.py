@@ -64,7 +64,16 @@ class FusedOptimizer(MasterOptimizer):
         grad_multiplier: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Tensor | None:
-        """Update every parameter that has a gradient; see `MasterOptimizer.step`."""
+        """Update every parameter that has a gradient. `scaler.step` calls it with its two keywords.
+
+        Args:
+            closure: computes the loss and its gradients first; not together with the keywords.
+            grad_multiplier: FP32 scalar that gradients are multiplied by while they are read; 1 if absent.
+            found_inf: bool scalar; if true, nothing is updated.
+
+        Returns:
+            What the closure returned.
+        """
         loss = run_closure(closure, grad_multiplier, found_inf)
         settings = [self._settings(group) for group in self.param_groups]
         by_device = self._gathering.operands(

@@ -66,7 +66,8 @@ class MasterWeights(MasterOptimizer):
     >>> before = dt.master_weights(model)["weight"]
     >>> model(torch.ones(1, 2)).sum().backward()
     >>> optimizer.step()
-    >>> (before - dt.master_weights(model)["weight"]).abs().max() > 0, optimizer.state[model.weight]["exp_avg"].dtype
+    >>> change = before - dt.master_weights(model)["weight"]
+    >>> change.abs().max() > 0, optimizer.state[model.weight]["exp_avg"].dtype
     (tensor(True), torch.float32)
     """
 
@@ -118,7 +119,7 @@ class MasterWeights(MasterOptimizer):
         grad_multiplier: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Tensor | None:
-        """Let the wrapped optimizer update the masters; see `MasterOptimizer.step`.
+        """Let the wrapped optimizer update the masters; arguments are those of `AdamW.step`.
 
         A closure is called once, before the step: the wrapped optimizer does not get to see it.
         """

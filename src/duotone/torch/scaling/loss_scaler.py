@@ -192,8 +192,7 @@ class LossScaler:
                 enabled.
 
         Returns:
-            What the step did, in device scalars: `skipped`, `grad_norm` of the true gradient before clipping,
-            `loss_scale` of the losses, `skipped_each` of the optimizers. Without a single gradient nothing is done at
+            A `StepReport` of what the step did, in device scalars. Without a single gradient nothing is done at
             all, and the norm is 0; only an overflow that `unscale_` found before the gradients were let go counts as
             skipped, and moves the scale.
 
