@@ -67,8 +67,8 @@ DIFFERENT = {
 OURS = {name: kind for names, (kind, _) in DIFFERENT.items() for name in names.split()}
 LISTED = [(device, kind, name) for (device, kind), names in AUTOCAST.items() for name in names.split()]
 
-# torch 2.11 has no such function yet
-NEWER = ("linear_cross_entropy",) if TorchVersion(torch.__version__) < "2.12" else ()
+# torch before 2.13 has no such function
+NEWER = ("linear_cross_entropy",) if TorchVersion(torch.__version__) < "2.13" else ()
 NAMES = {name: kind for name, kind in kinds_by_name().items() if name not in NEWER}
 
 
