@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from duotone.torch.optim.foreign import fused_step, loses_float16_updates, skips_on_device, takes_scaler
 
@@ -19,7 +20,8 @@ def fused(kind, **settings):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_optimizers_of_torch_are_known(kind):
     optimizer, param = fused(kind)
-    assert skips_on_device(optimizer)
+    # Adagrad of torch 2.11 is stepped by the host
+    assert skips_on_device(optimizer) or (kind is torch.optim.Adagrad and TorchVersion(torch.__version__) < "2.13")
     assert loses_float16_updates(optimizer)
     assert not takes_scaler(optimizer)
     assert not skips_on_device(kind([param]))

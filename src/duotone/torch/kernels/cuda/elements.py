@@ -114,9 +114,11 @@ def _update_tile(
     master = read_master(weight, tail, offsets, mask, WEIGHT, KIND, ALIGNED)
     moments = ()
     for index in tl.static_range(len(MOMENTS)):
-        moments = moments + (read(moment_addresses[index], offsets, mask, MOMENTS[index], ALIGNED),)
+        moments = moments + (read(moment_addresses[index], offsets, mask, tl.constexpr(MOMENTS[index]), ALIGNED),)
     master, moments = APPLY(grad, master, moments, c)
     for index in tl.static_range(len(MOMENTS)):
         address, moment = moment_addresses[index], moments[index]
-        write_moment(address, start, offsets, mask, moment, draws, index + 1, MOMENTS[index], TILE, ALIGNED)
+        write_moment(
+            address, start, offsets, mask, moment, draws, index + 1, tl.constexpr(MOMENTS[index]), TILE, ALIGNED
+        )
     write_master(weight, tail, start, offsets, mask, master, draws, WEIGHT, KIND, TILE, ALIGNED)
