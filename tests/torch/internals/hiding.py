@@ -124,4 +124,10 @@ def answer(name: str, use: str) -> list[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # what Duotone imports of others, and of torch at the first step, is in memory then
+    torch.compiler.disable(abs)
+    import duotone.torch  # noqa: F401
+
+    for loaded in [name for name in sys.modules if name.split(".")[0] == "duotone"]:
+        del sys.modules[loaded]
     sys.stdout.write(json.dumps([answer(name, use) for name, use in json.load(sys.stdin)]))
