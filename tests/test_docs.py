@@ -64,8 +64,11 @@ def test_a_command_runs(name, tmp_path, monkeypatch, capsys):
     command = COMMANDS[name][1:]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    few = ["--steps", "2"] if command[0] == "train" and "--print-config" not in command else []
-    monkeypatch.setattr(sys, "argv", ["duotone", *command, *few])
+    if command[0] == "train" and "--print-config" not in command:
+        # the default task in its smallest size, and a few steps
+        names_task = len(command) > 1 and not command[1].startswith("-")
+        command = [*command, "--steps", "2", *([] if names_task else ["stdlib-text:tiny"])]
+    monkeypatch.setattr(sys, "argv", ["duotone", *command])
     with pytest.raises(SystemExit) as stop:
         main()
     assert not stop.value.code

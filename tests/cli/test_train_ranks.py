@@ -63,6 +63,7 @@ def steps_logged(run: str) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_together_and_others_go_on(duotone):
     write_task("time.sleep(0.02); losses == 1 and warnings.warn('odd')")
     process = start(*MODULE, "task.py", *POLICY, "--parallel", "ddp", "--steps", "1000", "--out", "my run")

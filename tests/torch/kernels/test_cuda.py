@@ -26,8 +26,8 @@ ADAMW = UPDATES["adamw"]
     ("name", "chosen", "cases"),
     [
         ("cuda_formats.py", "not slow", 12),
-        ("cuda_grid.py", "not slow", 125),
-        pytest.param("cuda_grid.py", "slow", 150, marks=pytest.mark.slow),
+        pytest.param("cuda_grid.py", "not slow", 125, marks=pytest.mark.slow, id="pairs"),
+        pytest.param("cuda_grid.py", "slow", 150, marks=pytest.mark.slow, id="grid"),
     ],
 )
 def test_every_bit(name, chosen, cases):
