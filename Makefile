@@ -10,6 +10,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 OLDEST_PYTHON ?= python3.12
 # a process of one thread for each core; those of one file run in one process, which starts what they share once
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+# tests start many processes, each of which would compile every module again
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: train compare test test-slow test-gpu test-torch test-oldest test-newest soak soak-ranks check format bench docs evidence clean
 
@@ -80,7 +82,7 @@ $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[dev]"
-	touch $@
+	touch $@ $(VENV)/.installed-test
 
 $(VENV)/.installed-docs: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[docs]"

@@ -1,5 +1,6 @@
 """What all tests share: one thread a process, a kernel cache of the checkout's own, several ranks at once."""
 
+import gc
 import os
 import pickle
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 _WORKER = Path(__file__).with_name("rank_worker.py")
+MAX_RANKS = 3
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,13 +30,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "xdg")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Take thousands of tests and what they import out of every garbage collection from here on."""
+    gc.collect()
+    gc.freeze()
+
+
 class Ranks:
     """Runs a test's functions on several ranks at once, in processes that are started once and used again."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._listener = Listener(str(folder / "socket"), "AF_UNIX")
-        self._workers: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connections: list[Connection] = []
         self._calls = 0
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -45,25 +54,27 @@ class Ranks:
         Raises:
             AssertionError: it raised on one of them; with the traceback.
         """
-        while len(self._workers) < world_size:
-            process = subprocess.Popen([sys.executable, str(_WORKER), str(self._folder / "socket")])
-            self._workers.append((process, self._listener.accept()))
+        assert world_size <= MAX_RANKS
+        if not self._connections:
+            self._process = subprocess.Popen([sys.executable, str(_WORKER), self._listener.address, str(MAX_RANKS)])
+            self._connections = [self._listener.accept() for _ in range(MAX_RANKS)]
         self._calls += 1
         store = self._folder / f"store-{self._calls}"
         path = function.__code__.co_filename
-        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+        for rank, connection in enumerate(self._connections[:world_size]):
             call = (path, function.__name__, rank, world_size, str(store), arguments)
             connection.send_bytes(pickle.dumps(call))
-        answers = [pickle.loads(connection.recv_bytes()) for _, connection in self._workers[:world_size]]
+        answers = [pickle.loads(connection.recv_bytes()) for connection in self._connections[:world_size]]
         for rank, (succeeded, answer) in enumerate(answers):
             assert succeeded, f"rank {rank}:\n{answer}"
         return [answer for _, answer in answers]
 
     def close(self) -> None:
         """End the processes."""
-        for process, connection in self._workers:
+        for connection in self._connections:
             connection.send_bytes(pickle.dumps(None))
-            process.wait(timeout=30)
+        if self._process:
+            self._process.wait(timeout=30)
         self._listener.close()
 
 

@@ -1,10 +1,11 @@
-"""A process that stands for one rank after another: it runs test functions of files in groups of any size.
+"""Processes that each stand for one rank after another: they run test functions of files in groups of any size.
 
-Started by `conftest.Ranks` as `python rank_worker.py ADDRESS`; it connects there and answers calls until it is told
-None.
+Started by `conftest.Ranks` as `python rank_worker.py ADDRESS PROCESSES`; each connects there and answers calls until it
+is told None. They are forks of one process, which has imported torch and Duotone for all of them.
 """
 
 import importlib.util
+import os
 import pickle
 import sys
 import traceback
@@ -49,11 +50,32 @@ def _timeout() -> Any:
 
 
 def main() -> None:
-    """Answer calls."""
+    """Answer calls, in this process and in forks of it."""
     import torch
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
 
+    import duotone.torch  # noqa: F401
+
+    # loads torch's compiler, as the first step of each would
+    torch.compiler.disable(abs)
     torch.set_num_threads(1)
-    with Client(sys.argv[1]) as connection:
+    address, processes = sys.argv[1], int(sys.argv[2])
+    children = []
+    for _ in range(processes - 1):
+        if (child := os.fork()) == 0:
+            _serve(address)
+            # taking torch down takes a second
+            os._exit(0)
+        children.append(child)
+    _serve(address)
+    for child in children:
+        os.waitpid(child, 0)
+    os._exit(0)
+
+
+def _serve(address: str) -> None:
+    with Client(address) as connection:
         # as plain pickles: torch would have connections share the memory of tensors
         while (call := pickle.loads(connection.recv_bytes())) is not None:
             connection.send_bytes(pickle.dumps(_answer(call)))

@@ -22,6 +22,7 @@ from duotone.torch.casting.activation_checkpointing import (
 from duotone.torch.casting.cast_forward import CastForward
 from duotone.torch.parameters.masters import read_master
 
+SLOW = pytest.mark.slow
 POLICIES = [None, "fp32", "bf16", "fp16", "bf16-mixed", "fp16-mixed", "bf16; blocks.1: param=fp32,compute=fp32"]
 TOKENS = torch.arange(26).view(2, 13) % 13
 WIDTH = 16
@@ -383,8 +384,8 @@ def compiled_gradients(model: Model, backend: str) -> dict[str, Tensor]:
     return gradients(torch.compile(model, backend=backend, fullgraph=True))
 
 
-@pytest.mark.parametrize("policy", [None, "bf16", "fp16", "bf16-mixed"])
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=SLOW)])
+@pytest.mark.parametrize("policy", ["fp16", *(pytest.param(name, marks=SLOW) for name in (None, "bf16", "bf16-mixed"))])
 def test_compiling_breaks_no_graph(policy, backend):
     model = make(policy, dropout=0.0)
     expected = compiled_gradients(model, backend)

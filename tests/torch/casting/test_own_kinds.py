@@ -205,10 +205,20 @@ def with_one_function(hidden: Tensor) -> Tensor:
     return inside + hidden.exp() + wide_sigmoid(hidden)
 
 
-@POLICIES
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize(
-    "function", [with_own_kinds, with_a_listed_function, with_an_unlisted_function, with_one_function]
+    ("function", "policy"),
+    [
+        (with_own_kinds, "bf16"),
+        (with_a_listed_function, "fp16"),
+        pytest.param(with_own_kinds, "fp16", marks=pytest.mark.slow),
+        pytest.param(with_a_listed_function, "bf16", marks=pytest.mark.slow),
+        *(
+            pytest.param(function, policy, marks=pytest.mark.slow)
+            for function in (with_an_unlisted_function, with_one_function)
+            for policy in NARROW
+        ),
+    ],
 )
 def test_kinds_of_ones_own_compile_whole(function, backend, policy, same_bits):
     class Model(nn.Module):

@@ -1,5 +1,6 @@
 """Operands of every form, adversarial values, and comparisons that the backends' tests share."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -49,6 +50,7 @@ def every_case() -> Iterator[tuple[str, str, torch.dtype, torch.dtype]]:
             yield name, form, grad, moment
 
 
+@functools.cache
 def pairs_of_cases() -> list[tuple[str, str, torch.dtype, torch.dtype]]:
     """Return cases in which every two values of different columns that go together come together at least once."""
 

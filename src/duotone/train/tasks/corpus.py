@@ -7,6 +7,7 @@ out: any cleaning of the text.
 """
 
 import lzma
+import os
 import platform
 import sysconfig
 import zlib
@@ -74,10 +75,13 @@ def standard_library(root: Path | None = None) -> Corpus:
 
 def source_files(root: Path) -> list[str]:
     """List the ordinary source files below `root` as relative POSIX paths, in the order of their CRC-32."""
-    paths = [path.relative_to(root) for path in root.rglob("*.py")]
-    kept = [path.as_posix() for path in paths if SKIPPED_FOLDERS.isdisjoint(path.parts)]
+    paths = []
+    for folder, inner, names in os.walk(root):
+        # not even looked into: packages beside the library may be many thousands of files
+        inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS]
+        paths += [Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
     # _sysconfigdata_*.py is how this one interpreter was built, as one dictionary
-    ordinary = [path for path in kept if not path.startswith("_sysconfigdata")]
+    ordinary = [path for path in paths if not path.startswith("_sysconfigdata")]
     return sorted(ordinary, key=lambda path: (zlib.crc32(path.encode()), path))
 
 
