@@ -36,6 +36,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter take down what was kept out of collections: libraries complain about what it leaves."""
+    gc.unfreeze()
+
+
 class Ranks:
     """Runs a test's functions on several ranks at once, in processes that are started once and used again."""
 
