@@ -25,7 +25,7 @@ ADAMW = UPDATES["adamw"]
 @pytest.mark.parametrize(
     ("name", "chosen", "cases"),
     [
-        ("cuda_formats.py", "not slow", 12),
+        ("cuda_formats.py cuda_averages.py", "not slow", 19),
         pytest.param("cuda_grid.py", "not slow", 125, marks=pytest.mark.slow, id="pairs"),
         pytest.param("cuda_grid.py", "slow", 150, marks=pytest.mark.slow, id="grid"),
     ],
@@ -35,8 +35,8 @@ def test_every_bit(name, chosen, cases):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
-    file = str(Path(__file__).with_name(name))
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", chosen, file]
+    files = [str(Path(__file__).with_name(file)) for file in name.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-m", chosen, *files]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, f"{run.stdout[-10_000:]}\n{run.stderr[-2_000:]}"
     summary = run.stdout.strip().splitlines()[-1]

@@ -10,9 +10,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from duotone.torch.kernels.cuda.averages import average_kernel
 from duotone.torch.kernels.cuda.coefficients import coefficients_kernel
 from duotone.torch.kernels.cuda.elements import update_kernel
-from duotone.torch.kernels.cuda.launch import OPTIONS, constants_in, constants_of
+from duotone.torch.kernels.cuda.launch import OPTIONS, average_constants_in, constants_in, constants_of
 from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
 from duotone.torch.kernels.table import Formats
 
@@ -26,6 +27,8 @@ TYPES = {
     "grad_multiplier": "*fp32",
     "inverse_scale": "*fp32",
     "found_inf": "*i1",
+    "share": "*fp32",
+    "skipped": "*i1",
     "values": "*fp64",
     "sums": "*fp64",
     "total": "*fp64",
@@ -88,6 +91,18 @@ def test_unaligned_addresses_are_accessed_element_by_element():
     found = of_update("adamw", Formats("bfloat16+tail", "bfloat16", ("float32",) * 2), aligned=False)
     assert not inexact(found)
     assert (widths(found, "ld"), widths(found, "st")) == ({}, {})
+
+
+@pytest.mark.parametrize(("weight", "loads"), [("bfloat16+tail", {2: 2, 4: 1}), ("float32", {4: 2})])
+def test_averages_are_exact_and_their_accesses_wide(weight, loads):
+    constants = average_constants_in(Formats(weight, "float32", ("float32",)))
+    found = instructions(average_kernel, **constants, ALIGNED=True)
+    assert not inexact(found)
+    # a compiler may unroll so small a loop
+    (stores,) = widths(found, "st").values()
+    assert (widths(found, "ld"), widths(found, "st")) == ({key: n * stores for key, n in loads.items()}, {4: stores})
+    unaligned = instructions(average_kernel, **constants, ALIGNED=False)
+    assert (widths(unaligned, "ld"), widths(unaligned, "st")) == ({}, {})
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])

@@ -17,8 +17,8 @@ from torch import Tensor
 from duotone.errors import BackendError, DuotoneWarning, nearest_names
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
-from duotone.torch.kernels.layout import dense, in_one_layout
-from duotone.torch.kernels.operands import Batch, Operand
+from duotone.torch.kernels.layout import dense, in_one_layout, is_in_one_layout
+from duotone.torch.kernels.operands import AverageBatch, Batch, Operand
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.kernels.updates.definition import Update
 
@@ -71,6 +71,32 @@ def update(
         copy_back()
     # autograd must notice what was written through raw addresses
     increment_version(weights)
+
+
+def average(batch: AverageBatch, share: Tensor, skipped: Tensor, backend: Backend = "auto") -> None:
+    """Move averages towards masters, as `reference.average` does, operands in any memory layout.
+
+    Args:
+        batch: as there, all on one device; may be empty.
+        share: as there.
+        skipped: as there.
+        backend: whose kernel; as in `update`.
+    """
+    if not batch.operands:
+        return
+    module = _module(share.device, backend)
+    if module is reference:
+        module.average(batch, share, skipped)
+        return
+    if "dense" not in batch.cache:
+        dense_ones = tuple(filter(is_in_one_layout, batch.operands))
+        others = tuple([operand for operand in batch.operands if not is_in_one_layout(operand)])
+        batch.cache["dense"] = AverageBatch(dense_ones, {}), AverageBatch(others, {})
+    dense_batch, others_batch = batch.cache["dense"]
+    module.average(dense_batch, share, skipped)
+    # no random bits and no sums, so that any order of elements gives the same bits
+    reference.average(others_batch, share, skipped)
+    increment_version([operand.average for operand in dense_batch.operands])
 
 
 def check_backend(name: str, devices: Iterable[torch.device] = ()) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from duotone.torch.kernels.operands import Batch, Operand
+from duotone.torch.kernels.operands import AverageOperand, Batch, Operand
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -45,6 +45,15 @@ def is_contiguous(operand: Operand) -> bool:
         and all(map(Tensor.is_contiguous, moments))
         # what only notes that it is negated has the wrong sign in memory
         and not grad.is_neg()
+    )
+
+
+def is_in_one_layout(operand: AverageOperand) -> bool:
+    """Return whether the tensors of an average are dense, and in one order of their elements."""
+    weight, tail, average = operand
+    strides = _strides(weight)
+    return _is_dense(weight) and all(
+        _strides(tensor) == strides for tensor in (tail, average) if tensor is not None
     )
 
 

@@ -1,4 +1,4 @@
-"""What an update reads and writes: one operand per parameter."""
+"""What an update, or an average, reads and writes: one operand per parameter."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -40,6 +40,32 @@ class Operand(NamedTuple):
     rounding: Rounding
     number: int
     group: int
+
+
+class AverageOperand(NamedTuple):
+    """One tensor whose average is kept, all of it on one device and of one shape.
+
+    Attributes:
+        weight: in FP32, BF16 or FP16; read.
+        tail: int16, or None where the weight is FP32 or has no master; read.
+        average: FP32; read and written.
+    """
+
+    weight: Tensor
+    tail: Tensor | None
+    average: Tensor
+
+
+class AverageBatch(NamedTuple):
+    """All averages on one device.
+
+    Attributes:
+        operands: these.
+        cache: what was derived from them; written to.
+    """
+
+    operands: tuple[AverageOperand, ...]
+    cache: dict[str, Any]
 
 
 class Batch(Sequence[Operand]):

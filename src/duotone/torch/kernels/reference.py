@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
-from duotone.torch.kernels.operands import Operand, Rounding
+from duotone.torch.kernels.operands import AverageBatch, Operand, Rounding
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.updates.definition import Update
@@ -85,6 +85,29 @@ def update(
         _write(operand, group.seed, master, moments, found_inf)
         if held is not None:
             _write_unless(found_inf, held, torch.stack(counters))
+
+
+def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:
+    """Move FP32 averages towards the masters: `average += (master - average) * share`, three operations, each rounded.
+
+    With a share of 1 the average becomes the master itself, whatever it was. NaN and Inf of a master go into the
+    average; -0 and subnormals are kept.
+
+    Args:
+        batch: the averages, of any memory layout.
+        share: FP32, 0-d: what counts of the masters, 1 - decay.
+        skipped: bool, 0-d; if true nothing changes.
+
+    >>> from duotone.torch.kernels.operands import AverageOperand
+    >>> operand = AverageOperand(torch.ones(2), None, torch.tensor([3.0, -1.0]))
+    >>> average(AverageBatch((operand,), {}), torch.tensor(0.25), torch.tensor(False))
+    >>> operand.average
+    tensor([ 2.5000, -0.5000])
+    """
+    for weight, tail, kept in batch.operands:
+        master = weight.detach().float() if tail is None else decode(weight.detach(), tail)
+        moved = torch.where(share == 1.0, master, kept + (master - kept) * share)
+        _write_unless(skipped, kept, moved)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
-from duotone.torch.kernels.operands import Batch, Operand, Rounding
+from duotone.torch.kernels.operands import AverageBatch, AverageOperand, Batch, Operand, Rounding
 from duotone.torch.kernels.reference import CHUNK
 from duotone.torch.kernels.slots import MAX_MOMENTS
 
@@ -112,6 +112,14 @@ def tables_of(operands: Sequence[Operand]) -> tuple[Table, ...]:
     return _filled(operands.cache["layout"], _addresses(operands.grads))
 
 
+def average_tables_of(batch: AverageBatch) -> tuple[Table, ...]:
+    """Return one table for each format of weights; an average stands where an update has its first moment."""
+    if "tables" not in batch.cache:
+        rows = tuple(map(_average_row, batch.operands))
+        batch.cache["tables"] = _filled(_layout(rows), (0,) * len(rows))
+    return batch.cache["tables"]
+
+
 def grad_tables_of(grads: Sequence[Tensor]) -> tuple[GradTable, ...]:
     """Return one table for each dtype among dense gradients."""
     return _filled(_grad_layout(tuple(map(_DTYPE_OF, grads)), tuple(map(Tensor.numel, grads))), _addresses(grads))
@@ -149,6 +157,14 @@ def _row(operand: Operand) -> tuple[Formats, tuple[int, ...]]:
         number,
         group,
     )
+
+
+def _average_row(operand: AverageOperand) -> tuple[Formats, tuple[int, ...]]:
+    weight, tail, average = operand
+    formats = _formats(weight.dtype, tail is not None, Rounding.NEAREST, average.dtype, (average.dtype,))
+    addresses = 0, weight.data_ptr(), 0 if tail is None else tail.data_ptr(), average.data_ptr()
+    # neither other moments nor step, counters, number and group
+    return formats, (*addresses, *_NO_MOMENTS[1:], 0, 0, weight.numel(), 0, 0)
 
 
 @cache

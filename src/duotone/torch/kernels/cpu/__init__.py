@@ -1,6 +1,6 @@
 """The fused kernels on CPUs: `reference`'s operations, bit for bit, each over all parameters stored alike at once.
 
-Written in Python and compiled by Numba (`elements`, `coefficients`, `updates`, `sums`), kept as machine code
+Written in Python and compiled by Numba (`elements`, `coefficients`, `updates`, `averages`, `sums`), kept as machine code
 (`machine_code`), run on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from duotone.torch.kernels.cpu.machine_code import Entry, entry_of
 from duotone.torch.kernels.cpu.threads import pieces_of, run_on_threads
-from duotone.torch.kernels.operands import Operand
-from duotone.torch.kernels.table import Formats, grad_tables_of, tables_of
+from duotone.torch.kernels.operands import AverageBatch, Operand
+from duotone.torch.kernels.table import Formats, average_tables_of, grad_tables_of, tables_of
 from duotone.torch.kernels.updates.definition import Update
 
 
@@ -68,6 +68,17 @@ def update(
         _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns)
 
 
+def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:
+    """Move averages towards masters; see `reference.average`."""
+    if skipped.item():
+        return
+    shares = array("f", (share.item(),))
+    for table in average_tables_of(batch):
+        parameters, columns = table.parameters.ctypes.data, table.parameters.shape[1]
+        entry = _average_entry(table.formats)
+        _run_over_chunks(entry, table.lengths, table.chunks.ctypes.data, parameters, columns, _address(shares))
+
+
 def _run_over_chunks(entry: Entry, lengths: np.ndarray, *words: int) -> None:
     """Run a kernel over chunks of these lengths on threads, its job being these words behind those of the pieces."""
     bounds, count = _pieces(lengths.tobytes())
@@ -105,6 +116,16 @@ def _coefficients_entry(definition: Update) -> Entry:
         return coefficients.kernel(definition)
 
     return entry_of(f"{definition.name}-coefficients", make)
+
+
+@cache
+def _average_entry(formats: Formats) -> Entry:
+    def make() -> Entry:
+        from duotone.torch.kernels.cpu import averages
+
+        return averages.kernel(formats)
+
+    return entry_of(f"average-{formats.weight}", make)
 
 
 @cache

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from duotone.torch.kernels.cuda import launch
-from duotone.torch.kernels.operands import Operand
+from duotone.torch.kernels.operands import AverageBatch, Operand
 from duotone.torch.kernels.updates.definition import Update
 
-__all__ = ["grad_stats", "update"]
+__all__ = ["average", "grad_stats", "update"]
 
 
 def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,3 +29,8 @@ def update(
 ) -> None:
     """Update in place by one step of an optimizer, as `reference.update` does, each operand dense in one layout."""
     launch.update(definition, operands, settings, grad_multiplier, found_inf)
+
+
+def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:
+    """Move averages towards masters, as `reference.average` does, each operand dense in one layout."""
+    launch.average(batch, share, skipped)

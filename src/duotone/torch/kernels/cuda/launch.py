@@ -13,14 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duotone.torch.kernels.cuda.averages import average_kernel
 from duotone.torch.kernels.cuda.coefficients import BLOCK, FIRST_COEFFICIENT, coefficients_kernel
 from duotone.torch.kernels.cuda.elements import SPANS, tile_of, update_kernel
 from duotone.torch.kernels.cuda.settings import device_settings
 from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
 from duotone.torch.kernels.cuda.upload import Cache, upload
-from duotone.torch.kernels.operands import Operand
+from duotone.torch.kernels.operands import AverageBatch, Operand
 from duotone.torch.kernels.reference import CHUNK
-from duotone.torch.kernels.table import GRAD, STEP, Formats, GradTable, Table, grad_tables_of, tables_of
+from duotone.torch.kernels.table import (
+    GRAD,
+    STEP,
+    Formats,
+    GradTable,
+    Table,
+    average_tables_of,
+    grad_tables_of,
+    tables_of,
+)
 from duotone.torch.kernels.updates.definition import Update
 
 # a fused multiply-add rounds once where the reference rounds twice
@@ -92,6 +102,26 @@ def update(
                 ALIGNED=aligned,
                 **OPTIONS,
             )
+
+
+def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:
+    """Move averages towards masters, those of weights that are stored alike at once."""
+    if not batch.operands:
+        return
+    device = share.device
+    with _on(device):
+        tables = average_tables_of(batch)
+        table = _update_tables.get((id(tables), device), device, lambda: _update_table(tables, device))
+        for formats, aligned, chunks in table.parts:
+            average_kernel[(chunks.shape[0], SPANS)](
+                table.parameters, chunks, share, skipped, **average_constants_in(formats), ALIGNED=aligned, **OPTIONS
+            )
+
+
+def average_constants_in(formats: Formats) -> dict[str, Any]:
+    """Return what the kernel of averages is compiled for because of how weights are stored."""
+    constants = constants_in(formats)
+    return {name: constants[name] for name in ("WEIGHT", "KIND", "TILE")}
 
 
 @cache

@@ -88,6 +88,12 @@ def write_moment(
 
 
 @triton.jit
+def write_float32(address, offsets, mask, value, ALIGNED: tl.constexpr):
+    """Store FP32."""
+    _store(address, offsets, mask, value, tl.float32, ALIGNED)
+
+
+@triton.jit
 def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
