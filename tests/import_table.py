@@ -19,6 +19,12 @@ ALLOWED = {
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.kernels"),
     "duotone.torch.parameters": ("duotone.errors", "duotone.torch.kernels", "duotone.torch.parameters"),
     "duotone.torch.parameters.shards": (),
+    "duotone.torch.averaging": (
+        "duotone.errors",
+        "duotone.torch.averaging",
+        "duotone.torch.kernels",
+        "duotone.torch.parameters",
+    ),
     "duotone.torch.memory_use": ("duotone.torch.optim.slots", "duotone.torch.parameters"),
     "duotone.torch.distributed": (
         "duotone.errors",
@@ -150,6 +156,7 @@ ALLOWED = {
         "duotone.errors",
         "duotone.policy",
         "duotone.ranks",
+        "duotone.torch.averaging",
         "duotone.torch.casting.cast",
         "duotone.torch.checkpoints",
         "duotone.torch.kernels",

@@ -114,6 +114,7 @@ def test_public_names() -> None:
     assert set(duotone.torch.__all__) == {
         "SGD",
         "AdamW",
+        "Average",
         "GradScaler",
         "Lion",
         "LossScale",

@@ -52,6 +52,10 @@ class OptimizerError(DuotoneError, ValueError):
     """An optimizer whose settings, state or gradients it cannot work with, or that lacks the masters it needs."""
 
 
+class AverageError(DuotoneError, RuntimeError, ValueError):
+    """An average with settings or a state it cannot have, or of another model; or one that is in the model just now."""
+
+
 class BackendError(DuotoneError, RuntimeError):
     """A backend of the kernels that does not exist, or was asked for by name and does not work here."""
 

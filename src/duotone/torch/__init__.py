@@ -10,6 +10,7 @@ scaler = dt.LossScaler("fp16")
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 from duotone.torch import checkpoints
+from duotone.torch.averaging.average import Average
 from duotone.torch.casting.activation_checkpointing import checkpoint_activations
 from duotone.torch.casting.autocast import autocast
 from duotone.torch.casting.cast import cast, policy_of, uncast
@@ -29,6 +30,7 @@ from duotone.torch.scaling.loss_scaler import LossScaler
 __all__ = [
     "SGD",
     "AdamW",
+    "Average",
     "GradScaler",
     "Lion",
     "LossScale",

@@ -1,4 +1,4 @@
-"""The CUDA kernel of averages against the reference, bit for bit; `test_cuda.py` runs this, as it does `cuda_grid.py`."""
+"""The CUDA kernel of averages against the reference, bit for bit; `test_cuda.py` runs this as `cuda_grid.py`."""
 
 from importlib import import_module
 

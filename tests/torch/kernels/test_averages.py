@@ -76,7 +76,9 @@ def test_one_table_for_each_format_made_once():
 
 def test_layouts_of_every_kind_through_the_dispatch():
     image = make_average("bfloat16+tail", 2 * 3 * 4 * 5, 3)
-    shaped = AverageOperand(*[tensor.view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for tensor in image])
+    shaped = AverageOperand(
+        *[tensor.view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for tensor in image]
+    )
     strided = AverageOperand(*[tensor[::2] for tensor in make_average("bfloat16+tail", 50, 4)])
     # a tail in another order than its weight
     mixed = shaped._replace(tail=shaped.tail.contiguous())

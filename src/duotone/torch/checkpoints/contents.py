@@ -1,6 +1,6 @@
 """Bit-exact save and resume of everything that the next step depends on.
 
-A checkpoint is a folder (`folder`) of weights, tails, buffers, optimizer, scaler, schedule, random states
+A checkpoint is a folder (`folder`) of weights, tails, buffers, optimizer, scaler, schedule, average, random states
 and the policy. Loading checks all of it against the model before a single weight changes, and refuses another policy's
 checkpoint unless asked to convert, which goes through the FP32 masters. Several ranks save and load together
 (`shard_files`): of DTensors each its parts, on any number of ranks, everything else is rank 0's.
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from duotone.errors import CheckpointError, DuotoneError
 from duotone.policy import Policy
 from duotone.ranks import Ranks
+from duotone.torch.averaging.applied import check_own_weights
+from duotone.torch.averaging.average import Average
 from duotone.torch.casting.cast import policy_of
 from duotone.torch.checkpoints import shard_files
 from duotone.torch.checkpoints.folder import is_sharded, read_folder, read_manifest, write_folder
@@ -43,6 +45,7 @@ def save_checkpoint(
     scaler: LossScaler | None = None,
     *,
     scheduler: Any = None,
+    average: Average | None = None,
     progress: Mapping[str, Any] | None = None,
     process_group: Any = None,
 ) -> Path:
@@ -58,6 +61,7 @@ def save_checkpoint(
         optimizer: its state, Duotone's or torch's.
         scaler: its settings and state.
         scheduler: anything with a `state_dict` of JSON values and tensors.
+        average: its settings and averages.
         progress: the caller's own position, as JSON values and tensors: step, epoch, ...
         process_group: the ranks that save together; default all of them.
 
@@ -68,6 +72,7 @@ def save_checkpoint(
         CheckpointError: a state holds what is neither a tensor nor JSON, a parameter has lost its tail to torch's
             `fully_shard`, something else than a checkpoint is at `path`, or writing failed, on this rank or another.
             What was at `path` before is untouched.
+        AverageError: the model holds averages, not its own weights, and an optimizer or average is saved with it.
 
     >>> import tempfile, duotone.torch as dt
     >>> model = dt.cast(nn.Linear(2, 1), "bf16")
@@ -77,7 +82,7 @@ def save_checkpoint(
     {'step': 3}
     """
     path, model, ranks = Path(path), _unwrapped(model), ranks_of(process_group)
-    contents = ranks.agree(lambda: _contents(model, optimizer, scaler, scheduler, progress))
+    contents = ranks.agree(lambda: _contents(model, optimizer, scaler, scheduler, average, progress))
     if ranks.size == 1 and not _has_shards(model):
         write_folder(path, contents)
         return path
@@ -93,6 +98,7 @@ def load_checkpoint(
     scaler: LossScaler | None = None,
     *,
     scheduler: Any = None,
+    average: Average | None = None,
     convert: bool = False,
     process_group: Any = None,
 ) -> dict[str, Any]:
@@ -105,9 +111,10 @@ def load_checkpoint(
     Args:
         path: the folder, the same one for every rank.
         model: the model, cast to the policy that the checkpoint was saved under; sharded or wrapped as it will be used.
-        optimizer: to be restored, which needs it in the checkpoint; None to leave it. The same holds for the next two.
+        optimizer: to be restored, which needs it in the checkpoint; None to leave it. So are the next three.
         scaler: as `optimizer`.
         scheduler: as `optimizer`.
+        average: as `optimizer`.
         convert: load a checkpoint of another policy: FP32 masters and moments are kept, weights and tails are made
             from them for the model's policy, and the scaler stays as it is.
         process_group: the ranks that load together; default all of them.
@@ -118,10 +125,11 @@ def load_checkpoint(
     Raises:
         CheckpointError: the folder is missing, damaged, of another policy, or does not fit the model, the optimizer
             or the scheduler, on this rank or another. Nothing is changed then, on any rank.
+        AverageError: the model holds averages, which would be taken out again.
     """
     path, model, ranks = Path(path), _unwrapped(model), ranks_of(process_group)
     reshard(model)
-    given = {"optimizer": optimizer, "scaler": scaler, "scheduler": scheduler}
+    given = {"optimizer": optimizer, "scaler": scaler, "scheduler": scheduler, "average": average}
     check_same(ranks, [name for name, part in given.items() if part is not None], "choice of what to load")
     contents = _read(path, model, given, ranks)
     converting = ranks.agree(lambda: _check(path, contents, model, given, convert))
@@ -145,11 +153,14 @@ def _contents(
     optimizer: torch.optim.Optimizer | None,
     scaler: LossScaler | None,
     scheduler: Any,
+    average: Average | None,
     progress: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return what a checkpoint holds: of this rank, where there are several."""
     policy = policy_of(model)
     _check_tails(model)
+    if optimizer is not None:
+        check_own_weights([*model.parameters()], "save a checkpoint to resume from")
     # first, for it lets schedulers advance, which changes an optimizer's learning rates
     scaler_state = None if scaler is None else scaler.state_dict()
     return {
@@ -160,6 +171,7 @@ def _contents(
         "optimizer_parameters": None if optimizer is None else _parameter_names(model, optimizer),
         "scaler": scaler_state,
         "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "average": None if average is None else average.state_dict(),
         "random": random_states(),
         "progress": dict(progress or {}),
     }
@@ -181,7 +193,9 @@ def _cut_like(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Call
 
     def cut_like(name: str, shape: torch.Size) -> Tensor | None:
         part, _, rest = name.partition(".")
-        whole = values.get(rest) if part in ("model", "tails") else None
+        if part == "average":
+            _, _, rest = rest.partition(".")
+        whole = values.get(rest) if part in ("model", "tails", "average") else None
         if name.startswith("optimizer.state."):
             param = params.get(int(name.split(".")[2]))
             if param is not None and is_cut(optimizer, name.rpartition(".")[2], shape, param):
@@ -238,13 +252,15 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 def _check(path: Path, contents: Mapping[str, Any], model: nn.Module, given: Mapping[str, Any], convert: bool) -> bool:
     """Raise unless a checkpoint fits what it is to be loaded into; return whether it has to be converted."""
+    check_own_weights([*model.parameters()], "load a checkpoint")
     converting = _check_policy(path, _policy_in(contents), model, convert)
     _check_model(path, contents["model"], model, converting)
     _check_tails(model)
     if converting:
         _check_range(path, contents, model)
     for name, part in given.items():
-        if part is not None and contents[name] is None:
+        # folders of earlier versions know of no averages
+        if part is not None and contents.get(name) is None:
             raise CheckpointError(f"{path} holds no {name}; load it without one")
     optimizer = given["optimizer"]
     if optimizer is not None and _parameter_names(model, optimizer) != contents["optimizer_parameters"]:
@@ -261,7 +277,7 @@ def _states(
         states.pop("scaler", None)
         if "optimizer" in states:
             states["optimizer"] = _converted(states["optimizer"], given["optimizer"])
-    return [(given[name], states[name]) for name in ("optimizer", "scheduler", "scaler") if name in states]
+    return [(given[name], states[name]) for name in ("optimizer", "scheduler", "scaler", "average") if name in states]
 
 
 def _check_policy(path: Path, saved: Policy | None, model: nn.Module, convert: bool) -> bool:
@@ -314,9 +330,9 @@ def _load_all(path: Path, parts: list[tuple[Any, dict[str, Any]]], ranks: Ranks)
     def load() -> None:
         try:
             for part, state in parts:
-                # an optimizer's tensors are replaced on loading, another part's may be written in place
-                old = part.state_dict()
-                undo.append((part, old if isinstance(part, torch.optim.Optimizer) else copy.deepcopy(old)))
+                # tensors of these are replaced on loading, another part's may be written in place
+                old, is_replaced = part.state_dict(), isinstance(part, torch.optim.Optimizer | Average)
+                undo.append((part, old if is_replaced else copy.deepcopy(old)))
                 part.load_state_dict(state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             kind = "" if isinstance(error, DuotoneError) else f"{type(error).__name__}: "

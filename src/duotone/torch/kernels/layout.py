@@ -52,9 +52,7 @@ def is_in_one_layout(operand: AverageOperand) -> bool:
     """Return whether the tensors of an average are dense, and in one order of their elements."""
     weight, tail, average = operand
     strides = _strides(weight)
-    return _is_dense(weight) and all(
-        _strides(tensor) == strides for tensor in (tail, average) if tensor is not None
-    )
+    return _is_dense(weight) and all(_strides(tensor) == strides for tensor in (tail, average) if tensor is not None)
 
 
 def _in_layout_of_weight(operand: Operand, write_back: list[Callable[[], object]]) -> Operand:

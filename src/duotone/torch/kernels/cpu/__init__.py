@@ -1,7 +1,7 @@
 """The fused kernels on CPUs: `reference`'s operations, bit for bit, each over all parameters stored alike at once.
 
-Written in Python and compiled by Numba (`elements`, `coefficients`, `updates`, `averages`, `sums`), kept as machine code
-(`machine_code`), run on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
+Written in Python and compiled by Numba (`elements`, `coefficients`, `updates`, `averages`, `sums`), kept as machine
+code (`machine_code`), run on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
 """
 
 from array import array

@@ -1,0 +1,117 @@
+"""A model that holds averages for a while: written into its weights in place, and taken out again bit for bit.
+
+Weights and tails are written where they lie, so that optimizers, shards and captured graphs find the same tensors
+after as before. What was in them is kept aside meanwhile: 4 bytes per parameter, and the buffers.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from duotone.errors import AverageError
+from duotone.torch.internals.autograd import increment_version
+from duotone.torch.kernels import decode
+from duotone.torch.parameters import shards
+from duotone.torch.parameters.masters import write_master
+from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
+
+# the parameters that hold averages just now, by `id`; whoever put them there keeps them alive
+_held: set[int] = set()
+
+
+class _Kept(NamedTuple):
+    """What was in a parameter before: its own weight and tail, and copies of both."""
+
+    param: Tensor
+    tail: Tensor | None
+    weight_before: Tensor
+    tail_before: Tensor | None
+
+
+def check_own_weights(params: Sequence[Tensor], action: str) -> None:
+    """Raise if a parameter holds an average instead of its own master.
+
+    Raises:
+        AverageError: it does.
+    """
+    if not _held.isdisjoint(map(id, params)):
+        raise AverageError(
+            f"cannot {action}: the model holds averages, not its own weights; do that after the block of "
+            "average.applied(model)"
+        )
+
+
+@contextmanager
+def holding(model: nn.Module, averages: Mapping[Tensor, Tensor], buffers: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Write averages into a model for the time of a block.
+
+    Args:
+        model: any.
+        averages: of its parameters.
+        buffers: of its buffers. All other buffers, too, are after the block what they were before.
+
+    Raises:
+        AverageError: an optimizer steps one of the parameters inside.
+    """
+    params = [*averages]
+    shards.reshard(model)
+    handle = register_optimizer_step_pre_hook(_refuser(frozenset(map(id, params))))
+    buffers_before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    kept: list[_Kept] = []
+    _held.update(map(id, params))
+    try:
+        with torch.no_grad():
+            for param, average in averages.items():
+                kept.append(_keep(param))
+                write_master(param, average)
+            for buffer, average in buffers.items():
+                buffer.copy_(average)
+        yield
+    finally:
+        with torch.no_grad():
+            shards.reshard(model)
+            for each in kept:
+                _give_back(each)
+            for buffer, before in buffers_before:
+                buffer.copy_(before)
+        _held.difference_update(map(id, params))
+        handle.remove()
+
+
+def _keep(param: Tensor) -> _Kept:
+    tail = storage_of(param).tail
+    tail_before = None if tail is None else shards.local(tail).clone()
+    return _Kept(param, tail, shards.local(param.detach()).clone(), tail_before)
+
+
+def _give_back(kept: _Kept) -> None:
+    param, tail, weight_before, tail_before = kept
+    resident = shards.local(param.detach())
+    if resident.dtype != weight_before.dtype:
+        # cast to another policy inside
+        master = weight_before.float() if tail_before is None else decode(weight_before, tail_before)
+        write_master(param, shards.like(master, param))
+        return
+    resident.copy_(weight_before)
+    if resident is not param:
+        increment_version(param)
+    if tail is not None and tail_before is not None:
+        shards.local(tail).copy_(tail_before)
+        set_tail(param, tail)
+    else:
+        set_storage(param, storage_of(param))
+
+
+def _refuser(ids: frozenset[int]) -> Any:
+    def refuse(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(id(param) in ids for group in optimizer.param_groups for param in group["params"]):
+            raise AverageError(
+                f"{type(optimizer).__name__} was to step weights that hold averages, and the step would be lost; train "
+                "after the block of average.applied(model)"
+            )
+
+    return refuse
