@@ -148,6 +148,7 @@ def test_two_optimizers_of_one_model():
 
 
 def test_no_hook_stays_behind():
+    gc.collect()
     before = len(torchs._global_optimizer_post_hooks)
     average = dt.Average(nn.Linear(1, 1))
     assert len(torchs._global_optimizer_post_hooks) == before + 1
