@@ -9,7 +9,14 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 from duotone.torch.kernels import Rounding
-from duotone.torch.parameters.masters import beyond_range, ensure_tail, needs_tail, read_master, write_master
+from duotone.torch.parameters.masters import (
+    beyond_range,
+    ensure_tail,
+    needs_tail,
+    read_master,
+    store_master,
+    write_master,
+)
 from duotone.torch.parameters.storage import Storage, set_storage, storage_of
 
 SPLIT = [torch.bfloat16, torch.float16]
@@ -101,9 +108,9 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16-mixed"])
 def test_masters_of_a_model_are_its_float32_weights(policy, same_bits):
     model = Mixed()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = {name: param.detach().clone() for name, param in model.named_parameters(remove_duplicate=False)}
     masters = dt.master_weights(dt.cast(model, policy))
-    assert list(masters) == ["embedding.weight", "frozen.weight", "norm.weight", "norm.bias"]
+    assert list(masters) == ["embedding.weight", "frozen.weight", "norm.weight", "norm.bias", "head.weight"]
     frozen = before["frozen.weight"].to(model.frozen.weight.dtype).float()
     for name, master in masters.items():
         assert same_bits(master, frozen if name == "frozen.weight" else before[name])
@@ -170,7 +177,10 @@ def test_a_weight_that_has_no_tail_yet_gets_one(same_bits):
     ("change", "message"),
     [
         (lambda masters: masters.pop("norm.bias"), r'the master of "norm\.bias" is missing; give all of them'),
-        (lambda masters: masters.update(heads=torch.ones(1)), 'no floating-point parameter "heads"; known: embedding'),
+        (
+            lambda masters: masters.update(heads=torch.ones(1)),
+            'no floating-point parameter "heads"; did you mean head.weight?',
+        ),
         (
             lambda masters: masters.update({"norm.bias": torch.ones(5)}),
             r'of "norm\.bias" is torch\.float32 \(5,\); allowed is torch\.float32 \(4,\)',
@@ -201,3 +211,78 @@ def test_a_master_beyond_the_weights_range_is_kept_in_bfloat16(same_bits):
     dt.load_master_weights(model, {"weight": master})
     assert model.weight.isinf().all()
     assert same_bits(read_master(model.weight), master)
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16", "fp16", "bf16; head: output=float32"])
+def test_state_dict_and_masters_together_are_the_float32_state_dict(policy, same_bits):
+    plain, model = Mixed(), Mixed()
+    dt.cast(model, policy)
+    trained = {name: param + 1e-4 for name, param in plain.named_parameters() if param.is_floating_point()}
+    dt.load_master_weights(model, trained)
+    model.norm.running_mean.fill_(0.1)
+    model.norm.num_batches_tracked.fill_(7)
+    masters = dt.master_weights(model)
+    # tied ones are tensors of their own, so that whoever averages each in place averages each once
+    assert masters["head.weight"] is not masters["embedding.weight"]
+    state = {**model.state_dict(), **masters}
+    assert list(state) == list(plain.state_dict())
+    plain.load_state_dict(state)
+    for name, master in trained.items():
+        if name != "frozen.weight":
+            assert same_bits(plain.get_parameter(name), master)
+    other = dt.cast(Mixed(), policy)
+    other.table.data.zero_()
+    dt.load_master_weights(other, state)
+    for name, value in model.state_dict().items():
+        assert same_bits(other.state_dict()[name], value)
+    assert all(same_bits(master, dt.master_weights(other)[name]) for name, master in masters.items())
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_a_tied_master_is_given_under_any_of_its_names(policy, same_bits):
+    model = dt.cast(Mixed(), policy)
+    masters = dt.master_weights(model)
+    tied = torch.full((5, 4), 0.1)
+    rest = {name: master for name, master in masters.items() if name not in ("embedding.weight", "head.weight")}
+    rounded = tied.to(model.embedding.weight.dtype)
+    for given in (
+        {"embedding.weight": tied},
+        {"head.weight": tied},
+        {"head.weight": tied.clone(), "embedding.weight": tied},
+        {"embedding.weight": rounded, "head.weight": tied},
+    ):
+        dt.load_master_weights(model, {**rest, **given})
+        assert same_bits(read_master(model.head.weight), tied)
+        dt.load_master_weights(model, masters)
+    with pytest.raises(OptimizerError, match=r'"embedding.weight" and "head.weight" are one tied parameter, but are'):
+        dt.load_master_weights(model, {**rest, "embedding.weight": tied, "head.weight": tied + 1.0})
+
+
+def test_buffers_that_do_not_fit_are_refused():
+    model = dt.cast(Mixed(), "bf16")
+    masters = dt.master_weights(model)
+    for wrong in (torch.zeros(5), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(OptimizerError, match=r'the buffer or parameter "norm.running_mean" is .* allowed is torch'):
+            dt.load_master_weights(model, {**masters, "norm.running_mean": wrong})
+
+
+def test_a_held_tail_of_a_weight_that_was_there_before_is_not_taken():
+    model = dt.cast(nn.Linear(3, 2), "bf16")
+    optimizer = dt.AdamW(model.parameters(), backend="reference")
+    model.float()
+    model.weight.data = torch.ones(2, 3, dtype=torch.bfloat16)
+    model.weight.grad_dtype = torch.bfloat16
+    model.weight.grad = torch.zeros(2, 3, dtype=torch.bfloat16)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    assert torch.equal(read_master(model.weight), torch.ones(2, 3))
+
+
+def test_a_frozen_weight_gets_a_tail_only_if_it_would_lose_bits(same_bits):
+    for dtype in SPLIT:
+        parameter = parameter_in(dtype).requires_grad_(False)
+        store_master(parameter, torch.full((3,), 0.5), storage_of(parameter))
+        assert storage_of(parameter).tail is None
+        store_master(parameter, torch.full((3,), 0.1), storage_of(parameter))
+        assert same_bits(read_master(parameter), torch.full((3,), 0.1))

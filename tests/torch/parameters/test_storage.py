@@ -32,6 +32,7 @@ from duotone.torch.parameters.storage import (
 
 # the fields that code reads, and so need real values; a new field gets a mark
 REAL = {"param", "grad", "reduce", "state", "rounding", "tail", "weight_dtype", "weight_shape", "order", "ranks"}
+REAL |= {"in_full_precision"}
 POLICIES = ["bf16,state=bf16,reduce=bf16", "fp16", "bf16-true,rounding=stochastic"]
 
 
@@ -76,7 +77,7 @@ def records_of(model: nn.Module) -> dict[str, Storage]:
 
 def test_every_field_has_a_value_of_its_own_somewhere() -> None:
     models = [marked(policy) for policy in POLICIES]
-    models.append(marked("bf16", ranks="some", is_replaced=True))
+    models.append(marked("bf16", ranks="some", is_replaced=True, in_full_precision=True))
     records = [storage for model in models for storage in records_of(model).values()]
     records += [storage_of(param) for param in models[-1].parameters()]
     for field in fields(Storage):
@@ -135,8 +136,10 @@ def by_pickle(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("way", [by_deep_copy, by_deep_copies_of_parts, by_pickle])
 def test_copies_have_every_field_but_ranks(policy: str, way: Callable[[nn.Module], nn.Module]) -> None:
-    model = marked(policy, ranks=object) if way is not by_pickle else marked(policy)
-    expected = {param.data_ptr(): replace(storage_of(param), ranks=None) for param in model.parameters()}
+    ranks = None if way is by_pickle else object
+    model = marked(policy, ranks=ranks, in_full_precision=True)
+    own = {"ranks": None, "in_full_precision": False}
+    expected = {param.data_ptr(): replace(storage_of(param), **own) for param in model.parameters()}
     copied = way(model)
     originals = [
         p for part in (model if len(copied) == len(model) else [model[0], model[2]]) for p in part.parameters()

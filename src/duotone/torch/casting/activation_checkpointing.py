@@ -7,6 +7,7 @@ single operations (torch's `create_selective_checkpoint_contexts`), buffers that
 with, and copies to the CPU that overlap with computation.
 """
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -117,6 +118,14 @@ class CheckpointedForward:
                 return self._inner(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False)
+
+    def of_copy(self, module: nn.Module) -> "CheckpointedForward":
+        """Return what checkpoints a shallow copy of the module."""
+        twin = copy.copy(self)
+        twin._module = module
+        inner: Any = self._inner
+        twin.inner = inner.of_copy(module) if hasattr(inner, "of_copy") else inner
+        return twin
 
     def remove(self) -> None:
         """Leave the module with the forward that it has inside."""

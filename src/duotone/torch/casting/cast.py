@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from duotone.errors import DuotoneWarning, PolicyError
-from duotone.policy import Policy
+from duotone.policy import Policy, Rule
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_marks
+from duotone.torch.casting.own_methods import OwnMethods, remove_forward
 from duotone.torch.casting.storage_plan import (
     ApplyWhenShaped,
     apply,
@@ -27,6 +28,8 @@ from duotone.torch.casting.storage_plan import (
     plan,
     planned_fields,
 )
+from duotone.torch.internals.training import parameters_of
+from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.shards import is_shard, is_sharded
 from duotone.torch.parameters.storage import set_storage, storage_of
 
@@ -80,6 +83,8 @@ def cast(model: Module, policy: Policy | str) -> Module:
         forward = _forward_for(module, path, policy, policies[path])
         if forward is not None:
             forward.install()
+        if forward is not None or parameters_of(module):
+            OwnMethods(module).install()
     _flatten_recurrent_weights(model)
     computes_in_half = any(each.effective.compute == "float16" for each in policies.values())
     if computes_in_half and any(param.device.type == "cpu" for param in model.parameters()):
@@ -111,7 +116,8 @@ def uncast(model: Module) -> Module:
 def policy_of(model: nn.Module) -> Policy | None:
     """Return the policy that a model was cast to, or None if it was not.
 
-    A wrapper around it, such as the one that `torch.compile` returns, is looked through.
+    A wrapper around it, such as the one that `torch.compile` returns, is looked through. Where weights were made FP32
+    since, by `model.float()`, the policy says so.
 
     >>> policy_of(cast(nn.Linear(2, 1), "bf16")).name
     'bf16'
@@ -121,7 +127,26 @@ def policy_of(model: nn.Module) -> Policy | None:
     children = list(model.children())
     if forward is None and len(children) == 1:
         return policy_of(children[0])
-    return None if forward is None else forward.policy
+    return None if forward is None else _as_stored(model, forward.policy)
+
+
+def _as_stored(model: nn.Module, policy: Policy) -> Policy:
+    """Return the policy of a model some of whose weights were made FP32 since, by `model.float()` for instance."""
+    wide, narrow = [], 0
+    for path, module in model.named_modules():
+        kept = [p for p in module.parameters(recurse=False) if storage_of(p).param in SPLIT_DTYPES]
+        if any(param.dtype == torch.float32 for param in kept):
+            wide.append(path)
+        narrow += any(param.dtype != torch.float32 for param in kept)
+    if not wide:
+        return policy
+    in_float32 = (("param", "float32"),)
+    if narrow == 0 and not any("param" in dict(rule.roles) for rule in policy.rules):
+        everywhere = replace(policy, rules=(Rule("*", in_float32),)).for_module("")
+        return replace(everywhere, rules=policy.rules)
+    # weights that the model itself has cannot be named by a rule
+    added = (Rule("*", in_float32),) if narrow == 0 else tuple(Rule(path, in_float32) for path in wide if path)
+    return replace(policy, rules=(*policy.rules, *added))
 
 
 def _check_not_parallel(model: nn.Module, verb: str) -> None:
@@ -139,9 +164,7 @@ def _check_not_parallel(model: nn.Module, verb: str) -> None:
 
 def _remove_forwards(model: nn.Module) -> None:
     for module in model.modules():
-        forward = cast_forward_of(module)
-        if forward is not None:
-            forward.remove()
+        remove_forward(module)
 
 
 def _flatten_recurrent_weights(model: nn.Module) -> None:

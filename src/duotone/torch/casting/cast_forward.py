@@ -3,8 +3,7 @@
 The root of a cast model, and each part that a rule treats differently, is a border where inputs and outputs are cast.
 Every module inside stands ready to enter the region of its border again, because activation checkpointing calls parts
 of a model a second time, during the backward pass and outside of the border. Called by itself, such a module is its own
-border. Left out: recurrent layers under torch.compile, unless `torch._dynamo.config.allow_rnn` is set; replicas and
-shallow copies of a cast module.
+border. Left out: recurrent layers under torch.compile, unless `torch._dynamo.config.allow_rnn` is set.
 """
 
 import copy
@@ -101,6 +100,13 @@ class CastForward:
         # torch.export asks where a model is from
         return self._forward.__code__
 
+    def of_copy(self, module: nn.Module) -> "CastForward":
+        """Return what stands in front of the forward of a shallow copy of the module."""
+        twin = object.__new__(CastForward)
+        twin.__dict__.update(self.__dict__, _module=module, _forward=of_other(self._forward, self._module, module))
+        functools.update_wrapper(twin, twin._forward, updated=())
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
         copied = object.__new__(CastForward)
         memo[id(self)] = copied
@@ -146,6 +152,12 @@ class CastForward:
             del self._module.forward
         else:
             self._module.forward = self._forward
+
+
+def of_other(method: Callable[..., Any], module: nn.Module, other: nn.Module) -> Callable[..., Any]:
+    """Return what is a method of one module as the method of another; anything else itself."""
+    is_own = getattr(method, "__self__", None) is module
+    return method.__func__.__get__(other) if is_own else method  # type: ignore[attr-defined]
 
 
 def _say_if_masters_differ(module: nn.Module) -> bool:

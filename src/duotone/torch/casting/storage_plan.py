@@ -18,7 +18,7 @@ from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.parameters.masters import beyond_range, read_master
-from duotone.torch.parameters.storage import Storage, set_storage, set_tail, storage_of
+from duotone.torch.parameters.storage import Storage, set_tail, storage_of
 
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
@@ -70,8 +70,14 @@ def apply(param: nn.Parameter, storage: Storage) -> None:
         param.data = weight
     param.grad_dtype = storage.grad
     param.grad = None if grad is None else grad.to(storage.grad)
-    set_storage(param, storage)
-    set_tail(param, tail if has_tail else None)
+    set_tail(param, tail if has_tail else None, storage)
+
+
+def set_grad_dtype(param: nn.Parameter, dtype: torch.dtype) -> None:
+    """Have a parameter's gradient accumulate in a dtype; the one that it has becomes one of that dtype."""
+    grad, param.grad = param.grad, None
+    param.grad_dtype = dtype
+    param.grad = None if grad is None else grad.to(dtype)
 
 
 @dataclass(frozen=True)

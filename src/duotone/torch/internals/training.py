@@ -24,6 +24,12 @@ BATCH_NORMS = (*_TORCH_NORMS, nn.SyncBatchNorm) if _NormBase is None else (_Norm
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L456
 PARAMETERS = "_parameters"
 BUFFERS = "_buffers"
+# what `float()`, `to()` and the like of a module go through; without it, they drop the lower bits of masters
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L928
+CONVERT = "_apply"
+# how DataParallel copies a module; without it, its replicas run the original's weights
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L2925
+REPLICATE = "_replicate_for_data_parallel"
 # hooks around an optimizer's step
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/optim/optimizer.py#L360
 PRE_HOOKS = "_optimizer_step_pre_hooks"

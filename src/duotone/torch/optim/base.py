@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
-from duotone.torch.kernels import Backend
-from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail, needs_tail
+from duotone.torch.kernels import SPLIT_DTYPES, Backend
+from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail
 from duotone.torch.parameters.storage import storage_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,10 +99,12 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
 
         Called at every step, since a parameter may have been unfrozen or cast anew since the last one.
         """
-        state = self._kept_for(param)
-        if needs_tail(param):
+        state, storage = self._kept_for(param), storage_of(param)
+        if param.dtype not in SPLIT_DTYPES or storage.param not in (None, param.dtype):
+            check_weight(param)
+        if param.dtype in SPLIT_DTYPES and storage.rounding is None:
             held = state.get("tail")
-            if held is None or held is not storage_of(param).tail or held.device != param.device:
+            if held is None or held is not storage.tail or held.device != param.device:
                 state["tail"] = ensure_tail(param, held)
         else:
             state.pop("tail", None)
@@ -165,14 +167,30 @@ def check_parameters(params: Iterable[Tensor]) -> None:
     """Raise unless a `MasterOptimizer` can update every one of the parameters.
 
     Raises:
-        OptimizerError: one is neither FP32, BF16 nor FP16.
+        OptimizerError: one is neither FP32, BF16 nor FP16, as after `model.double()`.
     """
     for param in params:
         if param.dtype not in _DTYPES:
             raise OptimizerError(
                 f"a MasterOptimizer cannot update a parameter in {param.dtype}; allowed are float32, bfloat16 and "
-                "float16: give the others to a torch optimizer"
+                "float16: call model.float() after model.double(), or give the others to a torch optimizer"
             )
+
+
+def check_weight(param: Tensor) -> None:
+    """Raise unless a `MasterOptimizer` can update a parameter in the dtype that it has now.
+
+    Raises:
+        OptimizerError: it is in another dtype than those, or was cast to one 16-bit dtype and converted to the other.
+    """
+    check_parameters((param,))
+    storage = storage_of(param)
+    if param.dtype in SPLIT_DTYPES and storage.param in SPLIT_DTYPES and storage.param != param.dtype:
+        raise OptimizerError(
+            f'parameter "{storage.name}" was cast to {storage.param} and converted to {param.dtype} since, which its '
+            "model does not compute in; its master is as it was: cast the model again, to the old policy or to one "
+            f"of {param.dtype}, then step"
+        )
 
 
 def check_gradient(optimizer: torch.optim.Optimizer, grad: Tensor) -> None:
@@ -186,7 +204,7 @@ def check_gradient(optimizer: torch.optim.Optimizer, grad: Tensor) -> None:
     if grad.dtype not in _DTYPES:
         raise OptimizerError(
             f"{type(optimizer).__name__} takes gradients in float32, bfloat16 and float16, not {grad.dtype}; set the "
-            "parameter's grad_dtype to one of them"
+            "parameter's grad_dtype to one of them, or call model.float() after model.double()"
         )
 
 

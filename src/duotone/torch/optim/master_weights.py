@@ -14,6 +14,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ from duotone.torch.optim.wrappable import check_moments, check_wrappable
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master
 from duotone.torch.parameters.storage import other_attributes, set_tail, storage_of
+
+# schedule-free optimizers train at one point and are evaluated at another: these go from one to the other
+_EXCHANGES = ("train", "eval")
 
 
 class MasterWeights(MasterOptimizer):
@@ -94,6 +98,11 @@ class MasterWeights(MasterOptimizer):
         # torch copies and pickles optimizers without their hooks
         self.optimizer.register_step_pre_hook(self._refuse_outside)
         self.optimizer.register_load_state_dict_pre_hook(self._refuse_outside)
+        for name in _EXCHANGES:
+            if callable(getattr(type(self.optimizer), name, None)):
+                # whoever calls it, and on which of the two
+                exchange = partial(self._exchange_weights, name)
+                vars(self.optimizer)[name] = vars(self)[name] = exchange
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -149,6 +158,17 @@ class MasterWeights(MasterOptimizer):
             self._write(param, stand_ins[param].detach(), index, found_inf)
         self._begun.update(params)
         return loss
+
+    @torch.no_grad()
+    def _exchange_weights(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the wrapped optimizer that writes weights outside of a step, on FP32 masters."""
+        params = {param: index for index, (param, _) in enumerate(self._parameters()) if param.requires_grad}
+        stand_ins = {param: self._stand_in(param, None) for param in params}
+        with self._represented_by(stand_ins):
+            result = getattr(type(self.optimizer), name)(self.optimizer, *args, **kwargs)
+        for param, index in params.items():
+            self._write(param, stand_ins[param].detach(), index, None)
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state dict, the tails among its states, and what they are states of."""
@@ -248,6 +268,8 @@ class MasterWeights(MasterOptimizer):
         # some optimizers look for what their users set on a parameter
         for name, value in other_attributes(param).items():
             setattr(stand_in, name, value)
+        if param.grad is None:
+            return stand_in
         # fused kernels go through memory, so it lies as the master does
         grad = torch.empty_like(shards.local(master)).copy_(shards.gradient_part(param).detach())
         if grad_multiplier is not None:

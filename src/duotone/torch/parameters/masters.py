@@ -15,19 +15,25 @@ from duotone.torch.internals.autograd import increment_version
 from duotone.torch.internals.training import is_flattened
 from duotone.torch.kernels import SPLIT_DTYPES, decode, encode
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.storage import NO_STORAGE, set_tail, storage_of
+from duotone.torch.parameters.storage import NO_STORAGE, Storage, set_tail, storage_of
 
 # the smallest magnitude that rounds to Inf in FP16
 _FP16_OVERFLOW = 65520.0
 
 
 def check_in_place(param: Tensor) -> None:
-    """Raise if another parameter has taken this one's place in its model.
+    """Raise if updates of a parameter would not reach its model.
 
     Raises:
-        OptimizerError: it has, so that updates of this one would reach no model.
+        OptimizerError: another parameter has taken its place in its model, or its model is in a `full_precision` block.
     """
-    if storage_of(param).is_replaced:
+    storage = storage_of(param)
+    if storage.in_full_precision:
+        raise OptimizerError(
+            "the weights of this optimizer are FP32 inside of a full_precision block, which is for reading and editing "
+            "them; leave the block, then step"
+        )
+    if storage.is_replaced:
         raise OptimizerError(
             "the optimizer was built from parameters that fully_shard has replaced since, so it would update nothing; "
             "build it after fully_shard, from the model's parameters"
@@ -55,13 +61,16 @@ def needs_tail(param: Tensor) -> bool:
 def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     """Return the tail of a parameter that needs one, on its device.
 
-    It is the one in the parameter's record, else the given one, else zeros: the weight is its own master so far.
+    It is the one in the parameter's record, else the given one if the record knows of no cast, else zeros: the weight
+    is its own master so far.
 
     Raises:
         OptimizerError: a DTensor was made from a parameter without taking its tail along.
     """
-    recorded = storage_of(param).tail
-    tail = tail if recorded is None else recorded
+    storage = storage_of(param)
+    if storage.tail is not None or storage.param is not None:
+        # of a cast parameter the record knows best: an optimizer may hold the tail of a weight that was there before
+        tail = storage.tail
     if tail is None:
         _check_not_lost(param)
     # a tail without memory belongs to a weight that had none either
@@ -123,6 +132,36 @@ def write_master(param: Tensor, master: Tensor) -> None:
             increment_version(param)
 
 
+def store_master(param: Tensor, master: Tensor, storage: Storage) -> None:
+    """Set a parameter's record, and its FP32 master in place, with a tail where one is needed to keep that master.
+
+    A 16-bit weight gets a tail, or keeps the one in the record, if its policy gives it a master and it is trained; a
+    frozen one that has none gets one only if it would lose bits without. Of a DTensor, all ranks call this.
+
+    Args:
+        param: a parameter.
+        master: as `write_master` takes it.
+        storage: the record, with the tail to write to, if there is one.
+    """
+    tail = storage.tail
+    with torch.no_grad():
+        resident, part = shards.local(param), shards.local(shards.cut(master, param))
+        part = part.to(resident.device)
+        if param.dtype not in SPLIT_DTYPES or storage.rounding is not None:
+            tail = None
+            resident.copy_(part)
+        else:
+            weight, new_tail = encode(part.to(torch.float32), param.dtype)
+            resident.copy_(weight)
+            if tail is not None and tail.shape == param.shape and tail.device == param.device:
+                shards.local(tail).copy_(new_tail)
+            elif tail is not None or param.requires_grad or shards.any_rank(bool(new_tail.any()), param):
+                tail = shards.like(new_tail, param)
+        if resident is not param:
+            increment_version(param)
+    set_tail(param, tail, storage)
+
+
 def beyond_range(master: Tensor, dtype: torch.dtype | None) -> float | None:
     """Return the largest finite magnitude in `master` if it would become Inf as a weight in `dtype`, else None.
 
@@ -146,9 +185,10 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         optimizer: the model's optimizer, if there is one. It is only checked: that its tails are the model's own.
 
     Returns:
-        Name to FP32 tensor, in the order of `model.named_parameters()`; tied parameters once. A 16-bit parameter
-        without a tail (frozen, or without a master) gives its own value. A DTensor gives one that is cut as it is:
-        each rank its part, and `.full_tensor()`, called by all ranks, the whole.
+        Name to FP32 tensor, in the order of `model.state_dict()`. A tied parameter is there under each of its names, as
+        in a state dict, each time as a tensor of its own; so `{**model.state_dict(), **master_weights(model)}` is the
+        FP32 state dict. A 16-bit parameter without a tail (frozen, or without a master) gives its own value. A DTensor
+        gives one that is cut as it is: each rank its part, and `.full_tensor()`, called by all ranks, the whole.
 
     Raises:
         OptimizerError: the optimizer holds the tails of another model, a deep copy for instance, or a parameter has
@@ -163,13 +203,15 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     """
     shards.reshard(model)
     masters = {}
-    for name, param in model.named_parameters():
+    for name, param in model.named_parameters(remove_duplicate=False):
         if not param.is_floating_point():
             continue
         tail = optimizer.state.get(param, {}).get("tail") if optimizer is not None else None
+        recorded = storage_of(param).tail
         if tail is None:
             _check_not_lost(param)
-        elif tail is not storage_of(param).tail:
+        # one that the optimizer holds of a weight that is no longer 16-bit goes at its next step
+        elif tail is not recorded and (recorded is not None or param.dtype in SPLIT_DTYPES):
             raise OptimizerError(
                 f'the optimizer holds a tail for "{name}" that is not the model\'s; '
                 "build the optimizer from this model's parameters"
@@ -179,19 +221,22 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 
 
 def load_master_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> None:
-    """Write FP32 masters into a model: the inverse of `master_weights`.
+    """Write FP32 masters into a model, and buffers if there are some: the inverse of `master_weights`.
 
     A 16-bit weight gets its tail and loses nothing; one without a tail (frozen, or without a master) is rounded to
     nearest. NaN, Inf and -0 are kept.
 
     Args:
         model: a model, cast or not; its optimizer follows, moments stay as they are.
-        masters: name to tensor for every floating-point parameter, tied ones once; in FP32, BF16 or FP16, any device.
-            For a DTensor either one that is cut alike, or, the same on every rank, the whole.
+        masters: name to tensor for every floating-point parameter, in FP32, BF16 or FP16, on any device. A tied one may
+            be there under one of its names or several: then as the same values, or rounded from those in FP32. For a
+            DTensor either one that is cut alike, or, the same on every rank, the whole. Buffers and parameters of
+            other dtypes may be there too, as in an FP32 state dict of the model; those that are not stay as they are.
 
     Raises:
         OptimizerError: a name is missing or unknown, a tensor has another shape or is in none of those dtypes or is cut
-            otherwise, or a value is too large for a weight in FP16. Nothing is written then, on this rank.
+            otherwise, the names of a tied parameter have different values, or a value is too large for a weight in
+            FP16. Nothing is written then, on this rank.
 
     >>> import duotone.torch as dt
     >>> model = dt.cast(nn.Linear(2, 1, bias=False), "bf16")
@@ -200,18 +245,65 @@ def load_master_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> None
     ([[0.10009765625, 0.2001953125]], tensor([[0.1000, 0.2000]]))
     """
     shards.reshard(model)
-    params = {name: param for name, param in model.named_parameters() if param.is_floating_point()}
+    names: dict[Tensor, list[str]] = {}
+    others: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if param.is_floating_point():
+            names.setdefault(param, []).append(name)
+        else:
+            others[name] = param
+    known = [name for each in names.values() for name in each]
     for name in masters:
-        if name not in params:
-            raise OptimizerError(f'there is no floating-point parameter "{name}"; {nearest_names(name, params)}')
-    for name, param in params.items():
-        if name not in masters:
-            raise OptimizerError(f'the master of "{name}" is missing; give all of them, as master_weights returns them')
+        if name not in known and name not in others:
+            raise OptimizerError(f'there is no floating-point parameter "{name}"; {nearest_names(name, known)}')
+    chosen = {param: _given(each, masters) for param, each in names.items()}
+    for param, name in chosen.items():
         _check_master(name, masters[name], param)
-    for name, param in params.items():
+    others = {name: tensor for name, tensor in others.items() if name in masters}
+    for name, tensor in others.items():
+        _check_other(name, masters[name], tensor)
+    for param, name in chosen.items():
         if needs_tail(param) and param.requires_grad:
             ensure_tail(param)
         write_master(param, masters[name])
+    with torch.no_grad():
+        for name, tensor in others.items():
+            shards.local(tensor).copy_(shards.local(shards.cut(masters[name], tensor)))
+
+
+def _given(names: list[str], masters: Mapping[str, Tensor]) -> str:
+    """Return under which of a parameter's names its master is given: one in FP32, if there are several."""
+    given = [name for name in names if name in masters]
+    if not given:
+        raise OptimizerError(f'the master of "{names[0]}" is missing; give all of them, as master_weights returns them')
+    best = next((name for name in given if masters[name].dtype == torch.float32), given[0])
+    for name in given:
+        if not _is_rounded_from(masters[best], masters[name]):
+            raise OptimizerError(
+                f'"{best}" and "{name}" are one tied parameter, but are given different values; give the value under '
+                "one of the names, or under both"
+            )
+    return best
+
+
+def _is_rounded_from(master: Tensor, other: Tensor) -> bool:
+    """Return whether a tensor is another one, rounded to nearest if it has fewer bits; shapes are looked at later."""
+    if master is other or master.shape != other.shape or shards.is_shard(master) != shards.is_shard(other):
+        return True
+    master, other = shards.local(master), shards.local(other)
+    if master.dtype == torch.float32 and other.dtype in SPLIT_DTYPES:
+        master = encode(master, other.dtype)[0]
+    master = master.to(other.device)
+    return bool(((master == other) | (master.isnan() & other.isnan())).all())
+
+
+def _check_other(name: str, given: Tensor, own: Tensor) -> None:
+    both_float = given.is_floating_point() and own.is_floating_point()
+    if given.shape != own.shape or not (both_float or given.dtype == own.dtype):
+        raise OptimizerError(
+            f'the buffer or parameter "{name}" is {given.dtype} {tuple(given.shape)}; allowed is {own.dtype} '
+            f"{tuple(own.shape)}: give what the same model's state_dict returned"
+        )
 
 
 def _check_master(name: str, master: Tensor, param: Tensor) -> None:

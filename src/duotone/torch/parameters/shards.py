@@ -115,6 +115,23 @@ def part_number(param: Tensor) -> int:
     return number
 
 
+def any_rank(flag: bool, param: Tensor) -> bool:
+    """Return whether a flag is true on any rank that holds a part of a DTensor; of any other tensor, the flag itself.
+
+    All of those ranks call it.
+    """
+    if not is_shard(param):
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    mesh, _ = _cut(param)
+    flags = torch.tensor([int(flag)], device=param.device)
+    for dimension in range(mesh.ndim):
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=mesh.get_group(dimension))
+    return bool(flags)
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Return whether `fully_shard` was called for a module, its parts apart."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")

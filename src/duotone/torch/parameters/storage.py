@@ -3,6 +3,9 @@
 The record is one attribute of the tensor. It holds what stays the same from step to step; what a step changes, such as
 moments and step counts, stands in the optimizer's state. A new fact about parameters is one new field: copies, pickles,
 `fully_shard` and `data_parallel` take the record as it is.
+
+Anybody may write `param.data = ...`. A tail belongs to a weight of one dtype and shape; `storage_of` lets go of it once
+the weight has others, so that the new values are the master for whoever asks.
 """
 
 import copy
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duotone.torch.kernels import Rounding
+from duotone.torch.kernels import SPLIT_DTYPES, Rounding
 
 _ATTRIBUTE = "duotone_storage"
 # counts calls of `set_storage`, so that asking thousands of parameters for their records can be spared
@@ -27,7 +30,8 @@ class Storage:
     """How one parameter is stored. Two records are equal if they are but for their tails.
 
     Attributes:
-        param: dtype of the resident weight; None if it was never cast.
+        param: dtype that the policy keeps the weight in; None if it was never cast. After `model.float()`, and inside
+            of `full_precision`, the weight itself is in another one.
         grad: dtype that the gradient accumulates in; None if the parameter was never cast.
         reduce: dtype that ranks reduce the gradient in; None if the parameter was never cast.
         state: dtype of the optimizer's moments.
@@ -40,6 +44,8 @@ class Storage:
         ranks: the ranks that `data_parallel` keeps copies of the parameter on, as `distributed.agreement.SharedBy`.
             They are those of this process: copies and pickles have None.
         is_replaced: whether another parameter has taken this one's place in its model.
+        in_full_precision: whether the weight is FP32 for the time of a `full_precision` block. Copies and pickles made
+            there are on their own: it is false in theirs.
 
     >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     >>> set_storage(weight, replace(storage_of(weight), name="weight"))
@@ -59,19 +65,25 @@ class Storage:
     order: int = 0
     ranks: Any = None
     is_replaced: bool = False
+    in_full_precision: bool = False
+
+    def without_tail(self) -> "Storage":
+        """Return the record of the same parameter without a tail."""
+        return replace(self, tail=None, weight_dtype=None, weight_shape=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Storage":
         # nothing of the rest can change
-        if self.tail is None and self.ranks is None:
+        if self.tail is None and self.ranks is None and not self.in_full_precision:
             return self
-        return replace(self, tail=copy.deepcopy(self.tail, memo), ranks=None)
+        return replace(self, tail=copy.deepcopy(self.tail, memo), ranks=None, in_full_precision=False)
 
     def __reduce__(self) -> Any:
         # plain values: a saved parameter loads with weights_only=True, where Duotone is not installed, and in a
         # version that knows more fields. `storage_of` makes them a record again.
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         rounding = None if self.rounding is None else self.rounding.value
-        return OrderedDict, (list({**values, "rounding": rounding, "ranks": None}.items()),)
+        process_own = {"ranks": None, "in_full_precision": False}
+        return OrderedDict, (list({**values, "rounding": rounding, **process_own}.items()),)
 
 
 # the record of every parameter that has none of its own
@@ -79,7 +91,17 @@ NO_STORAGE = Storage()
 
 
 def storage_of(param: Tensor) -> Storage:
-    """Return how a parameter is stored; `NO_STORAGE` if nobody has set it."""
+    """Return how a parameter is stored; `NO_STORAGE` if nobody has set it.
+
+    If the weight has another dtype or shape than the one that its tail was made for, it is its own master from now on:
+    a 16-bit one gets a tail of zeros, any other none.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    >>> set_tail(weight, torch.ones(2, dtype=torch.int16))
+    >>> weight.data = torch.ones(3, dtype=torch.bfloat16)
+    >>> storage_of(weight).tail
+    tensor([0, 0, 0], dtype=torch.int16)
+    """
     storage = getattr(param, _ATTRIBUTE, NO_STORAGE)
     if not isinstance(storage, Storage):
         known = {field.name for field in fields(Storage)}
@@ -87,6 +109,15 @@ def storage_of(param: Tensor) -> Storage:
         rounding = values.get("rounding")
         storage = Storage(**{**values, "rounding": None if rounding is None else Rounding(rounding)})
         setattr(param, _ATTRIBUTE, storage)
+    if (
+        storage.tail is not None
+        # records of earlier versions do not know
+        and storage.weight_dtype is not None
+        and (storage.weight_dtype != param.dtype or storage.weight_shape != param.shape)
+    ):
+        is_split = param.dtype in SPLIT_DTYPES
+        set_tail(param, torch.zeros_like(param, dtype=torch.int16, requires_grad=False) if is_split else None, storage)
+        return getattr(param, _ATTRIBUTE)
     return storage
 
 
@@ -96,10 +127,17 @@ def set_storage(param: Tensor, storage: Storage) -> None:
     setattr(param, _ATTRIBUTE, storage)
 
 
-def set_tail(param: Tensor, tail: Tensor | None) -> None:
-    """Replace the tail in a parameter's record; it belongs to the weight as it is now."""
+def set_tail(param: Tensor, tail: Tensor | None, storage: Storage | None = None) -> None:
+    """Replace the tail in a parameter's record; it belongs to the weight as it is now.
+
+    Args:
+        param: a parameter.
+        tail: int16, shaped like the weight, or None.
+        storage: the rest of the record; None for the one that it has.
+    """
     dtype, shape = (None, None) if tail is None else (param.dtype, param.shape)
-    set_storage(param, replace(storage_of(param), tail=tail, weight_dtype=dtype, weight_shape=shape))
+    storage = storage_of(param) if storage is None else storage
+    set_storage(param, replace(storage, tail=tail, weight_dtype=dtype, weight_shape=shape))
 
 
 def storage_changes() -> int:

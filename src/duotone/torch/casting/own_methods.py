@@ -1,0 +1,164 @@
+"""Methods of torch's modules that a cast module has its own of, so that what copies and converts it finds its masters.
+
+`model.float()`, `.double()`, `.half()`, `.to(...)` and `.type(...)` go through one method of every module, which sets
+`weight.data` to the converted weight; a tail would belong to nothing afterwards. Here the converted weight is its
+master: bit for bit in FP32 and FP64, and in another 16-bit dtype with a tail of that dtype. `copy.copy` and
+`DataParallel` give a copy whatever stands on the original, a forward that runs the original's weights among it; here
+the copy gets its own. Nothing of torch is changed: the methods stand on the instance. Left out: `weight.data = ...`
+written by others, which `storage_of` notices.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from duotone.errors import PolicyError
+from duotone.torch.casting.cast_forward import cast_forward_of
+from duotone.torch.casting.storage_plan import set_grad_dtype
+from duotone.torch.internals.training import CONVERT, REPLICATE, parameters_of
+from duotone.torch.kernels import SPLIT_DTYPES
+from duotone.torch.parameters.masters import beyond_range, read_master, store_master
+from duotone.torch.parameters.storage import NO_STORAGE, set_storage, storage_of
+
+_REDUCE = "__reduce_ex__"
+_NAMES = (CONVERT, REPLICATE, _REDUCE)
+
+
+class OwnMethods:
+    """The methods of one module that stand on the instance, in front of those of its class.
+
+    Args:
+        module: a module of a cast model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def install(self) -> None:
+        """Put the methods on the module."""
+        vars(self._module).update(self._by_name())
+
+    def _by_name(self) -> dict[str, Callable[..., Any]]:
+        return dict(zip(_NAMES, (self.convert, self.replicate, self.reduce), strict=True))
+
+    def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Convert the module as torch does, and have masters follow.
+
+        Raises:
+            PolicyError: a master is too large for a weight in FP16. It keeps its old weight then.
+        """
+        module = self._module
+        before = [
+            _Weight(name, param)
+            for name, param in parameters_of(module).items()
+            if param is not None and not isinstance(param, UninitializedParameter)
+        ]
+        was_in_float64 = _is_in_float64(module)
+        result = getattr(type(module), CONVERT)(module, *args, **kwargs)
+        for weight in before:
+            weight.follow(parameters_of(module)[weight.name])
+        if not was_in_float64 and _is_in_float64(module):
+            # no policy computes in FP64: it is as after `uncast`
+            remove_forward(module)
+        return result
+
+    def replicate(self) -> nn.Module:
+        """Return a replica as `DataParallel` makes them, which runs its own weights."""
+        replica = getattr(type(self._module), REPLICATE)(self._module)
+        vars(replica).update(_rebound(vars(replica), replica))
+        return replica
+
+    def reduce(self, protocol: Any) -> Any:
+        """Return what copies and pickles are made of; a shallow copy runs its own weights."""
+        cls = type(self._module)
+        make, arguments, state, *rest = cls.__reduce_ex__(self._module, protocol)
+        # deep copies and pickles make another of everything, bound to the other module
+        if sys._getframe(1).f_code is not copy.copy.__code__ or not isinstance(state, dict):
+            return make, arguments, state, *rest
+        copied = make(*arguments)
+        return _itself, (copied,), {**state, **_rebound(state, copied)}, *rest
+
+
+class _Weight:
+    """A parameter as it is before torch converts its module."""
+
+    def __init__(self, name: str, param: nn.Parameter) -> None:
+        self.name = name
+        self._param = param
+        self._storage = storage_of(param)
+        self._grad_dtype = param.grad_dtype
+        # with the memory that it has now
+        self._before = param.detach()
+        if self._storage.tail is not None:
+            set_storage(self._before, self._storage)
+
+    def follow(self, param: Any) -> None:
+        """Give the converted parameter its master and its record."""
+        before, storage = self._before, self._storage
+        if storage_of(param) == NO_STORAGE and storage != NO_STORAGE:
+            # torch has made another parameter, or exchanged all that this one is
+            set_storage(param, storage)
+        if param.is_meta and not before.is_meta:
+            # its values are gone, and what comes later has nothing to do with them
+            set_storage(param, storage.without_tail())
+        if param.dtype == before.dtype or storage.param is None or not before.is_floating_point():
+            self._restore_grad(param)
+            return
+        if not (before.is_meta or param.is_meta) and not _holds_all(param, before):
+            master = read_master(before)
+            largest = beyond_range(master, param.dtype) if storage.rounding is None else None
+            if largest is not None:
+                param.data = before
+                set_storage(param, storage)
+                self._restore_grad(param)
+                raise PolicyError(
+                    f'parameter "{storage.name or self.name}" holds {largest:.6g}, beyond FP16\'s largest 65504; '
+                    "keep it in bfloat16, or call float()"
+                )
+            store_master(param, master, storage)
+        self._restore_grad(param)
+
+    def _restore_grad(self, param: nn.Parameter) -> None:
+        if not param.is_floating_point() or self._storage.param is None:
+            return
+        kept = self._grad_dtype not in (None, self._before.dtype)
+        wanted = self._grad_dtype if kept else param.dtype
+        if param.grad_dtype != wanted or (param.grad is not None and param.grad.dtype != wanted):
+            set_grad_dtype(param, wanted)
+
+
+def _is_in_float64(module: nn.Module) -> bool:
+    """Return whether all floating-point parameters of a module and its parts are FP64."""
+    dtypes = (param.dtype for param in module.parameters() if param.is_floating_point())
+    first = next(dtypes, None)
+    return first == torch.float64 and all(dtype == torch.float64 for dtype in dtypes)
+
+
+def _holds_all(param: Tensor, before: Tensor) -> bool:
+    """Return whether torch's own conversion is that of the master: from FP32 and FP64 to one of them."""
+    return before.dtype not in SPLIT_DTYPES and param.dtype not in SPLIT_DTYPES
+
+
+def _rebound(attributes: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Return a shallow copy's attributes of Duotone's, bound to itself."""
+    forward = attributes.get("forward")
+    own: dict[str, Any] = OwnMethods(module)._by_name()
+    return {**own, "forward": forward.of_copy(module)} if hasattr(forward, "of_copy") else own
+
+
+def _itself(copied: nn.Module) -> nn.Module:
+    return copied
+
+
+def remove_forward(module: nn.Module) -> None:
+    """Give a module the forward and the methods back that it had before it was cast."""
+    for name in _NAMES:
+        vars(module).pop(name, None)
+    forward = cast_forward_of(module)
+    if forward is not None:
+        forward.remove()
