@@ -150,7 +150,7 @@ def test_every_page_is_in_the_index():
 def test_every_public_name_has_a_line_in_the_api():
     rows = re.findall(r"^\| `(\w+)` \| \S.* \|$", TEXTS[ROOT / "docs" / "api.md"], re.MULTILINE)
     assert sorted(rows) == sorted(duotone.torch.__all__)
-    assert len(rows) <= 30
+    assert len(rows) <= 31
 
 
 @pytest.mark.parametrize("name", ["evidence", "step", "casting"])

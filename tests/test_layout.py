@@ -129,6 +129,7 @@ def test_public_names() -> None:
         "convert_optimizer",
         "data_parallel",
         "explain",
+        "export",
         "fully_shard",
         "keep_float32",
         "load_checkpoint",

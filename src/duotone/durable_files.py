@@ -4,6 +4,8 @@ A text is written beside its place, flushed to the disk and renamed; whoever ope
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -14,12 +16,23 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: it could not be written; the old text is untouched, and nothing half-written stays.
     """
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside a file, and put what the body writes there in the file's place; or nothing, if it fails.
+
+    Raises:
+        OSError: it could not be flushed or renamed; the old file is untouched, and nothing half-written stays.
+    """
     partial = partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         flush(partial)
         os.replace(partial, path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
     flush(path.parent)

@@ -1,10 +1,13 @@
 """What the tests of duotone.torch share."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from duotone.errors import DuotoneWarning
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,3 +33,21 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def said(request: pytest.FixtureRequest) -> Iterator[Callable[[], list[str]]]:
+    """Return a function that returns what Duotone has warned of, which has to name lines of the test's own file.
+
+    What it says of CPUs without FP16 products is left out, for that depends on the machine.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+
+        def messages() -> list[str]:
+            ours = [each for each in caught if issubclass(each.category, DuotoneWarning)]
+            texts = [str(each.message) for each in ours]
+            assert {each.filename for each in ours} <= {str(request.path)}
+            return [text for text in texts if "this CPU has no FP16" not in text]
+
+        yield messages

@@ -14,6 +14,7 @@ import typer
 from duotone import __version__
 from duotone.cli.compare import compare_command
 from duotone.cli.explain import explain_command
+from duotone.cli.export import export_command
 from duotone.cli.formats import formats_command
 from duotone.cli.one_voice import exit_code_of
 from duotone.cli.ops import ops_command
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("train", cls=TrainCommand)(train_command)
 app.command("compare")(compare_command)
 app.command("explain")(explain_command)
+app.command("export")(export_command)
 app.command("formats")(formats_command)
 app.command("ops")(ops_command)
 

@@ -7,6 +7,8 @@ optimizer = dt.AdamW(model.parameters(), lr=3e-4)
 scaler = dt.LossScaler("fp16")
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 from duotone.torch import checkpoints
@@ -21,7 +23,10 @@ from duotone.torch.conversion import convert_optimizer, prepare
 from duotone.torch.distributed.data_parallel import data_parallel
 from duotone.torch.distributed.fully_shard import fully_shard
 from duotone.torch.explanation import explain
+from duotone.torch.exporting import export
 from duotone.torch.memory_use import memory
+from duotone.torch.near_misses import OF_MODULE as _OF_MODULE
+from duotone.torch.near_misses import missing as _missing
 from duotone.torch.optim import SGD, AdamW, Lion, MasterWeights
 from duotone.torch.parameters.masters import load_master_weights, master_weights
 from duotone.torch.scaling.grad_scaler import GradScaler
@@ -45,6 +50,7 @@ __all__ = [
     "convert_optimizer",
     "data_parallel",
     "explain",
+    "export",
     "fully_shard",
     "keep_float32",
     "load_checkpoint",
@@ -57,3 +63,9 @@ __all__ = [
     "save_checkpoint",
     "uncast",
 ]
+
+
+if not _TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(_missing("duotone.torch", name, _OF_MODULE, __all__))

@@ -13,6 +13,7 @@ from duotone.torch.casting.cast import cast
 from duotone.torch.internals.training import move_step_hooks
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.optim import OWN, FusedOptimizer, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
+from duotone.torch.parameters.plain_steps import ignore_plain_steps
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.loss_scaler import LossScaler
 
@@ -39,7 +40,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy |
     Raises:
         PolicyError: as `cast` does.
         OptimizerError: the optimizer can neither be replaced nor wrapped, or would keep moments in another dtype than
-            the policy. The model is unchanged then.
+            the policy; or model and optimizer are swapped. The model is unchanged then.
 
     >>> model = nn.Linear(2, 1)
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
@@ -47,6 +48,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, policy: Policy |
     >>> type(optimizer).__module__, optimizer.param_groups[0]["lr"]
     ('duotone.torch.optim.adamw', 0.0003)
     """
+    _check_order(model, optimizer)
     policy = Policy.parse(policy)
     _check_convertible(optimizer, policy)
     model = cast(model, policy)
@@ -88,6 +90,15 @@ def convert_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     if any(param.dtype in SPLIT_DTYPES or isinstance(param, UninitializedParameter) for param in params):
         return MasterWeights(optimizer)
     return optimizer
+
+
+def _check_order(model: object, optimizer: object) -> None:
+    if isinstance(model, torch.optim.Optimizer) or isinstance(optimizer, nn.Module):
+        raise OptimizerError(
+            f"prepare takes (model, optimizer, policy), but got a {type(model).__name__} in place of the model and a "
+            f"{type(optimizer).__name__} in place of the optimizer; swap them: model, optimizer, scaler = "
+            "prepare(model, optimizer, policy)"
+        )
 
 
 def _check_convertible(optimizer: torch.optim.Optimizer, policy: Policy) -> None:
@@ -137,6 +148,7 @@ def _taken_over(optimizer: torch.optim.Optimizer, kind: type[FusedOptimizer]) ->
     # whoever holds the old one, a scheduler for instance, changes the groups of the new one
     optimizer.param_groups = converted.param_groups
     move_step_hooks(optimizer, converted)
+    ignore_plain_steps(optimizer)
     optimizer.register_step_pre_hook(_refuse)
     return converted
 

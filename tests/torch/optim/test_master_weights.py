@@ -355,7 +355,7 @@ def test_a_closure_is_called_once_before_the_step():
     assert optimizer.step(closure).item() == 6.0
     assert len(called) == 1
     assert (weight < 1.0).all()
-    with pytest.raises(OptimizerError, match="closure recomputes the gradients; call it before the step"):
+    with pytest.raises(OptimizerError, match="the closure changed the gradients after the scaler had read them"):
         optimizer.step(closure, found_inf=GO)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import duotone.torch as dt
 from duotone.errors import PolicyError
+from duotone.policy import Policy
 from duotone.torch.casting.cast_forward import cast_forward_of
 from duotone.torch.kernels import Rounding
 from duotone.torch.parameters.shards import cut, local
@@ -248,7 +249,8 @@ def test_prepare_keeps_every_field_that_a_cast_does_not_set(policy: str, kind: A
     if kind is torch.optim.NAdam and "state" in policy:
         policy = "bf16"
     model = marked(policy)
-    records = {path: replace(storage, name=path) for path, storage in records_of(model).items()}
+    scale = Policy.parse(policy).loss_scale
+    records = {path: replace(each, name=path, loss_scale=scale) for path, each in records_of(model).items()}
     dt.prepare(model, kind(model.parameters()), policy)
     assert changed(model, records) == {}
 

@@ -147,15 +147,20 @@ def test_a_step_waits_for_nothing_but_what_was_sent_one_step_ago(policy, overflo
     scaler, flag = dt.LossScaler(policy), torch.tensor(overflows)
     stats = torch.ones((), dtype=torch.float64), flag
     monkeypatch.setattr("duotone.torch.kernels.grad_stats", lambda *arguments: stats)
-    receive = scaler._monitor._readback.receive
     received = []
 
-    def waiting_is_fine_here():
-        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
-            received.append(receive())
-        return received[-1]
+    def waiting_is_fine_in(readback, values):
+        receive = readback.receive
 
-    monkeypatch.setattr(scaler._monitor._readback, "receive", waiting_is_fine_here)
+        def waiting_is_fine_here():
+            with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+                values.append(receive())
+            return values[-1]
+
+        monkeypatch.setattr(readback, "receive", waiting_is_fine_here)
+
+    waiting_is_fine_in(scaler._monitor._readback, received)
+    waiting_is_fine_in(scaler._loop._readback, [])
     data = torch.randn(4, 3)
     scaler.scale(torch.ones(()))
     with NoReading(), NoWaiting():

@@ -23,6 +23,7 @@ from duotone.torch.internals.autograd import in_backward
 from duotone.torch.internals.dispatch import past_modes
 from duotone.torch.internals.training import active_ddp
 from duotone.torch.nested import cast_floating
+from duotone.torch.parameters.plain_steps import watch_plain_steps
 from duotone.torch.parameters.storage import set_storage, storage_of
 
 
@@ -132,6 +133,8 @@ class CastForward:
                 "it with that version's save_checkpoint, and load that"
             )
         self.__dict__.update(state)
+        # a process that loads a cast model may never cast one
+        watch_plain_steps()
         for param, grad_dtype in self.__dict__.pop("grad_dtypes"):
             param.grad_dtype = grad_dtype
 

@@ -52,7 +52,7 @@ def plan(model: nn.Module, policies: Mapping[str, ModulePolicy]) -> dict[nn.Para
 
 def in_float32(param: nn.Parameter) -> Storage:
     """Return how a parameter is stored as an FP32 weight."""
-    return replace(storage_of(param), **_FLOAT32)
+    return replace(storage_of(param), **_FLOAT32, loss_scale=None)
 
 
 def apply(param: nn.Parameter, storage: Storage) -> None:

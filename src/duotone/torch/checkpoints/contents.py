@@ -167,6 +167,9 @@ def _contents(
         "policy": None if policy is None else policy.to_json(),
         "model": _model_tensors(model),
         "tails": _tails(model),
+        # for those who read weights without a model
+        "buffers": [name for name, value in _model_tensors(model).items() if not isinstance(value, nn.Parameter)],
+        "tied": _tied_names(model),
         "optimizer": None if optimizer is None else optimizer.state_dict(),
         "optimizer_parameters": None if optimizer is None else _parameter_names(model, optimizer),
         "scaler": scaler_state,
@@ -229,6 +232,14 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(value))
             unique[name] = value
     return unique
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the first name of each tensor that has several, by the others."""
+    first = {id(value): name for name, value in _model_tensors(model).items()}
+    return {
+        name: first[id(value)] for name, value in model.state_dict(keep_vars=True).items() if first[id(value)] != name
+    }
 
 
 def _tails(model: nn.Module) -> dict[str, Tensor]:

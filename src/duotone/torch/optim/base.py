@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
+from duotone.torch.internals.tensors import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Backend
 from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail
 from duotone.torch.parameters.storage import storage_of
@@ -27,6 +28,8 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
     """
 
     backend: Backend = "auto"
+    # who watches the steps of all optimizers asks for it
+    keeps_masters = True
 
     @abstractmethod
     def step(  # type: ignore[override]
@@ -39,7 +42,8 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: re-evaluates the model and returns the loss, as in torch; not together with the others.
+            closure: re-evaluates the model and returns the loss, as in torch; together with the others it may not
+                change gradients.
             grad_multiplier: FP32, 0-d, on the device; what gradients are multiplied by. Default 1.
             found_inf: bool, 0-d, on the device; if true nothing at all is changed. Default false.
 
@@ -47,8 +51,8 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
             What the closure returned, or None.
 
         Raises:
-            OptimizerError: a gradient is sparse, a parameter has moved to another device, or a closure comes together
-                with one of the scalars.
+            OptimizerError: a gradient is sparse, a parameter has moved to another device, or a closure that comes
+                together with one of the scalars changes gradients.
         """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -149,18 +153,35 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
                 )
 
 
-def run_closure(closure: Callable[[], Tensor] | None, *scalars: Tensor | None) -> Tensor | None:
+def run_closure(
+    optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor] | None, *scalars: Tensor | None
+) -> Tensor | None:
     """Return what a closure returns, with gradients enabled; None if there is none.
 
+    Frameworks give every step a closure, Lightning in manual optimization one that does nothing.
+
     Raises:
-        OptimizerError: the step was given scalars besides.
+        OptimizerError: the step was given scalars, and the closure changed the gradients that they belong to.
     """
     if closure is None:
         return None
-    if any(scalar is not None for scalar in scalars):
-        raise OptimizerError("a closure recomputes the gradients; call it before the step, not in it")
+    before = None if all(scalar is None for scalar in scalars) else _gradients(optimizer)
     with torch.enable_grad():
-        return closure()
+        loss = closure()
+    if before is not None and not all(
+        old is new and version == version_now
+        for (old, version), (new, version_now) in zip(before, _gradients(optimizer), strict=True)
+    ):
+        raise OptimizerError(
+            "the closure changed the gradients after the scaler had read them; call it before the step, or give it to "
+            "the scaler: scaler.step(optimizer, closure=closure)"
+        )
+    return loss
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor | None, int]]:
+    grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
+    return [(grad, 0 if grad is None else version_of(grad)) for grad in grads]
 
 
 def check_parameters(params: Iterable[Tensor]) -> None:
@@ -173,7 +194,8 @@ def check_parameters(params: Iterable[Tensor]) -> None:
         if param.dtype not in _DTYPES:
             raise OptimizerError(
                 f"a MasterOptimizer cannot update a parameter in {param.dtype}; allowed are float32, bfloat16 and "
-                "float16: call model.float() after model.double(), or give the others to a torch optimizer"
+                "float16: call model.float() after model.double(); leave others out, give them to a torch optimizer of "
+                "their own, and both to the scaler: scaler.step(optimizer, other)"
             )
 
 

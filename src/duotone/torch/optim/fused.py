@@ -74,7 +74,7 @@ class FusedOptimizer(MasterOptimizer):
         Returns:
             What the closure returned.
         """
-        loss = run_closure(closure, grad_multiplier, found_inf)
+        loss = run_closure(self, closure, grad_multiplier, found_inf)
         settings = [self._settings(group) for group in self.param_groups]
         by_device = self._gathering.operands(
             self.param_groups, self.state, self._update.names_in, self._operands_by_device

@@ -36,6 +36,7 @@ from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master
+from duotone.torch.parameters.plain_steps import ignore_plain_steps
 from duotone.torch.parameters.storage import other_attributes, set_tail, storage_of
 
 # schedule-free optimizers train at one point and are evaluated at another: these go from one to the other
@@ -96,6 +97,7 @@ class MasterWeights(MasterOptimizer):
         self._is_inside = False
         super().__setstate__({})
         # torch copies and pickles optimizers without their hooks
+        ignore_plain_steps(self.optimizer)
         self.optimizer.register_step_pre_hook(self._refuse_outside)
         self.optimizer.register_load_state_dict_pre_hook(self._refuse_outside)
         for name in _EXCHANGES:
@@ -132,7 +134,7 @@ class MasterWeights(MasterOptimizer):
 
         A closure is called once, before the step: the wrapped optimizer does not get to see it.
         """
-        loss = run_closure(closure, grad_multiplier, found_inf)
+        loss = run_closure(self, closure, grad_multiplier, found_inf)
         params = {}
         for index, (param, _) in enumerate(self._parameters()):
             if param.grad is not None:

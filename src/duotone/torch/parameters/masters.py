@@ -72,7 +72,7 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
         # of a cast parameter the record knows best: an optimizer may hold the tail of a weight that was there before
         tail = storage.tail
     if tail is None:
-        _check_not_lost(param)
+        check_not_lost(param)
     # a tail without memory belongs to a weight that had none either
     if tail is None or (tail.is_meta and not param.is_meta):
         tail = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
@@ -86,7 +86,12 @@ def has_lost_tail(param: Tensor) -> bool:
     return param.dtype in SPLIT_DTYPES and shards.is_shard(param) and storage_of(param) == NO_STORAGE
 
 
-def _check_not_lost(param: Tensor) -> None:
+def check_not_lost(param: Tensor) -> None:
+    """Raise if a parameter has lost its tail.
+
+    Raises:
+        OptimizerError: a DTensor was made from it without its record.
+    """
     if has_lost_tail(param):
         raise OptimizerError(
             f"a sharded parameter in {param.dtype}, of shape {tuple(param.shape)}, has lost its tail, and with it the "
@@ -209,7 +214,7 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
         tail = optimizer.state.get(param, {}).get("tail") if optimizer is not None else None
         recorded = storage_of(param).tail
         if tail is None:
-            _check_not_lost(param)
+            check_not_lost(param)
         # one that the optimizer holds of a weight that is no longer 16-bit goes at its next step
         elif tail is not recorded and (recorded is not None or param.dtype in SPLIT_DTYPES):
             raise OptimizerError(

@@ -39,6 +39,7 @@ class Storage:
         tail: int16, shaped like the weight: the bits that it lacks to be its FP32 master; None if there are none.
         weight_dtype: dtype of the weight that `tail` was made for; None without a tail.
         weight_shape: shape of that weight, of a DTensor the whole; None without a tail.
+        loss_scale: of the policy: "none", "dynamic" or a number; None if the parameter was never cast.
         name: the parameter's name in the model that was cast.
         order: how many parameters of that model come before it.
         ranks: the ranks that `data_parallel` keeps copies of the parameter on, as `distributed.agreement.SharedBy`.
@@ -61,6 +62,7 @@ class Storage:
     tail: Tensor | None = field(default=None, compare=False)
     weight_dtype: torch.dtype | None = None
     weight_shape: torch.Size | None = None
+    loss_scale: float | str | None = None
     name: str | None = None
     order: int = 0
     ranks: Any = None

@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, overload
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from duotone.torch.internals.dispatch import has_no_cuda
 from duotone.torch.internals.training import OptState, check_grad_scaler, new_optimizer_state, update_scale
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.optim.foreign import fused_step, loses_float16_updates, skips_on_device, takes_scaler
+from duotone.torch.parameters.plain_steps import say_if_updates_are_rounded, scaled_losses, watch_plain_steps
 from duotone.torch.parameters.shards import local
 from duotone.torch.scaling.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
 from duotone.torch.scaling.unscale import narrow, unscale_, unscale_and_check_
@@ -88,6 +90,7 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         check_grad_scaler(self)
         self._alarm = ScaleAlarm()
+        watch_plain_steps()
 
     @overload
     def scale(self, outputs: Tensor) -> Tensor: ...
@@ -114,6 +117,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):
+            scaled_losses[id(self)] = ref(outputs)
             return _at_least_float32(outputs) * self._scale_on(outputs.device)
         # some of the losses may go backward when the scale has moved on
         copies: dict[torch.device, Tensor] = {}
@@ -143,6 +147,7 @@ class GradScaler(torch.amp.GradScaler):
             OptimizerError: a gradient is in FP16, and the optimizer keeps no masters.
             AssertionError: nothing was ever scaled.
         """
+        scaled_losses.pop(id(self), None)
         super().unscale_(optimizer)
         if self._enabled:
             self._per_optimizer_states[id(optimizer)]["optimizer"] = optimizer
@@ -170,6 +175,7 @@ class GradScaler(torch.amp.GradScaler):
         if "closure" in kwargs or any(map(callable, args)):
             raise RuntimeError("Closure use is not currently supported if GradScaler is enabled.")
         scale, _ = self._check_scale_growth_tracker("step")
+        scaled_losses.pop(id(self), None)
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
@@ -182,7 +188,9 @@ class GradScaler(torch.amp.GradScaler):
                 multiplier = scale.reciprocal()
             found_inf = _sum(state["found_inf_per_device"].values(), scale.device) != 0
             returned = optimizer.step(*args, grad_multiplier=multiplier, found_inf=found_inf, **kwargs)
-        elif not skips_on_device(optimizer):
+            state["stage"] = OptState.STEPPED
+            return returned
+        if not skips_on_device(optimizer):
             if state["stage"] is OptState.READY:
                 self.unscale_(optimizer)
             returned = self._maybe_opt_step(optimizer, state, *args, **kwargs)
@@ -197,6 +205,7 @@ class GradScaler(torch.amp.GradScaler):
             returned = optimizer.step(*args, **kwargs, grad_scaler=self)  # type: ignore[call-arg]
         else:
             returned = self._step_fused(optimizer, state, scale, args, kwargs)
+        say_if_updates_are_rounded(optimizer)
         state["stage"] = OptState.STEPPED
         return returned
 

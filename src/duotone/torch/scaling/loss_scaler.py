@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from torch import Tensor
 from duotone.errors import LossScaleError, nearest_names
 from duotone.loss_scale import LossScale, LossScaleState
 from duotone.policy import Policy
+from duotone.torch.near_misses import OF_SCALER, missing
+from duotone.torch.parameters.plain_steps import scaled_losses, watch_plain_steps
 from duotone.torch.scaling.device_scale import DeviceScale, initial_scale
+from duotone.torch.scaling.loop_check import FEWEST, LoopCheck, is_written_into
 from duotone.torch.scaling.losses import Losses
 from duotone.torch.scaling.monitor import StepMonitor
 from duotone.torch.scaling.outcome import Outcome
@@ -74,6 +78,8 @@ class LossScaler:
         self._found_inf_ahead: dict[int, Tensor] = {}
         self._widened: list[Tensor] = []
         self._monitor = StepMonitor(patience)
+        self._loop = LoopCheck(looks_for_clipping=not self.settings.is_none)
+        watch_plain_steps()
 
     def __repr__(self) -> str:
         state = self._scale.numbers()
@@ -166,6 +172,7 @@ class LossScaler:
             return
         self._check_scaled()
         self._scale = self._scale.to(step.device)
+        scaled_losses.pop(id(self), None)
         inverse_scale = self.loss_scale.reciprocal()
         step.read(inverse_scale)
         (part,) = step.parts
@@ -216,10 +223,18 @@ class LossScaler:
             self._end_without_gradients(step)
             return report
         self._begin(step)
+        if not self._loop.known.issuperset(map(id, optimizers)):
+            self._loop.look_at(optimizers, self.settings)
         loss_scale = self.loss_scale
         # alone, a rank knows its losses
         own = self._losses.any_non_finite(step.device) if step.agreement.is_needed else None
         non_finite_loss = step.read(loss_scale.reciprocal(), own)
+        losses, first = self._losses.count, step.parts[0]
+        if losses >= FEWEST:
+            self._loop.say_if_sums_are_rounded(losses, first.grads)
+        if self._loop.looks_for_clipping and first.found_inf_ahead is None and is_written_into(first.grads, losses):
+            scaled_norm = first.sum_of_squares.sqrt() * loss_scale
+            self._loop.look_for_clipping(scaled_norm, on_host=self._scale.on_host)
         for part in step.parts:
             part.update(clip_norm)
         self._end(step, non_finite_loss, schedules)
@@ -259,13 +274,24 @@ class LossScaler:
         # gradients that are there carry another scale
         self._forget_losses()
         self._monitor = StepMonitor(self._patience)
+        self._loop = LoopCheck(looks_for_clipping=not settings.is_none)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._found_inf_ahead:
             raise LossScaleError("gradients are unscaled and the step is still to come; copy or pickle after the step")
         self.drain()
         # who the other ranks are does not go into a file
-        return {**self.__dict__, "process_group": None, "_monitor": StepMonitor(self._patience)}
+        return {
+            **self.__dict__,
+            "process_group": None,
+            "_monitor": StepMonitor(self._patience),
+            "_loop": LoopCheck(looks_for_clipping=not self.settings.is_none),
+        }
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(missing("a LossScaler", name, OF_SCALER, dir(type(self))))
 
     def _scaled(self, loss: Tensor) -> Tensor:
         if not isinstance(loss, Tensor) or not loss.is_floating_point():
@@ -274,7 +300,10 @@ class LossScaler:
         self._scale = self._scale.to(loss.device)
         self._losses.add(loss, on_host=self._scale.on_host)
         # times 1 would be an operation there and one on the way back
-        return loss.float() if self.settings.is_none else loss.float() * self._scale.state.scale
+        if self.settings.is_none:
+            return loss.float()
+        scaled_losses[id(self)] = ref(loss)
+        return loss.float() * self._scale.state.scale
 
     def _check_scaled(self) -> None:
         if not self._scale.settings.is_none and self._losses.count == 0:
@@ -286,6 +315,7 @@ class LossScaler:
 
     def _begin(self, step: Step) -> None:
         self._check_scaled()
+        scaled_losses.pop(id(self), None)
         if not self._found_inf_ahead.keys() <= set(map(id, step.optimizers)):
             raise LossScaleError(
                 "unscale_ was called for an optimizer that is not among these; give all optimizers of a step to one "
@@ -332,6 +362,7 @@ class LossScaler:
         self._forget_losses()
 
     def _forget_losses(self) -> None:
+        scaled_losses.pop(id(self), None)
         if self._widened:
             narrow(self._widened)
         self._losses, self._found_inf_ahead, self._widened = Losses(), {}, []

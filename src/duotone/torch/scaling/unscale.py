@@ -77,6 +77,8 @@ def unscale_and_check_(
     for param in params:
         if param.grad is not None:
             part = _values_of(param)
+            # torch's kernel takes real numbers
+            part = torch.view_as_real(part) if part.is_complex() else part
             parts.setdefault((part.device, part.dtype), []).append(part)
     flags: dict[torch.device, Tensor] = {}
     for (device, _), grads in parts.items():
