@@ -14,7 +14,7 @@ from duotone.errors import AverageError, DuotoneWarning
 
 from .models import ByHand, backward, bits, small
 
-POLICIES = ["bf16", "fp16", "fp32", "bf16-mixed", "bf16-true,rounding=stochastic", None]
+POLICIES = ["bf16", "fp16,loss_scale=1", "fp32", "bf16-mixed", "bf16-true,rounding=stochastic", None]
 
 
 def assert_same(average: dt.Average, by_hand: ByHand) -> None:
@@ -187,7 +187,7 @@ def test_a_parameter_that_was_replaced_is_refused():
 def test_a_model_that_is_cast_or_moves_its_weights_later_is_followed():
     model = small(None)
     average, by_hand = dt.Average(model, decay=0.9), ByHand(model, 0.9)
-    for policy in ("bf16", "fp16", "fp32"):
+    for policy in ("bf16", "fp16,loss_scale=1", "fp32"):
         dt.cast(model, policy)
         for param in model.parameters():
             param.data = param.data.clone()

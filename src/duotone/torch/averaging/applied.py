@@ -4,7 +4,7 @@ Weights and tails are written where they lie, so that optimizers, shards and cap
 after as before. What was in them is kept aside meanwhile: 4 bytes per parameter, and the buffers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,13 +32,13 @@ class _Kept(NamedTuple):
     tail_before: Tensor | None
 
 
-def check_own_weights(params: Sequence[Tensor], action: str) -> None:
+def check_own_weights(params: Iterable[Tensor], action: str) -> None:
     """Raise if a parameter holds an average instead of its own master.
 
     Raises:
         AverageError: it does.
     """
-    if not _held.isdisjoint(map(id, params)):
+    if _held and not _held.isdisjoint(map(id, params)):
         raise AverageError(
             f"cannot {action}: the model holds averages, not its own weights; do that after the block of "
             "average.applied(model)"
@@ -90,6 +90,8 @@ def _keep(param: Tensor) -> _Kept:
 
 def _give_back(kept: _Kept) -> None:
     param, tail, weight_before, tail_before = kept
+    if shards.local(param).shape != weight_before.shape:
+        param.data = shards.like(weight_before.clone(), param)
     resident = shards.local(param.detach())
     if resident.dtype != weight_before.dtype:
         # cast to another policy inside

@@ -105,8 +105,10 @@ class Average:
         skipped = self._steps.take()
         if skipped is True:
             return
+        known = len(self._store.params)
         batches = self._store.batches()
-        self._steps.follow(self._store.params.values())
+        if len(self._store.params) != known:
+            self._steps.follow(self._store.params.values())
         if skipped is False:
             skipped = torch.zeros((), dtype=torch.bool, device=self._updates.device)
         skipped = skipped.to(self._updates.device)
@@ -210,7 +212,7 @@ class Average:
         self._steps.follow(self._store.params.values())
 
     def _check_own_weights(self, action: str) -> None:
-        check_own_weights(list(self._store.params.values()), action)
+        check_own_weights(self._store.params.values(), action)
 
     def _warn_if_never_updated(self, stacklevel: int) -> None:
         if not self._has_updated and not self._has_warned and self._store.have_moved():

@@ -30,6 +30,7 @@ from duotone.torch.casting.storage_plan import (
 )
 from duotone.torch.internals.training import parameters_of
 from duotone.torch.kernels import SPLIT_DTYPES
+from duotone.torch.parameters.foreign_averages import watch_foreign_averages
 from duotone.torch.parameters.plain_steps import watch_plain_steps
 from duotone.torch.parameters.shards import is_shard, is_sharded
 from duotone.torch.parameters.storage import set_storage, storage_of
@@ -81,6 +82,7 @@ def cast(model: Module, policy: Policy | str) -> Module:
     for order, (name, param) in enumerate(model.named_parameters()):
         set_storage(param, replace(storage_of(param), loss_scale=policy.loss_scale, name=name, order=order))
     watch_plain_steps()
+    watch_foreign_averages()
     for path, module in model.named_modules():
         forward = _forward_for(module, path, policy, policies[path])
         if forward is not None:

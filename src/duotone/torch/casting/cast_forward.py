@@ -23,6 +23,7 @@ from duotone.torch.internals.autograd import in_backward
 from duotone.torch.internals.dispatch import past_modes
 from duotone.torch.internals.training import active_ddp
 from duotone.torch.nested import cast_floating
+from duotone.torch.parameters.foreign_averages import say_if_copied_for_average
 from duotone.torch.parameters.plain_steps import watch_plain_steps
 from duotone.torch.parameters.storage import set_storage, storage_of
 
@@ -111,6 +112,8 @@ class CastForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
         copied = object.__new__(CastForward)
         memo[id(self)] = copied
+        if self._output is not None:
+            say_if_copied_for_average(self._module)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         # torch copies a parameter without its attributes; a module's parameters are copied before its forward
         for param in self._module.parameters():

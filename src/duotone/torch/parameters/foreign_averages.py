@@ -1,0 +1,159 @@
+"""Averages of 16-bit weights that others keep, in 16 bits, where small steps are lost: noticed, and warned of once.
+
+Nothing tells that a tensor is meant as an average, so two things are looked at. Classes that are known to average copy
+a cast model when they are made. Any other average, of clones for instance, is a tensor of a weight's shape that
+somebody writes in place between steps, again and again, and that comes near the weight without ever being it: a few
+times in a run such tensors are looked for among all objects, and followed for some steps.
+
+Left out: averages that are written past autograd's counts of versions (`tensor.data.lerp_`) and made by no known class,
+and those of sharded weights.
+"""
+
+import gc
+import sys
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from duotone.torch.call_site import warn
+from duotone.torch.internals.autograd import version_of
+from duotone.torch.kernels import SPLIT_DTYPES
+from duotone.torch.kernels.uncompiled import uncompiled
+from duotone.torch.parameters.shards import is_shard
+from duotone.torch.parameters.storage import storage_of
+
+# whose constructors copy a model to average into the copy, and in which modules they are
+_CLASSES = {
+    "torch.optim.swa_utils": "AveragedModel",
+    "timm.utils.model_ema": "timm's ModelEma",
+    "ema_pytorch.ema_pytorch": "ema-pytorch's EMA",
+}
+# the steps of an optimizer before which tensors are looked for, which takes some 0.2 microseconds for each object of
+# the process; for how many steps what was found is followed; how many of its elements are compared
+_SCANS, _FOLLOWED, _SAMPLE = (2, 32, 1024), 6, 4096
+_STEPS, _CANDIDATES = "_duotone_steps", "_duotone_candidates"
+_KINDS = frozenset((Tensor, nn.Parameter))
+_registered: list[Any] = []
+# the weights of whose averages it was said, by their `id`
+_said: "dict[int, ref[Tensor]]" = {}
+_WAY_OUT = "small steps of it are lost; use duotone.torch.Average(model), which averages the FP32 masters"
+
+
+def watch_foreign_averages() -> None:
+    """Look before steps of every optimizer, from now on; a second call changes nothing."""
+    if not _registered:
+        _registered.append(register_optimizer_step_pre_hook(_before_step))
+
+
+def say_if_copied_for_average(module: nn.Module) -> None:
+    """Warn if a class that is known to average is copying a cast model."""
+    weights = list(filter(_is_rounded, module.parameters()))
+    # parts of a model are copied one by one
+    if not weights or any(map(_is_known, weights)):
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = _CLASSES.get(frame.f_globals.get("__name__", ""))
+        if name is not None:
+            _said.update({id(weight): ref(weight) for weight in weights})
+            between = "copy", *(module.partition(".")[0] for module in _CLASSES)
+            warn(f"{name} copies a cast model to average its 16-bit weights in 16 bits, where {_WAY_OUT}", between)
+            return
+        frame = frame.f_back
+
+
+class _Candidate:
+    """A tensor that may be an average of a weight."""
+
+    def __init__(self, tensor: Tensor, weight: Tensor) -> None:
+        self._tensor, self._weight = ref(tensor), ref(weight)
+        self._version = version_of(tensor)
+        self._writes = 0
+
+    def is_average(self) -> bool:
+        """Return whether it was written since the last call, not for the first time, and is near the weight."""
+        tensor, weight = self._tensor(), self._weight()
+        if tensor is None or weight is None:
+            return False
+        before, self._version = self._version, version_of(tensor)
+        if self._version == before:
+            return False
+        self._writes += 1
+        if self._writes < 2 or tensor.shape != weight.shape:
+            return False
+        own, other = (each.detach().reshape(-1)[:_SAMPLE].float().cpu() for each in (tensor, weight))
+        distance = (own - other).norm().item()
+        # a copy that follows the weight is that weight before the next step
+        return 0.0 < distance < 0.5 * other.norm().item() and not _is_trained(tensor)
+
+
+def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    # a compiler would compile anew for each count
+    if torch.compiler.is_compiling():
+        return
+    held = optimizer.__dict__
+    held[_STEPS] = steps = held.get(_STEPS, 0) + 1
+    if steps in _SCANS or _CANDIDATES in held:
+        _look(optimizer, steps)
+
+
+@uncompiled
+@torch.no_grad()
+def _look(optimizer: Optimizer, steps: int) -> None:
+    held = vars(optimizer)
+    if steps in _SCANS:
+        held[_CANDIDATES] = steps, _candidates(optimizer)
+        return
+    since, candidates = held[_CANDIDATES]
+    if any(candidate.is_average() for candidate in candidates):
+        del held[_CANDIDATES]
+        # once for each optimizer
+        held[_STEPS] = _SCANS[-1]
+        warn(f"somebody averages 16-bit weights of a cast model in a 16-bit tensor, in place, where {_WAY_OUT}")
+    elif steps - since >= _FOLLOWED or not candidates:
+        del held[_CANDIDATES]
+
+
+def _candidates(optimizer: Optimizer) -> list[_Candidate]:
+    """Return what looks like an average of the largest of an optimizer's 16-bit weights."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    rounded = [param for param in params if _is_rounded(param) and param.requires_grad and not is_shard(param)]
+    if not rounded:
+        return []
+    weight = max(rounded, key=Tensor.numel)
+    if _is_known(weight):
+        return []
+    own = set(map(id, params))
+    return [
+        _Candidate(tensor, weight)
+        for tensor in gc.get_objects()
+        # exactly these types: a subclass may have no memory
+        if type(tensor) in _KINDS
+        and tensor.dtype == weight.dtype
+        and tensor.shape == weight.shape
+        and tensor.layout is torch.strided
+        and id(tensor) not in own
+        and tensor.data_ptr() != weight.data_ptr()
+    ]
+
+
+def _is_rounded(param: Tensor) -> bool:
+    return param.dtype in SPLIT_DTYPES and storage_of(param).param is not None
+
+
+def _is_known(weight: Tensor) -> bool:
+    said = _said.get(id(weight))
+    return said is not None and said() is weight
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    """Return whether an optimizer has a tensor among its parameters."""
+    # not isinstance, which asks objects that stand for others what they are
+    optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    return any(param is tensor for group in groups for param in group["params"])

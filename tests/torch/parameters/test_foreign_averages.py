@@ -1,0 +1,185 @@
+"""Averages of 16-bit weights in 16 bits are warned of, whoever keeps them; copies that are no averages are not."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import duotone.torch as dt
+from duotone.errors import DuotoneWarning
+
+MESSAGE = r"averages? (its )?16-bit weights .*small steps of it are lost; use duotone\.torch\.Average\(model\)"
+ONE_MINUS_DECAY = 1e-3
+Update = Callable[[], None]
+
+
+@pytest.fixture(autouse=True)
+def nothing_else_warns() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "this CPU has no FP16")
+        yield
+
+
+def made(policy: str | None = "bf16") -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4, bias=False))
+    if policy is not None:
+        dt.cast(model, policy)
+    return model, dt.AdamW(model.parameters(), lr=1e-3, backend="reference")
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, update: Update, steps: int) -> None:
+    for step in range(steps):
+        inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        (model(inputs) - 3.0).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update()
+
+
+def detached(model: nn.Module) -> list[Tensor]:
+    return [param.detach() for param in model.parameters()]
+
+
+def clones(model: nn.Module, *, foreach: bool) -> Update:
+    """As diffusers 0.42's `EMAModel` does it."""
+    shadows = [param.clone().detach() for param in model.parameters()]
+
+    def update() -> None:
+        params = detached(model)
+        if foreach:
+            torch._foreach_sub_(shadows, torch._foreach_sub(shadows, params), alpha=ONE_MINUS_DECAY)
+        else:
+            for shadow, param in zip(shadows, params, strict=True):
+                shadow.sub_(ONE_MINUS_DECAY * (shadow - param))
+
+    return update
+
+
+def lerp_of_a_copy(model: nn.Module) -> Update:
+    averaged = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update() -> None:
+        for average, param in zip(averaged.parameters(), model.parameters(), strict=True):
+            average.lerp_(param, ONE_MINUS_DECAY)
+
+    return update
+
+
+def products_in_a_state_dict(model: nn.Module) -> Update:
+    averages = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def update() -> None:
+        for name, value in model.state_dict().items():
+            averages[name].mul_(1 - ONE_MINUS_DECAY).add_(value, alpha=ONE_MINUS_DECAY)
+
+    return update
+
+
+AVERAGES = {
+    "clones": lambda model: clones(model, foreach=False),
+    "clones foreach": lambda model: clones(model, foreach=True),
+    "lerp of a copy": lerp_of_a_copy,
+    "products in a state dict": products_in_a_state_dict,
+}
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1", "bf16-true,rounding=stochastic"])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_in_16_bits_is_warned_of_in_the_first_steps(policy, kind):
+    model, optimizer = made(policy)
+    update = AVERAGES[kind](model)
+    with pytest.raises(DuotoneWarning, match=MESSAGE):
+        train(model, optimizer, update, 5)
+    # once for each optimizer
+    train(model, optimizer, update, 40)
+
+
+@pytest.mark.parametrize("policy", [None, "fp32", "bf16-mixed"])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_in_float32_is_none_of_our_business(policy, kind):
+    model, optimizer = made(policy)
+    train(model, optimizer, AVERAGES[kind](model), 8)
+
+
+def test_an_average_that_begins_later_is_found_too():
+    model, optimizer = made()
+    train(model, optimizer, lambda: None, 20)
+    update = clones(model, foreach=False)
+    with pytest.raises(DuotoneWarning, match=MESSAGE):
+        train(model, optimizer, update, 20)
+
+
+def test_masters_around_a_torch_optimizer():
+    model, _ = made()
+    optimizer = dt.MasterWeights(torch.optim.NAdam(model.parameters(), lr=1e-3))
+    update = clones(model, foreach=False)
+    with pytest.raises(DuotoneWarning, match=MESSAGE):
+        train(model, optimizer, update, 5)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1"])
+def test_torchs_averaged_model_is_warned_of_when_it_is_made(policy):
+    model, optimizer = made(policy)
+    with pytest.warns(DuotoneWarning, match=f"AveragedModel copies a cast model to {MESSAGE}") as seen:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    assert [each.filename for each in seen] == [__file__]
+    # and not a second time
+    train(model, optimizer, lambda: averaged.update_parameters(model), 8)
+    uncast, _ = made("bf16-mixed")
+    AveragedModel(uncast)
+    # parts with rules of their own are no models of their own
+    with pytest.warns(DuotoneWarning, match=MESSAGE) as seen:
+        AveragedModel(dt.cast(made(None)[0], "bf16; 1: output=float32"))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("module", ["timm.utils.model_ema", "ema_pytorch.ema_pytorch"])
+def test_so_are_those_of_other_libraries(module):
+    # a constructor of this form, in a module of this name
+    namespace = {"__name__": module, "deepcopy": copy.deepcopy}
+    exec("class Ema:\n    def __init__(self, model):\n        self.module = deepcopy(model)", namespace)
+    model, _ = made()
+    with pytest.warns(DuotoneWarning, match=f"copies a cast model to {MESSAGE}") as seen:
+        namespace["Ema"](model)
+    assert [each.filename for each in seen] == [__file__]
+
+
+def follow(model: nn.Module) -> Update:
+    copied = copy.deepcopy(model)
+    return lambda: copied.load_state_dict(model.state_dict())
+
+
+def average_masters(model: nn.Module) -> Update:
+    return dt.Average(model).update
+
+
+def train_a_twin(model: nn.Module) -> Update:
+    twin = copy.deepcopy(model)
+    optimizer = dt.SGD(twin.parameters(), lr=1e-3, backend="reference")
+    return lambda: train(twin, optimizer, lambda: None, 1)
+
+
+def fill_a_buffer(model: nn.Module) -> Update:
+    buffers = [torch.zeros_like(param).detach() for param in model.parameters()]
+    return lambda: torch._foreach_add_(buffers, 1.0)
+
+
+@pytest.mark.parametrize("kind", [copy.deepcopy, follow, average_masters, train_a_twin, fill_a_buffer])
+def test_what_is_no_average_is_not_warned_of(kind):
+    model, optimizer = made()
+    update = kind(model)
+    train(model, optimizer, update if callable(update) and not isinstance(update, nn.Module) else lambda: None, 40)
+
+
+def test_state_in_16_bits_and_gradients_that_stay_are_no_averages():
+    model, _ = made("bf16,state=bfloat16")
+    optimizer = dt.AdamW(model.parameters(), lr=1e-3, backend="reference")
+    optimizer.zero_grad = lambda: torch.optim.Optimizer.zero_grad(optimizer, set_to_none=False)
+    train(model, optimizer, lambda: None, 8)
