@@ -55,8 +55,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test  ## measure the step and casting, about six minutes on two cores
+bench: $(VENV)/.installed-test  ## measure the step, averages and casting, about six minutes on two cores
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/casting.py
 
 docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is an error

@@ -1,5 +1,6 @@
 """Averages of masters: beside averages by hand in every bit, over skipped steps, and for every kind of parameter."""
 
+import copy
 import gc
 import warnings
 
@@ -158,6 +159,39 @@ def test_no_hook_stays_behind():
     gc.collect()
     assert len(torchs._global_optimizer_post_hooks) == before
     assert len(torchs._global_optimizer_pre_hooks) == pre_hooks
+
+
+def test_a_deep_copy_goes_its_own_way():
+    model = small("bf16")
+    average = dt.Average(model, decay=0.5)
+    optimizer = dt.AdamW(model.parameters(), lr=1e-2)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, average: dt.Average) -> None:
+        backward(model, 0)
+        optimizer.step()
+        average.update()
+
+    train(model, optimizer, average)
+    copied_model, copied = copy.deepcopy((model, average))
+    before = bits(average.state_dict())
+    assert bits(copied.state_dict()) == before
+    train(copied_model, dt.AdamW(copied_model.parameters(), lr=1e-2), copied)
+    assert bits(average.state_dict()) == before
+    assert copied.updates.item() == 2
+    # nobody has stepped this one
+    average.update()
+    assert bits(average.state_dict()) == before
+
+
+def test_weights_that_were_never_cast_and_have_no_masters_are_warned_of():
+    model = nn.Linear(2, 1).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    average = dt.Average(model)
+    model(torch.ones(1, 2, dtype=torch.bfloat16)).sum().backward()
+    with pytest.warns(DuotoneWarning, match=r"AdamW rounds updates of weights in torch\.bfloat16"):
+        optimizer.step()
+    average.update()
+    assert torch.equal(average.state_dict()["averages"]["weight"], model.weight.float())
 
 
 def test_what_is_unfrozen_is_taken_up():

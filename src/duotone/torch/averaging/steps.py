@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from duotone.torch.parameters.plain_steps import say_if_updates_are_rounded
+
 
 class Steps:
     """Sees the steps of the optimizers of some parameters.
@@ -30,7 +32,6 @@ class Steps:
     """
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self._ids: frozenset[int] = frozenset()
         self.follow(params)
         self._has_seen_any = False
         # what is known of the steps since the last look: whether one was taken for sure, else the flags of all
@@ -39,9 +40,14 @@ class Steps:
         handle = register_optimizer_step_post_hook(_recorder(weakref.ref(self)))
         weakref.finalize(self, handle.remove)
 
+    def __reduce__(self) -> Any:
+        # copies and pickles have parameters of their own, and a hook of their own
+        return Steps, (self._params,)
+
     def follow(self, params: Iterable[Tensor]) -> None:
         """Look at other parameters from here on."""
-        self._ids = frozenset(map(id, params))
+        self._params = list(params)
+        self._ids = frozenset(map(id, self._params))
 
     def take(self) -> Tensor | bool:
         """Return whether no step was taken since the last call: a bool, 0-d, on the device, where only that knows.
@@ -59,6 +65,8 @@ class Steps:
         groups = optimizer.param_groups
         if not any(id(param) in self._ids for group in groups for param in group["params"]):
             return
+        if not self._has_seen_any:
+            say_if_updates_are_rounded(optimizer)
         self._has_seen_any = True
         if found_inf is None:
             self._was_taken = True

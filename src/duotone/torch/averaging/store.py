@@ -46,6 +46,10 @@ class Store:
         self._batches: dict[torch.device, AverageBatch] = {}
         self.take_up()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # of copies and pickles nothing lies where it lay
+        return {**self.__dict__, "_looks": None, "_batches": {}}
+
     def take_up(self) -> None:
         """Begin with what is not frozen and has no average yet."""
         shards.reshard(self.model)
@@ -65,7 +69,9 @@ class Store:
         """
         shards.reshard(self.model)
         params, buffers = list(self.model.parameters()), self._own_buffers()
-        parts = list(map(shards.local, self.params.values()))
+        parts = list(self.params.values())
+        if shards.shards_among(parts):
+            parts = list(map(shards.local, parts))
         looks = [
             storage_changes(),
             list(map(id, params)),

@@ -37,6 +37,7 @@ _CLASSES = {
 # the process; for how many steps what was found is followed; how many of its elements are compared
 _SCANS, _FOLLOWED, _SAMPLE = (2, 32, 1024), 6, 4096
 _STEPS, _CANDIDATES = "_duotone_steps", "_duotone_candidates"
+_LAST = _SCANS[-1] + _FOLLOWED
 _KINDS = frozenset((Tensor, nn.Parameter))
 _registered: list[Any] = []
 # the weights of whose averages it was said, by their `id`
@@ -93,11 +94,12 @@ class _Candidate:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    # a compiler would compile anew for each count
-    if torch.compiler.is_compiling():
-        return
     held = optimizer.__dict__
-    held[_STEPS] = steps = held.get(_STEPS, 0) + 1
+    steps = held.get(_STEPS, 0) + 1
+    # called in every step; and a compiler would compile anew for each count
+    if steps > _LAST or torch.compiler.is_compiling():
+        return
+    held[_STEPS] = steps
     if steps in _SCANS or _CANDIDATES in held:
         _look(optimizer, steps)
 
@@ -113,7 +115,7 @@ def _look(optimizer: Optimizer, steps: int) -> None:
     if any(candidate.is_average() for candidate in candidates):
         del held[_CANDIDATES]
         # once for each optimizer
-        held[_STEPS] = _SCANS[-1]
+        held[_STEPS] = _LAST
         warn(f"somebody averages 16-bit weights of a cast model in a 16-bit tensor, in place, where {_WAY_OUT}")
     elif steps - since >= _FOLLOWED or not candidates:
         del held[_CANDIDATES]
