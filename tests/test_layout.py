@@ -130,6 +130,8 @@ def test_public_names() -> None:
         "data_parallel",
         "explain",
         "export",
+        # a context of its own: neither a cast nor a copy, but the model's own parameters, FP32 for a block
+        "full_precision",
         "fully_shard",
         "keep_float32",
         "load_checkpoint",

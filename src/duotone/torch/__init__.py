@@ -24,6 +24,7 @@ from duotone.torch.distributed.data_parallel import data_parallel
 from duotone.torch.distributed.fully_shard import fully_shard
 from duotone.torch.explanation import explain
 from duotone.torch.exporting import export
+from duotone.torch.full_precision import full_precision
 from duotone.torch.memory_use import memory
 from duotone.torch.near_misses import OF_MODULE as _OF_MODULE
 from duotone.torch.near_misses import missing as _missing
@@ -51,6 +52,7 @@ __all__ = [
     "data_parallel",
     "explain",
     "export",
+    "full_precision",
     "fully_shard",
     "keep_float32",
     "load_checkpoint",

@@ -22,7 +22,7 @@ class Memory:
         gradients_bytes: one gradient for every trainable parameter, in the dtype it accumulates in.
         moments_bytes: the optimizer's state of the parameters' shapes: its moments, and what else it keeps for each
             weight, such as the compensation of a Kahan summation.
-        other_bytes: frozen weights, buffers, and step counts.
+        other_bytes: frozen weights with what tails they have, buffers, and step counts.
     """
 
     parameters: int
@@ -65,13 +65,13 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     seen: dict[int, Tensor] = {}
     parameters = 0
     for param in model.parameters():
+        tail = storage_of(param).tail
         if not param.requires_grad:
-            counted["other"] += _size(param, seen)
+            counted["other"] += _size(param, seen) + (0 if tail is None else _size(tail, seen))
             continue
         parameters += local(param).numel()
         counted["weights"] += _size(param, seen)
         counted["gradients"] += _size(param.grad, seen) if param.grad is not None else _gradient_size(param)
-        tail = storage_of(param).tail
         counted["tails"] += 0 if tail is None else _size(tail, seen)
         for name, value in (optimizer.state.get(param, {}) if optimizer else {}).items():
             if not isinstance(value, Tensor) or name == TAIL.name:

@@ -31,6 +31,7 @@ from duotone.torch.casting.storage_plan import (
 from duotone.torch.internals.training import parameters_of
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.foreign_averages import watch_foreign_averages
+from duotone.torch.parameters.full_precision import check_not_in_block
 from duotone.torch.parameters.plain_steps import watch_plain_steps
 from duotone.torch.parameters.shards import is_shard, is_sharded
 from duotone.torch.parameters.storage import set_storage, storage_of
@@ -84,7 +85,7 @@ def cast(model: Module, policy: Policy | str) -> Module:
     watch_plain_steps()
     watch_foreign_averages()
     for path, module in model.named_modules():
-        forward = _forward_for(module, path, policy, policies[path])
+        forward = forward_for(module, path, policy, policies[path])
         if forward is not None:
             forward.install()
         if forward is not None or parameters_of(module):
@@ -108,6 +109,8 @@ def uncast(model: Module) -> Module:
     """
     check_module(model, "uncast")
     _check_not_parallel(model, "uncast")
+    for param in model.parameters():
+        check_not_in_block(param, "uncast")
     if any(cast_forward_of(module) is not None for module in model.modules()):
         _remove_forwards(model)
         for param in model.parameters():
@@ -178,7 +181,7 @@ def _flatten_recurrent_weights(model: nn.Module) -> None:
             module.flatten_parameters()
 
 
-def _forward_for(module: nn.Module, path: str, policy: Policy, own: ModulePolicy) -> CastForward | None:
+def forward_for(module: nn.Module, path: str, policy: Policy, own: ModulePolicy) -> CastForward | None:
     """Return what is to stand in front of a module's forward; None for nothing."""
     effective, outer = own.effective, own.outer
     pending = ApplyWhenShaped(path, planned_fields(module, own)) if is_lazy(module) else None

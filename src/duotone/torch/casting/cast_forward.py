@@ -149,6 +149,12 @@ class CastForward:
         else:
             self._module.forward = self
 
+    def reinstall(self) -> None:
+        """Put this back where `remove` took it from, in front of whatever stands there by now."""
+        self._forward = _innermost(self._module)
+        functools.update_wrapper(self, self._forward, updated=())
+        self.install()
+
     def remove(self) -> None:
         """Give the module the forward back that it had."""
         outer: Any = self._module.__dict__["forward"]

@@ -43,11 +43,17 @@ def resolve(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
     >>> policies[""].effective.output, policies["0"].effective.output, policies["0"].sets_output
     ('float32', 'float32', True)
     """
-    classes = {
-        path: tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))
-        for path, module in model.named_modules()
-    }
-    _check_rules(model, policy, classes)
+    _check_rules(model, policy, _classes(model))
+    return resolve_changed(model, policy)
+
+
+def resolve_changed(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
+    """Return the policy of every module of a model that was cast and has changed since: a rule may match nothing now.
+
+    Raises:
+        PolicyError: roles do not fit each other in a module.
+    """
+    classes = _classes(model)
     modules: dict[str, ModulePolicy] = {}
     for path in classes:
         effective = policy.for_module(path, classes)
@@ -60,6 +66,13 @@ def resolve(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
             any(rule.holds_for(path, classes) for rule in policy.rules if "output" in dict(rule.roles)),
         )
     return modules
+
+
+def _classes(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    return {
+        path: tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))
+        for path, module in model.named_modules()
+    }
 
 
 def with_marks(model: nn.Module, policy: Policy) -> Policy:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
-from duotone.torch.casting.cast_forward import cast_forward_of
+from duotone.torch.casting.activation_checkpointing import CheckpointedForward
+from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
 from duotone.torch.casting.storage_plan import set_grad_dtype
 from duotone.torch.internals.training import CONVERT, REPLICATE, parameters_of
 from duotone.torch.kernels import SPLIT_DTYPES
@@ -41,9 +42,10 @@ class OwnMethods:
 
     def install(self) -> None:
         """Put the methods on the module."""
-        vars(self._module).update(self._by_name())
+        vars(self._module).update(self.by_name())
 
-    def _by_name(self) -> dict[str, Callable[..., Any]]:
+    def by_name(self) -> dict[str, Callable[..., Any]]:
+        """Return the methods by the names that they stand under."""
         return dict(zip(_NAMES, (self.convert, self.replicate, self.reduce), strict=True))
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -59,7 +61,8 @@ class OwnMethods:
             if param is not None and not isinstance(param, UninitializedParameter)
         ]
         was_in_float64 = _is_in_float64(module)
-        result = getattr(type(module), CONVERT)(module, *args, **kwargs)
+        of_class: Any = getattr(type(module), CONVERT)
+        result = of_class(module, *args, **kwargs)
         for weight in before:
             weight.follow(parameters_of(module)[weight.name])
         if not was_in_float64 and _is_in_float64(module):
@@ -69,14 +72,15 @@ class OwnMethods:
 
     def replicate(self) -> nn.Module:
         """Return a replica as `DataParallel` makes them, which runs its own weights."""
-        replica = getattr(type(self._module), REPLICATE)(self._module)
+        of_class: Any = getattr(type(self._module), REPLICATE)
+        replica = of_class(self._module)
         vars(replica).update(_rebound(vars(replica), replica))
         return replica
 
     def reduce(self, protocol: Any) -> Any:
         """Return what copies and pickles are made of; a shallow copy runs its own weights."""
-        cls = type(self._module)
-        make, arguments, state, *rest = cls.__reduce_ex__(self._module, protocol)
+        of_class: Any = type(self._module).__reduce_ex__
+        make, arguments, state, *rest = of_class(self._module, protocol)
         # deep copies and pickles make another of everything, bound to the other module
         if sys._getframe(1).f_code is not copy.copy.__code__ or not isinstance(state, dict):
             return make, arguments, state, *rest
@@ -126,8 +130,8 @@ class _Weight:
     def _restore_grad(self, param: nn.Parameter) -> None:
         if not param.is_floating_point() or self._storage.param is None:
             return
-        kept = self._grad_dtype not in (None, self._before.dtype)
-        wanted = self._grad_dtype if kept else param.dtype
+        own = self._grad_dtype
+        wanted = param.dtype if own is None or own == self._before.dtype else own
         if param.grad_dtype != wanted or (param.grad is not None and param.grad.dtype != wanted):
             set_grad_dtype(param, wanted)
 
@@ -147,8 +151,10 @@ def _holds_all(param: Tensor, before: Tensor) -> bool:
 def _rebound(attributes: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Return a shallow copy's attributes of Duotone's, bound to itself."""
     forward = attributes.get("forward")
-    own: dict[str, Any] = OwnMethods(module)._by_name()
-    return {**own, "forward": forward.of_copy(module)} if hasattr(forward, "of_copy") else own
+    own: dict[str, Any] = OwnMethods(module).by_name()
+    if isinstance(forward, CastForward | CheckpointedForward):
+        own["forward"] = forward.of_copy(module)
+    return own
 
 
 def _itself(copied: nn.Module) -> nn.Module:

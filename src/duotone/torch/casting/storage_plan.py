@@ -17,6 +17,7 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
+from duotone.torch.parameters.full_precision import check_not_in_block
 from duotone.torch.parameters.masters import beyond_range, read_master
 from duotone.torch.parameters.storage import Storage, set_tail, storage_of
 
@@ -116,7 +117,10 @@ def planned_fields(module: nn.Module, own: ModulePolicy) -> dict[str, Any]:
 def _planned(module: nn.Module, path: str, planned: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter, Storage]]:
     for name, param in module.named_parameters(recurse=False):
         if is_castable(param):
-            yield f"{path}.{name}" if path else name, param, replace(storage_of(param), **planned)
+            storage = storage_of(param)
+            if storage.in_full_precision:
+                check_not_in_block(param, "cast")
+            yield f"{path}.{name}" if path else name, param, replace(storage, **planned)
 
 
 def _check_range(name: str, param: nn.Parameter, storage: Storage) -> None:

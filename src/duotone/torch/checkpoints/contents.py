@@ -29,6 +29,7 @@ from duotone.torch.kernels import decode
 from duotone.torch.optim.slots import OF_POLICY, follows_policy, is_cut
 from duotone.torch.parameters.masters import (
     beyond_range,
+    ensure_tail,
     has_lost_tail,
     needs_tail,
     write_master,
@@ -386,5 +387,8 @@ def _restore_model(contents: Mapping[str, Any], model: nn.Module, converting: bo
                 continue
             target.copy_(value)
             own_tail = storage_of(target).tail
+            if own_tail is None and tail is not None and needs_tail(target):
+                # a frozen weight that was edited in full precision has one
+                own_tail = ensure_tail(target)
             if own_tail is not None:
                 own_tail.zero_() if tail is None else own_tail.copy_(tail)

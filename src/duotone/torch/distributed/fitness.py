@@ -4,17 +4,19 @@ import torch
 from torch import Tensor
 
 from duotone.errors import PolicyError
+from duotone.torch.parameters.full_precision import check_not_in_block
 from duotone.torch.parameters.storage import storage_of
 
 CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_cast(name: str, param: Tensor, verb: str) -> None:
-    """Raise unless `cast` has seen a parameter that it concerns.
+    """Raise unless `cast` has seen a parameter that it concerns, and it is as it was cast.
 
     Raises:
-        PolicyError: it has not.
+        PolicyError: it has not, or the model is in a `full_precision` block.
     """
+    check_not_in_block(param, verb)
     if param.dtype in CAST_DTYPES and storage_of(param).reduce is None:
         raise PolicyError(
             f'parameter "{name}" was never cast; call duotone.torch.cast(model, policy) on the whole model before '

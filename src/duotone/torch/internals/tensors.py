@@ -21,6 +21,12 @@ storage_reference: Callable[[UntypedStorage], Hashable] = find(
 # https://github.com/pytorch/pytorch/blob/v2.13.0/aten/src/ATen/native/native_functions.yaml
 sparse_indices: Callable[[Tensor], Tensor] = find("torch:Tensor._indices", Tensor.indices)
 sparse_values: Callable[[Tensor], Tensor] = find("torch:Tensor._values", Tensor.values)
+# has two tensors exchange their memory, dtype, gradient and hooks, and stay the objects that they are; without it,
+# gradients of weights that full_precision has widened do not reach the hooks of DistributedDataParallel any more
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/Module.cpp
+_swap: Callable[[Tensor, Tensor], None] | None = find("torch._C:_swap_tensor_impl")
+# what a DTensor is besides
+_OF_DTENSOR = ("_local_tensor", "_spec")
 # this rank's part of a DTensor; without it, what its `to_local` returns
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
 LOCAL_TENSOR = "_local_tensor"
@@ -41,6 +47,30 @@ def local_part(tensor: Any) -> Tensor:
 def version_of(tensor: Tensor) -> int:
     """Return how often a tensor was written to in place."""
     return getattr(tensor, VERSION, 0)
+
+
+def exchange(first: Any, second: Any) -> None:
+    """Have two parameters exchange memory, dtype, shape, gradient and hooks; each keeps its identity and attributes."""
+    try:
+        if _swap is None:
+            raise RuntimeError
+        _swap(first, second)
+    except RuntimeError:
+        # somebody in C++ refers to one of them weakly, or torch has no such function
+        _exchange_data(first, second)
+    if all(hasattr(first, name) for name in _OF_DTENSOR):
+        for name in _OF_DTENSOR:
+            of_first, of_second = getattr(first, name), getattr(second, name)
+            setattr(first, name, of_second)
+            setattr(second, name, of_first)
+
+
+def _exchange_data(first: Any, second: Any) -> None:
+    grads = first.grad, second.grad
+    first.grad = second.grad = None
+    first.data, second.data = second.data, first.data
+    first.grad_dtype, second.grad_dtype = second.grad_dtype, first.grad_dtype
+    second.grad, first.grad = grads
 
 
 def wrapped_in(tensor: Any) -> list[Any] | None:

@@ -132,6 +132,58 @@ def active_ddp() -> Any:
     return getattr(nn.parallel.DistributedDataParallel, ACTIVE_DDP, None)
 
 
+# FSDP2 notes once what a parameter is gathered in, and gathers from memory that it has noted, too
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_param.py
+_GATHERING = (
+    "_sharded_param_data",
+    "all_gather_outputs",
+    "_unsharded_param",
+    "orig_dtype",
+    "param_dtype",
+    "reduce_dtype",
+)
+_ORIGINAL = "_orig_dtype"
+
+
+def gathering_of(module: Any) -> list[tuple[Any, list[Any]]]:
+    """Return the groups that a module of `fully_shard` gathers its parameters in, each with what it knows of those."""
+    if not hasattr(module, "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    groups = [state._fsdp_param_group] if groups is None else groups
+    return [(group, list(group.fsdp_params)) for group in groups if group is not None]
+
+
+def gather_anew(group: Any, gathered: Any) -> Callable[[], None]:
+    """Have FSDP2 gather what a sharded parameter of a group is now, in its dtype of now.
+
+    Returns:
+        What has it gather again what it gathered before; to be called when the parameter is that again.
+    """
+    noted = {name: vars(gathered)[name] for name in _GATHERING if name in vars(gathered)}
+    of_group = getattr(group, _ORIGINAL, None)
+    vars(gathered).pop("_unsharded_param", None)
+    gathered.all_gather_outputs = []
+    gathered.reset_sharded_param()
+    if hasattr(gathered, "orig_dtype"):
+        gathered.init_dtype_attrs(gathered.mp_policy)
+        setattr(group, _ORIGINAL, gathered.sharded_param.dtype)
+
+    def undo() -> None:
+        for name in _GATHERING:
+            vars(gathered).pop(name, None)
+        vars(gathered).update(noted)
+        if "orig_dtype" not in noted and hasattr(group, _ORIGINAL):
+            # a forward pass in between was the first
+            gathered.init_dtype_attrs(gathered.mp_policy)
+            setattr(group, _ORIGINAL, gathered.sharded_param.dtype)
+        elif hasattr(group, _ORIGINAL):
+            setattr(group, _ORIGINAL, of_group)
+
+    return undo
+
+
 def join_of(wrapper: Any) -> Any:
     """Return how torch's Join is around a wrapper of a model, or None."""
     return getattr(wrapper, JOIN_CONFIG, None)
