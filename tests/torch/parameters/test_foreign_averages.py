@@ -72,6 +72,18 @@ def lerp_of_a_copy(model: nn.Module) -> Update:
     return update
 
 
+def target_network(model: nn.Module) -> Update:
+    """As DDPG, TD3 and SAC follow a network."""
+    target = copy.deepcopy(model)
+
+    def update() -> None:
+        for average, param in zip(target.parameters(), model.parameters(), strict=True):
+            # of so few weights, not one would change in the first steps at a smaller rate
+            average.data.copy_(0.05 * param.data + 0.95 * average.data)
+
+    return update
+
+
 def products_in_a_state_dict(model: nn.Module) -> Update:
     averages = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -86,6 +98,7 @@ AVERAGES = {
     "clones": lambda model: clones(model, foreach=False),
     "clones foreach": lambda model: clones(model, foreach=True),
     "lerp of a copy": lerp_of_a_copy,
+    "target network": target_network,
     "products in a state dict": products_in_a_state_dict,
 }
 
@@ -156,6 +169,16 @@ def follow(model: nn.Module) -> Update:
     return lambda: copied.load_state_dict(model.state_dict())
 
 
+def follow_its_data(model: nn.Module) -> Update:
+    copied = copy.deepcopy(model)
+
+    def update() -> None:
+        for own, param in zip(copied.parameters(), model.parameters(), strict=True):
+            own.data.copy_(param.data)
+
+    return update
+
+
 def average_masters(model: nn.Module) -> Update:
     return dt.Average(model).update
 
@@ -171,7 +194,7 @@ def fill_a_buffer(model: nn.Module) -> Update:
     return lambda: torch._foreach_add_(buffers, 1.0)
 
 
-@pytest.mark.parametrize("kind", [copy.deepcopy, follow, average_masters, train_a_twin, fill_a_buffer])
+@pytest.mark.parametrize("kind", [copy.deepcopy, follow, follow_its_data, average_masters, train_a_twin, fill_a_buffer])
 def test_what_is_no_average_is_not_warned_of(kind):
     model, optimizer = made()
     update = kind(model)

@@ -5,8 +5,8 @@ a cast model when they are made. Any other average, of clones for instance, is a
 somebody writes in place between steps, again and again, and that comes near the weight without ever being it: a few
 times in a run such tensors are looked for among all objects, and followed for some steps.
 
-Left out: averages that are written past autograd's counts of versions (`tensor.data.lerp_`) and made by no known class,
-and those of sharded weights.
+Writes are seen by autograd's counts of versions, and by values where those do not count (`tensor.data.lerp_`). Left out:
+averages of sharded weights.
 """
 
 import gc
@@ -73,7 +73,7 @@ class _Candidate:
 
     def __init__(self, tensor: Tensor, weight: Tensor) -> None:
         self._tensor, self._weight = ref(tensor), ref(weight)
-        self._version = version_of(tensor)
+        self._version, self._values = version_of(tensor), _sample(tensor).clone()
         self._writes = 0
 
     def is_average(self) -> bool:
@@ -81,16 +81,22 @@ class _Candidate:
         tensor, weight = self._tensor(), self._weight()
         if tensor is None or weight is None:
             return False
-        before, self._version = self._version, version_of(tensor)
-        if self._version == before:
+        values, version = _sample(tensor), version_of(tensor)
+        # writes through `.data` change no version
+        if version == self._version and torch.equal(values, self._values):
             return False
+        self._version, self._values = version, values.clone()
         self._writes += 1
         if self._writes < 2 or tensor.shape != weight.shape:
             return False
-        own, other = (each.detach().reshape(-1)[:_SAMPLE].float().cpu() for each in (tensor, weight))
+        own, other = (each.float().cpu() for each in (values, _sample(weight)))
         distance = (own - other).norm().item()
         # a copy that follows the weight is that weight before the next step
         return 0.0 < distance < 0.5 * other.norm().item() and not _is_trained(tensor)
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1)[:_SAMPLE]
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
