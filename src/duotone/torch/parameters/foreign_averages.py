@@ -5,8 +5,8 @@ a cast model when they are made. Any other average, of clones for instance, is a
 somebody writes in place between steps, again and again, and that comes near the weight without ever being it: a few
 times in a run such tensors are looked for among all objects, and followed for some steps.
 
-Writes are seen by autograd's counts of versions, and by values where those do not count (`tensor.data.lerp_`). Left out:
-averages of sharded weights.
+Writes are seen by autograd's counts of versions, and by values where those do not count (`tensor.data.lerp_`). Left
+out: averages of sharded weights.
 """
 
 import gc
