@@ -105,6 +105,7 @@ ALLOWED = {
         "duotone.torch.nested",
         "duotone.torch.optim",
         "duotone.torch.parameters",
+        "duotone.torch.readback",
     ),
     "duotone.torch.distributed.agreement": (
         "duotone.errors",
@@ -112,7 +113,7 @@ ALLOWED = {
         "duotone.torch.parameters.storage",
     ),
     "duotone.torch.scaling": (),
-    "duotone.torch.scaling.readback": (),
+    "duotone.torch.readback": (),
     "duotone.torch.scaling.losses": (),
     "duotone.torch.scaling.schedulers": ("duotone.errors",),
     "duotone.torch.scaling.loop_check": (
@@ -120,7 +121,7 @@ ALLOWED = {
         "duotone.loss_scale",
         "duotone.torch.call_site",
         "duotone.torch.parameters.storage",
-        "duotone.torch.scaling.readback",
+        "duotone.torch.readback",
     ),
     "duotone.torch.scaling.device_scale": ("duotone.loss_scale",),
     "duotone.torch.scaling.unscale": ("duotone.torch.parameters.shards",),
@@ -133,7 +134,7 @@ ALLOWED = {
     "duotone.torch.scaling.scale_alarm": (
         "duotone.errors",
         "duotone.torch.scaling.diagnosis",
-        "duotone.torch.scaling.readback",
+        "duotone.torch.readback",
     ),
     "duotone.torch.scaling.outcome": (),
     "duotone.torch.scaling.monitor": (
@@ -142,7 +143,7 @@ ALLOWED = {
         "duotone.torch.distributed.agreement",
         "duotone.torch.scaling.diagnosis",
         "duotone.torch.scaling.outcome",
-        "duotone.torch.scaling.readback",
+        "duotone.torch.readback",
         "duotone.torch.scaling.schedulers",
     ),
     "duotone.torch.scaling.optimizer_step": (

@@ -16,6 +16,7 @@ from duotone.errors import AverageError
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import decode
 from duotone.torch.parameters import shards
+from duotone.torch.parameters.edits import read_tail, record
 from duotone.torch.parameters.masters import write_master
 from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
@@ -83,9 +84,10 @@ def holding(model: nn.Module, averages: Mapping[Tensor, Tensor], buffers: Mappin
 
 
 def _keep(param: Tensor) -> _Kept:
-    tail = storage_of(param).tail
-    tail_before = None if tail is None else shards.local(tail).clone()
-    return _Kept(param, tail, shards.local(param.detach()).clone(), tail_before)
+    # as it belongs to the weight, which others may have changed
+    tail_before = read_tail(param)
+    tail_before = None if tail_before is None else tail_before.clone()
+    return _Kept(param, storage_of(param).tail, shards.local(param.detach()).clone(), tail_before)
 
 
 def _give_back(kept: _Kept) -> None:
@@ -104,6 +106,7 @@ def _give_back(kept: _Kept) -> None:
     if tail is not None and tail_before is not None:
         shards.local(tail).copy_(tail_before)
         set_tail(param, tail)
+        record(param)
     else:
         set_storage(param, storage_of(param))
 

@@ -17,9 +17,10 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
+from duotone.torch.parameters.edits import record
 from duotone.torch.parameters.full_precision import check_not_in_block
 from duotone.torch.parameters.masters import beyond_range, read_master
-from duotone.torch.parameters.storage import Storage, set_tail, storage_of
+from duotone.torch.parameters.storage import Storage, set_storage, set_tail, storage_of
 
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
@@ -64,14 +65,19 @@ def apply(param: nn.Parameter, storage: Storage) -> None:
     is_split = storage.param in SPLIT_DTYPES and storage.rounding is None
     has_tail = is_split and (param.requires_grad or tail is not None)
     grad, param.grad = param.grad, None
-    if param.dtype != storage.param or has_tail != (tail is not None):
+    is_stored_anew = param.dtype != storage.param or has_tail != (tail is not None)
+    if is_stored_anew:
         weight, tail = read_master(param), None
         if storage.param in SPLIT_DTYPES:
             weight, tail = encode(weight, storage.param)
         param.data = weight
     param.grad_dtype = storage.grad
     param.grad = None if grad is None else grad.to(storage.grad)
-    set_tail(param, tail if has_tail else None, storage)
+    if is_stored_anew:
+        set_tail(param, tail if has_tail else None, storage)
+        record(param)
+    else:
+        set_storage(param, storage)
 
 
 def set_grad_dtype(param: nn.Parameter, dtype: torch.dtype) -> None:

@@ -27,6 +27,7 @@ from duotone.torch.checkpoints.process_group import check_same, ranks_of
 from duotone.torch.checkpoints.random_states import random_states, restore_of_rank
 from duotone.torch.kernels import decode
 from duotone.torch.optim.slots import OF_POLICY, follows_policy, is_cut
+from duotone.torch.parameters.edits import record, tail_to_save
 from duotone.torch.parameters.masters import (
     beyond_range,
     ensure_tail,
@@ -244,7 +245,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def _tails(model: nn.Module) -> dict[str, Tensor]:
-    tails = {name: storage_of(param).tail for name, param in model.named_parameters()}
+    tails = {name: tail_to_save(param) for name, param in model.named_parameters()}
     return {name: tail for name, tail in tails.items() if tail is not None}
 
 
@@ -392,3 +393,4 @@ def _restore_model(contents: Mapping[str, Any], model: nn.Module, converting: bo
                 own_tail = ensure_tail(target)
             if own_tail is not None:
                 own_tail.zero_() if tail is None else own_tail.copy_(tail)
+                record(target)

@@ -18,6 +18,7 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.agreement import set_ranks
 from duotone.torch.distributed.fitness import CAST_DTYPES, check_cast, check_one_dtype
+from duotone.torch.parameters.edits import follow, record
 from duotone.torch.parameters.shards import is_shard
 from duotone.torch.parameters.storage import storage_of
 
@@ -125,9 +126,12 @@ def _send_tails(model: nn.Module, group: Any) -> None:
     """Give every rank the tails of the first, as torch does with the weights that they belong to."""
     source = dist.get_global_rank(group, 0)
     for param in model.parameters():
+        # of the first rank's weight as it is now
+        follow(param)
         tail = storage_of(param).tail
         if tail is not None:
             # not every backend sends 16-bit integers
             sent = tail.contiguous()
             dist.broadcast(sent.view(torch.uint8), source, group=group)
             tail.copy_(sent)
+            record(param)

@@ -21,6 +21,7 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.fitness import check_cast, check_one_dtype
 from duotone.torch.internals.training import parameters_of
+from duotone.torch.parameters.edits import follow
 from duotone.torch.parameters.shards import is_sharded, like, local
 from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
@@ -95,6 +96,9 @@ def fully_shard(
     slots = [slot for slot in _slots(roots, set()) if slot.param not in ignored]
     for slot in slots:
         _check(slot)
+    for slot in slots:
+        # what is cut belongs to the weights as they are now
+        follow(slot.param)
     rest, apart = _groups(roots, ignored)
     options = {**options, "mesh": mesh, "shard_placement_fn": _once(options.get("shard_placement_fn"))}
     for dtypes, parts in apart.items():

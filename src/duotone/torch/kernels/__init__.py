@@ -8,7 +8,7 @@ for each optimizer.
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
 from duotone.torch.kernels.dispatch import Backend, average, check_backend, grad_stats, update
 from duotone.torch.kernels.layout import is_contiguous
-from duotone.torch.kernels.operands import AverageBatch, AverageOperand, Batch, Operand, Rounding
+from duotone.torch.kernels.operands import AverageBatch, AverageOperand, Batch, Edits, Operand, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.kernels.updates.definition import Update
 
@@ -18,6 +18,7 @@ __all__ = [
     "AverageOperand",
     "Backend",
     "Batch",
+    "Edits",
     "Operand",
     "Rounding",
     "Update",

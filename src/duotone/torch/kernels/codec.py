@@ -60,12 +60,13 @@ def decode(weight: Tensor, tail: Tensor) -> Tensor:
 
 def _encode_bfloat16(master: Tensor) -> tuple[Tensor, Tensor]:
     bits = master.view(torch.int32)
-    high = (bits >> 16) + ((bits >> 15) & 1)
     is_nan = (bits & _MAGNITUDE) > _INFINITY
+    # in place where memory is new: for large weights, its first touch takes longer than the arithmetic.
+    # (bits >> 16) + (tail >> 15)
+    high = (bits + 0x8000).bitwise_right_shift_(16).to(torch.int16)
     # rounding could carry a NaN's significand into the sign, so a NaN is made quiet and leaves no tail
-    high = torch.where(is_nan, (bits >> 16) | 0x40, high)
-    tail = bits.masked_fill(is_nan, 0)
-    return high.to(torch.int16).view(torch.bfloat16), tail.to(torch.int16)
+    high = torch.where(is_nan, (bits >> 16).to(torch.int16).bitwise_or_(0x40), high)
+    return high.view(torch.bfloat16), bits.to(torch.int16).masked_fill_(is_nan, 0)
 
 
 def _decode_bfloat16(weight: Tensor, tail: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from duotone.errors import BackendError, DuotoneWarning, nearest_names
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout, is_in_one_layout
-from duotone.torch.kernels.operands import AverageBatch, Batch, Operand
+from duotone.torch.kernels.operands import AverageBatch, Batch, Edits, Operand
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.kernels.updates.definition import Update
 
@@ -47,6 +47,7 @@ def update(
     grad_multiplier: Tensor,
     found_inf: Tensor,
     backend: Backend = "auto",
+    edits: Edits | None = None,
 ) -> None:
     """Update in place by one step of an optimizer, as `reference.update` does, operands in any memory layout.
 
@@ -57,6 +58,7 @@ def update(
         grad_multiplier: as there.
         found_inf: as there.
         backend: `"auto"` for the device's own, or one by name.
+        edits: as there.
 
     Raises:
         BackendError: the backend was asked for by name and does not work here, or not on this device.
@@ -66,7 +68,7 @@ def update(
         return
     module = _module(weights[0].device, backend)
     dense_operands, write_back = in_one_layout(operands)
-    module.update(definition, dense_operands, settings, grad_multiplier, found_inf)
+    module.update(definition, dense_operands, settings, grad_multiplier, found_inf, edits)
     for copy_back in write_back:
         copy_back()
     # autograd must notice what was written through raw addresses

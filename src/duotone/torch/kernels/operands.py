@@ -29,6 +29,8 @@ class Operand(NamedTuple):
         rounding: how a 16-bit weight without a tail is rounded; without meaning for the others.
         number: the parameter's index in its optimizer, from 0 on; random bits depend on it.
         group: which of the settings hold.
+        checksums: int32, of the weight as the last step has left it (`checksums`), or None where there is no tail, or
+            nothing to compare with; read and written.
     """
 
     weight: Tensor
@@ -40,6 +42,19 @@ class Operand(NamedTuple):
     rounding: Rounding
     number: int
     group: int
+    checksums: Tensor | None = None
+
+
+class Edits(NamedTuple):
+    """Where a step notes that it has found weights changed since the last one.
+
+    Attributes:
+        seen: int32, 0-d, on the operands' device; `mark` is set in it, as it is behind a parameter's own checksums.
+        mark: the bit of this step.
+    """
+
+    seen: Tensor
+    mark: int
 
 
 class AverageOperand(NamedTuple):

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_cells
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
-from duotone.torch.kernels.operands import AverageBatch, Operand, Rounding
+from duotone.torch.kernels.operands import AverageBatch, Edits, Operand, Rounding
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.updates.definition import Update
@@ -61,7 +62,12 @@ def _chunk_sums(values: Tensor) -> Tensor:
 
 
 def update(
-    definition: Update, operands: Sequence[Operand], settings: Sequence[Any], grad_multiplier: Tensor, found_inf: Tensor
+    definition: Update,
+    operands: Sequence[Operand],
+    settings: Sequence[Any],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    edits: Edits | None = None,
 ) -> None:
     """Update weights, tails, moments and counters in place by one step of an optimizer.
 
@@ -71,8 +77,11 @@ def update(
         settings: of each parameter group, as `definition.settings`.
         grad_multiplier: FP32, 0-d; gradient times this is what the update sees.
         found_inf: bool, 0-d; if true nothing changes.
+        edits: where to note that weights with a tail were changed since the last step; their masters are the weights
+            as they are now, cell by cell.
     """
     for operand in operands:
+        tail = None if operand.tail is None else _followed(operand, found_inf, edits)
         group = settings[operand.group]
         held = None if definition.counters is None else operand.counters
         counters = () if held is None else held.unbind()
@@ -80,7 +89,7 @@ def update(
         grad = _flat(operand.grad).float() * grad_multiplier
         moments = tuple(_flat(moment).float() for moment in operand.moments)
         master, moments = definition.apply(
-            -grad if group.maximize else grad, _read_master(operand), moments, coefficients
+            -grad if group.maximize else grad, _read_master(operand, tail), moments, coefficients
         )
         _write(operand, group.seed, master, moments, found_inf)
         if held is not None:
@@ -115,9 +124,24 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def _read_master(operand: Operand) -> Tensor:
+def _followed(operand: Operand, found_inf: Tensor, edits: Edits | None) -> Tensor:
+    """Return the tail of an operand, with 0 where its weight was changed; that it was is noted."""
+    assert operand.tail is not None
+    tail = _flat(operand.tail)
+    if operand.checksums is None:
+        return tail
+    changed = changed_cells(_flat(operand.weight), operand.checksums)
+    if edits is not None:
+        mark = torch.where(changed.any() & ~found_inf, edits.mark, 0).to(torch.int32)
+        for marks in (edits.seen, operand.checksums[-1]):
+            marks.bitwise_or_(mark)
+    # there the weights are their own masters
+    return tail.masked_fill(elements_of(changed, tail.numel()), 0)
+
+
+def _read_master(operand: Operand, tail: Tensor | None) -> Tensor:
     weight = _flat(operand.weight)
-    return weight.float() if operand.tail is None else decode(weight, _flat(operand.tail))
+    return weight.float() if tail is None else decode(weight, tail)
 
 
 def _write(operand: Operand, seed: int, master: Tensor, moments: tuple[Tensor, ...], found_inf: Tensor) -> None:
@@ -133,6 +157,8 @@ def _write(operand: Operand, seed: int, master: Tensor, moments: tuple[Tensor, .
     else:
         new_weight = master.to(weight.dtype)
     _write_unless(found_inf, weight, new_weight)
+    if operand.checksums is not None:
+        _write_unless(found_inf, operand.checksums[:-1], sums_of_cells(weight))
     for stream, (target, moment) in enumerate(zip(operand.moments, moments, strict=True), start=1):
         is_whole = target.dtype == torch.float32
         new_moment = moment if is_whole else round_stochastically(moment, target.dtype, random(stream))

@@ -25,8 +25,8 @@ from duotone.torch.kernels.slots import MAX_MOMENTS
 GRAD, WEIGHT, TAIL = range(3)
 # one after the other, as many as there may be
 MOMENT = 3
-STEP, COUNTERS, NUMEL, NUMBER, GROUP = range(MOMENT + MAX_MOMENTS, MOMENT + MAX_MOMENTS + 5)
-COLUMNS = GROUP + 1
+STEP, COUNTERS, NUMEL, NUMBER, GROUP, CHECKSUMS = range(MOMENT + MAX_MOMENTS, MOMENT + MAX_MOMENTS + 6)
+COLUMNS = CHECKSUMS + 1
 
 _NO_MOMENTS = (0,) * MAX_MOMENTS
 _DTYPE_OF = attrgetter("dtype")
@@ -143,7 +143,7 @@ def _filled(layout: _Layout[Made], addresses: tuple[int, ...]) -> tuple[Made, ..
 
 
 def _row(operand: Operand) -> tuple[Formats, tuple[int, ...]]:
-    weight, tail, grad, moments, step, counters, rounding, number, group = operand
+    weight, tail, grad, moments, step, counters, rounding, number, group, checksums = operand
     formats = _formats(weight.dtype, tail is not None, rounding, grad.dtype, tuple(map(_DTYPE_OF, moments)))
     return formats, (
         0,
@@ -156,6 +156,7 @@ def _row(operand: Operand) -> tuple[Formats, tuple[int, ...]]:
         weight.numel(),
         number,
         group,
+        0 if checksums is None else checksums.data_ptr(),
     )
 
 
@@ -163,8 +164,8 @@ def _average_row(operand: AverageOperand) -> tuple[Formats, tuple[int, ...]]:
     weight, tail, average = operand
     formats = _formats(weight.dtype, tail is not None, Rounding.NEAREST, average.dtype, (average.dtype,))
     addresses = 0, weight.data_ptr(), 0 if tail is None else tail.data_ptr(), average.data_ptr()
-    # neither other moments nor step, counters, number and group
-    return formats, (*addresses, *_NO_MOMENTS[1:], 0, 0, weight.numel(), 0, 0)
+    # neither other moments nor step, counters, number, group and checksums
+    return formats, (*addresses, *_NO_MOMENTS[1:], 0, 0, weight.numel(), 0, 0, 0)
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from duotone.errors import OptimizerError
 from duotone.torch.internals.tensors import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Backend
+from duotone.torch.parameters.edits import is_edited, tail_to_save
 from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail
 from duotone.torch.parameters.storage import storage_of
 
@@ -123,6 +124,14 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         for param, _ in self._parameters():
             if param.requires_grad or storage_of(param).tail is not None:
                 self._take_tail(param)
+
+    def _with_tails_to_save(self, states: Mapping[Any, Any]) -> dict[Any, Any]:
+        """Return packed states with tails that belong to the weights as they are now; the given ones stay."""
+        saved = dict(states)
+        for index, (param, _) in enumerate(self._parameters()):
+            if "tail" in states.get(index, {}) and is_edited(param):
+                saved[index] = {**states[index], "tail": tail_to_save(param)}
+        return saved
 
     def _marks(self) -> dict[str, Any]:
         """Return what a state dict must be a state of to be loaded."""

@@ -14,6 +14,7 @@ from duotone.torch import kernels
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels.slots import STATE_FORMATS, Slot
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, listed_layouts, run_closure
+from duotone.torch.optim.edit_watch import EditWatch
 from duotone.torch.optim.gathering import Gathering, numbered
 from duotone.torch.optim.portable import (
     PortableFormat,
@@ -24,6 +25,7 @@ from duotone.torch.optim.portable import (
 )
 from duotone.torch.optim.slots import TAIL, expected, is_cut, new_state, stored
 from duotone.torch.parameters import shards
+from duotone.torch.parameters.edits import checksums_of
 from duotone.torch.parameters.masters import check_in_place, needs_tail
 from duotone.torch.parameters.storage import set_tail, storage_of
 
@@ -47,13 +49,13 @@ class FusedOptimizer(MasterOptimizer):
         # JSON, and so a checkpoint, knows no NumPy integers
         defaults["seed"] = operator.index(defaults["seed"])
         self.backend = backend
-        self._gathering = Gathering()
+        self._gathering, self._edits = Gathering(), EditWatch()
         super().__init__(params, defaults)
         kernels.check_backend(backend, [param.device for param, _ in self._parameters()])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._gathering = Gathering()
+        self._gathering, self._edits = Gathering(), EditWatch()
 
     @kernels.uncompiled
     @torch.no_grad()
@@ -75,6 +77,7 @@ class FusedOptimizer(MasterOptimizer):
             What the closure returned.
         """
         loss = run_closure(self, closure, grad_multiplier, found_inf)
+        self._edits.before_step()
         settings = [self._settings(group) for group in self.param_groups]
         by_device = self._gathering.operands(
             self.param_groups, self.state, self._update.names_in, self._operands_by_device
@@ -82,10 +85,12 @@ class FusedOptimizer(MasterOptimizer):
         for device, operands in by_device.items():
             multiplier = _scalar(1.0 if grad_multiplier is None else grad_multiplier, torch.float32, device)
             is_skipped = _scalar(False if found_inf is None else found_inf, torch.bool, device)
-            kernels.update(self._update, operands, settings, multiplier, is_skipped, self.backend)
+            edits = self._edits.on(device)
+            kernels.update(self._update, operands, settings, multiplier, is_skipped, self.backend, edits)
         if self._gathering.shards:
             # kernels know the parts alone, and autograd the parameters
             increment_version(self._gathering.shards)
+        self._edits.after_step(self._gathering.split)
         return loss
 
     @classmethod
@@ -125,6 +130,7 @@ class FusedOptimizer(MasterOptimizer):
                     rounding = kernels.Rounding.NEAREST if tail is not None else _rounding(param)
                     moments = tuple([state[name] for name in names])
                     counters = None if self._update.counters is None else state[self._update.counters.name]
+                    checksums = None if tail is None else checksums_of(param, tail)
                     weight, draws = param, index
                     if shards.is_shard(param):
                         weight, tail, grad, moments = _parts(param, tail, moments)
@@ -132,7 +138,9 @@ class FusedOptimizer(MasterOptimizer):
                     _check_shapes(
                         weight, index, {"gradient": grad, "tail": tail, **dict(zip(names, moments, strict=True))}
                     )
-                    operand = kernels.Operand(weight, tail, grad, moments, step, counters, rounding, draws, number)
+                    operand = kernels.Operand(
+                        weight, tail, grad, moments, step, counters, rounding, draws, number, checksums
+                    )
                     by_device.setdefault(device, []).append(operand)
                 else:
                     check_in_place(param)
@@ -170,7 +178,8 @@ class FusedOptimizer(MasterOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return groups and states as torch does, and under `"duotone"` what they are states of."""
         self._take_tails()
-        return {**super().state_dict(), "duotone": self._marks()}
+        packed = super().state_dict()
+        return {**packed, "state": self._with_tails_to_save(packed["state"]), "duotone": self._marks()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Load a state dict of the same optimizer bit for bit; no tensor changes its dtype.

@@ -29,10 +29,12 @@ class Gathering:
 
     Attributes:
         shards: the DTensors among the parameters, as they were gathered last.
+        split: the parameters with a tail, as they were gathered last.
     """
 
     def __init__(self) -> None:
         self.shards: list[Tensor] = []
+        self.split: list[Tensor] = []
         self._looks: list[Any] = []
         self._held: dict[torch.device, tuple[list[int], list[kernels.Operand], dict[str, Any]]] = {}
         # as long as memory is not given back, an address means the same tensor
@@ -58,6 +60,7 @@ class Gathering:
             gathered = gather()
             every = [param for group in groups for param in group["params"]]
             self.shards = [param for param in every if is_shard(param) and param.grad is not None]
+            self.split = [param for param in every if param.grad is not None and "tail" in states[param]]
             if not all(kernels.is_contiguous(operand) for operands in gathered.values() for operand in operands):
                 # these are copied at every step, so that their addresses say nothing
                 self._looks, self._held, self._memory = [], {}, []

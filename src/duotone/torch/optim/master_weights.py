@@ -28,6 +28,7 @@ from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.optim.base import MasterOptimizer, check_gradient, check_groups, listed, listed_layouts, run_closure
+from duotone.torch.optim.edit_watch import EditWatch
 from duotone.torch.optim.foreign import fused_step, skips_on_device
 from duotone.torch.optim.gathering import numbered
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
@@ -35,6 +36,7 @@ from duotone.torch.optim.slots import OF_POLICY, ROUNDING_STEP, TAIL, expected
 from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
 from duotone.torch.parameters import shards
+from duotone.torch.parameters.edits import record
 from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master
 from duotone.torch.parameters.plain_steps import ignore_plain_steps
 from duotone.torch.parameters.storage import other_attributes, set_tail, storage_of
@@ -95,6 +97,7 @@ class MasterWeights(MasterOptimizer):
         self._kept: defaultdict[Tensor, dict[str, Tensor]] = state["_kept"]
         self._begun: set[Tensor] = set()
         self._is_inside = False
+        self._edits = EditWatch()
         super().__setstate__({})
         # torch copies and pickles optimizers without their hooks
         ignore_plain_steps(self.optimizer)
@@ -149,6 +152,7 @@ class MasterWeights(MasterOptimizer):
             if found_inf:
                 return loss
             found_inf = None
+        self._edits.before_step()
         stand_ins = {param: self._stand_in(param, grad_multiplier) for param in params}
         with self._represented_by(stand_ins):
             if found_inf is None:
@@ -159,6 +163,7 @@ class MasterWeights(MasterOptimizer):
         for param, index in params.items():
             self._write(param, stand_ins[param].detach(), index, found_inf)
         self._begun.update(params)
+        self._edits.after_step([param for param in params if storage_of(param).tail is not None])
         return loss
 
     @torch.no_grad()
@@ -180,7 +185,7 @@ class MasterWeights(MasterOptimizer):
         for index, (param, _) in enumerate(self._parameters()):
             if self._kept.get(param):
                 states[index] = {**states.get(index, {}), **self._kept[param]}
-        return {**packed, "state": states, "duotone": self._marks()}
+        return {**packed, "state": self._with_tails_to_save(states), "duotone": self._marks()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Load a state dict of the same optimizer, wrapped, bit for bit; no tensor changes its dtype.
@@ -265,7 +270,9 @@ class MasterWeights(MasterOptimizer):
 
     def _stand_in(self, param: Tensor, grad_multiplier: Tensor | None) -> nn.Parameter:
         self._take_tail(param)
-        master = dense(param.detach()) if param.dtype == torch.float32 else read_master(param)
+        master = (
+            dense(param.detach()) if param.dtype == torch.float32 else read_master(param, self._edits.on(param.device))
+        )
         stand_in = nn.Parameter(master, requires_grad=param.requires_grad)
         # some optimizers look for what their users set on a parameter
         for name, value in other_attributes(param).items():
@@ -313,6 +320,7 @@ class MasterWeights(MasterOptimizer):
         else:
             weight = master.to(param.dtype)
         _write_unless(found_inf, resident, weight)
+        record(param, unless=found_inf)
         if resident is not param:
             increment_version(param)
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from duotone.errors import OptimizerError, nearest_names
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.internals.training import is_flattened
-from duotone.torch.kernels import SPLIT_DTYPES, decode, encode
+from duotone.torch.kernels import SPLIT_DTYPES, Edits, decode, encode
 from duotone.torch.parameters import shards
+from duotone.torch.parameters.edits import read_tail, record
 from duotone.torch.parameters.storage import NO_STORAGE, Storage, set_tail, storage_of
 
 # the smallest magnitude that rounds to Inf in FP16
@@ -77,7 +78,8 @@ def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     if tail is None or (tail.is_meta and not param.is_meta):
         tail = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
     tail = tail.to(param.device)
-    set_tail(param, tail)
+    if tail is not storage.tail:
+        set_tail(param, tail)
     return tail
 
 
@@ -100,8 +102,14 @@ def check_not_lost(param: Tensor) -> None:
         )
 
 
-def read_master(param: Tensor) -> Tensor:
+def read_master(param: Tensor, edits: Edits | None = None) -> Tensor:
     """Return a parameter's FP32 master as a new tensor of the parameter's shape; of a DTensor, cut as it is.
+
+    Where others have changed the weight since Duotone wrote it, that is its master (`edits`).
+
+    Args:
+        param: the parameter.
+        edits: where to note that others have.
 
     >>> param = nn.Parameter(torch.tensor([0.0], dtype=torch.bfloat16))
     >>> tail = ensure_tail(param)
@@ -110,11 +118,11 @@ def read_master(param: Tensor) -> Tensor:
     (0.10009765625, 0.10000000149011612)
     """
     with torch.no_grad():
-        tail = storage_of(param).tail
+        tail = read_tail(param, edits)
         weight = shards.local(param.detach())
         if tail is None:
             return shards.like(weight.to(torch.float32, copy=True), param)
-        return shards.like(decode(weight, shards.local(tail).to(weight.device)), param)
+        return shards.like(decode(weight, tail.to(weight.device)), param)
 
 
 def write_master(param: Tensor, master: Tensor) -> None:
@@ -133,6 +141,7 @@ def write_master(param: Tensor, master: Tensor) -> None:
             weight, new_tail = encode(master.to(resident.device, torch.float32), param.dtype)
             resident.copy_(weight)
             shards.local(tail).copy_(new_tail)
+            record(param)
         if resident is not param:
             increment_version(param)
 
@@ -165,6 +174,7 @@ def store_master(param: Tensor, master: Tensor, storage: Storage) -> None:
         if resident is not param:
             increment_version(param)
     set_tail(param, tail, storage)
+    record(param)
 
 
 def beyond_range(master: Tensor, dtype: torch.dtype | None) -> float | None:

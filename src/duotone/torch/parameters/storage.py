@@ -20,6 +20,8 @@ from torch import Tensor
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding
 
 _ATTRIBUTE = "duotone_storage"
+# on a tail: checksums of the weight that it belongs to (`edits`)
+CHECKSUMS = "duotone_checksums"
 # counts calls of `set_storage`, so that asking thousands of parameters for their records can be spared
 _counter = count(1)
 _changes: deque[int] = deque([0], maxlen=1)
@@ -137,6 +139,8 @@ def set_tail(param: Tensor, tail: Tensor | None, storage: Storage | None = None)
         tail: int16, shaped like the weight, or None.
         storage: the rest of the record; None for the one that it has.
     """
+    if tail is not None:
+        vars(tail).pop(CHECKSUMS, None)
     dtype, shape = (None, None) if tail is None else (param.dtype, param.shape)
     storage = storage_of(param) if storage is None else storage
     set_storage(param, replace(storage, tail=tail, weight_dtype=dtype, weight_shape=shape))

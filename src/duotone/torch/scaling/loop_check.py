@@ -16,7 +16,7 @@ from duotone.loss_scale import LossScale
 from duotone.torch.call_site import warn
 from duotone.torch.internals.tensors import VERSION
 from duotone.torch.parameters.storage import storage_of
-from duotone.torch.scaling.readback import Readback
+from duotone.torch.readback import Readback
 
 # losses in one step from which on their sum is off by half a percent and more, by the dtype of the gradients
 _MANY = {torch.bfloat16: 64, torch.float16: 1024}

@@ -16,9 +16,9 @@ import torch
 from duotone.errors import DuotoneWarning
 from duotone.loss_scale import LossScale
 from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.readback import Readback
 from duotone.torch.scaling.diagnosis import collapse_error, loss_at, non_finite_gradients, non_finite_loss_error
 from duotone.torch.scaling.outcome import Outcome
-from duotone.torch.scaling.readback import Readback
 from duotone.torch.scaling.schedulers import Schedule, advance
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError
+from duotone.torch.readback import Readback
 from duotone.torch.scaling.diagnosis import non_finite_gradients, some_of
-from duotone.torch.scaling.readback import Readback
 
 # the smallest and the largest normal number of FP32, which holds the scale
 FLOOR, CEILING = 2.0**-126, torch.finfo(torch.float32).max

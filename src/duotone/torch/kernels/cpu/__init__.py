@@ -1,7 +1,8 @@
 """The fused kernels on CPUs: `reference`'s operations, bit for bit, each over all parameters stored alike at once.
 
-Written in Python and compiled by Numba (`elements`, `coefficients`, `updates`, `averages`, `sums`), kept as machine
-code (`machine_code`), run on torch's threads (`threads`). A kernel gets one job: an array of addresses and numbers.
+Written in Python and compiled by Numba (`elements`, `checksums`, `coefficients`, `updates`, `averages`, `sums`), kept
+as machine code (`machine_code`), run on torch's threads (`threads`). A kernel gets one job: an array of addresses and
+numbers.
 """
 
 from array import array
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from duotone.torch.kernels.cpu.machine_code import Entry, entry_of
 from duotone.torch.kernels.cpu.threads import pieces_of, run_on_threads
-from duotone.torch.kernels.operands import AverageBatch, Operand
+from duotone.torch.kernels.operands import AverageBatch, Edits, Operand
 from duotone.torch.kernels.table import Formats, average_tables_of, grad_tables_of, tables_of
 from duotone.torch.kernels.updates.definition import Update
 
@@ -42,7 +43,12 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, 
 
 
 def update(
-    definition: Update, operands: Sequence[Operand], settings: Sequence[Any], grad_multiplier: Tensor, found_inf: Tensor
+    definition: Update,
+    operands: Sequence[Operand],
+    settings: Sequence[Any],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    edits: Edits | None = None,
 ) -> None:
     """Update in place by one step of an optimizer; see `reference.update`."""
     if found_inf.item():
@@ -55,6 +61,7 @@ def update(
         settings_table.extend((*map(float, group[:-1]), 0.0))
     # the low 64 bits of a seed are its key
     seed_table = array("Q", [int(group.seed) & 0xFFFF_FFFF_FFFF_FFFF for group in settings])
+    marks = (0, 0) if edits is None else (edits.seen.data_ptr(), edits.mark)
     for table in tables_of(operands):
         # compiled before anything is written, so that a compiler's failure leaves everything as it was
         elements = _elements_entry(definition, table.formats)
@@ -65,7 +72,7 @@ def update(
         rows = _address(coefficients), _address(draws)
         job = array("q", (_address(settings_table), _address(seed_table), parameters, *rows, count, columns))
         _coefficients_entry(definition)(_address(job))
-        _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns)
+        _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns, *marks)
 
 
 def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from duotone.torch.kernels.cpu import memory
+from duotone.torch.kernels.cpu.checksums import factor_table, fill_factors, tile_functions
 from duotone.torch.kernels.cpu.formats import f32, i64, master_reader, master_writer, moment_writer, value_reader
 from duotone.torch.kernels.cpu.memory import compiled, read_f32, read_i64, take_next, tuple_reader
 from duotone.torch.kernels.cpu.random import TILE, fill_tile
@@ -17,7 +18,7 @@ from duotone.torch.kernels.table import GRAD, MOMENT, NUMBER, NUMEL, TAIL, WEIGH
 from duotone.torch.kernels.updates.definition import Update
 
 # words of a job
-COUNTER, PIECES, PIECE_COUNT, CHUNKS, PARAMETERS, COEFFICIENT_TABLE, DRAWS, COLUMNS = range(8)
+COUNTER, PIECES, PIECE_COUNT, CHUNKS, PARAMETERS, COEFFICIENT_TABLE, DRAWS, COLUMNS, SEEN, MARK = range(10)
 
 _read_random = memory.reader("u16", memory.RANDOM)
 # a tile of random bits for the weight and for each moment
@@ -30,11 +31,13 @@ def kernel(definition: Update, formats: Formats) -> Any:
     coefficient_columns = 1 + len(definition.coefficient_names._fields)
     weight_is_random = formats.weight.endswith("+stochastic")
     random1, random2, random3 = [name == "bfloat16" for name in (*formats.moments, "", "", "")[:MAX_MOMENTS]]
-    # without random bits there is no reason to stop between
-    tile = TILE if weight_is_random or "bfloat16" in formats.moments else CHUNK
+    follow_changes, write_checksums = tile_functions(formats.weight)
+    # without random bits or checksums there is no reason to stop between
+    stops = weight_is_random or formats.weight.endswith("+tail") or "bfloat16" in formats.moments
+    tile = TILE if stops else CHUNK
 
     @compiled
-    def chunk(operand, coefficients, draw, start, stop, tiles):
+    def chunk(operand, coefficients, draw, start, stop, tiles, factors, seen, mark):
         step, seed, index = read_i64(draw, 0), read_i64(draw, 1), read_i64(operand, NUMBER)
         while start < stop:
             end = min(start + tile, stop)
@@ -46,11 +49,15 @@ def kernel(definition: Update, formats: Formats) -> Any:
                 fill_tile(tiles + 4 * TILE, start, end, seed, step, index | (2 << 30))
             if random3:
                 fill_tile(tiles + 6 * TILE, start, end, seed, step, index | (3 << 30))
+            follow_changes(operand, i64(start), i64(end), factors, seen, mark)
             elements(operand, coefficients, tiles, i64(start), i64(end))
+            write_checksums(operand, i64(start), i64(end), factors)
             start = end
 
     def run(job):
-        tiles = _random_tiles()
+        tiles, factors = _random_tiles(), factor_table()
+        seen, mark = read_i64(job, SEEN), read_i64(job, MARK)
+        fill_factors(factors)
         while True:
             piece = take_next(read_i64(job, COUNTER))
             if piece >= read_i64(job, PIECE_COUNT):
@@ -62,7 +69,8 @@ def kernel(definition: Update, formats: Formats) -> Any:
                 operand = read_i64(job, PARAMETERS) + 8 * read_i64(job, COLUMNS) * row
                 coefficients = read_i64(job, COEFFICIENT_TABLE) + 4 * coefficient_columns * row
                 draw = read_i64(job, DRAWS) + 16 * row
-                chunk(operand, coefficients, draw, start, min(start + CHUNK, read_i64(operand, NUMEL)), tiles)
+                stop = min(start + CHUNK, read_i64(operand, NUMEL))
+                chunk(operand, coefficients, draw, start, stop, tiles, factors, seen, mark)
 
     return run
 

@@ -52,7 +52,7 @@ def _fingerprint() -> str:
     digest = sha256()
     # the kernels' own sources, and what they share with the other backends: columns of tables, names, chunks
     folder = Path(__file__).parent
-    shared = [folder.parent / name for name in ("reference.py", "slots.py", "table.py")]
+    shared = [folder.parent / name for name in ("checksums.py", "reference.py", "slots.py", "table.py")]
     for source in (*sorted(folder.rglob("*.py")), *sorted((folder.parent / "updates").glob("*.py")), *shared):
         digest.update(source.read_bytes())
     features = llvm.get_host_cpu_features().flatten()

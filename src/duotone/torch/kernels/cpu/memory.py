@@ -118,6 +118,7 @@ def tuple_writer(kind: str) -> Any:
 
 
 read_i64, write_i64 = reader("i64", TABLE), writer("i64", TABLE)
+read_u32, write_u32 = reader("u32", TABLE), writer("u32", TABLE)
 read_f64, write_f64 = reader("f64", TABLE), writer("f64", TABLE)
 read_f32, write_f32 = reader("f32", TABLE), writer("f32", TABLE)
 
@@ -165,6 +166,19 @@ def _take_next(builder: Any, address: Any) -> Any:
 
 # return the counter at an address and add 1 to it, in one indivisible step
 take_next = _instruction(types.int64, types.int64, _take_next)
+
+
+@intrinsic
+def set_bits(context: Any, address: Any, bits: Any) -> Any:
+    """Set bits of the 32-bit number at an address, in one indivisible step."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, bits = arguments
+        pointer = builder.inttoptr(address, ir.IntType(32).as_pointer())
+        builder.atomic_rmw("or", pointer, builder.trunc(bits, ir.IntType(32)), "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
 
 
 def stack(size: int) -> Any:

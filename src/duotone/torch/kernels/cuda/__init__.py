@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from duotone.torch.kernels.cuda import launch
-from duotone.torch.kernels.operands import AverageBatch, Operand
+from duotone.torch.kernels.operands import AverageBatch, Edits, Operand
 from duotone.torch.kernels.updates.definition import Update
 
 __all__ = ["average", "grad_stats", "update"]
@@ -25,10 +25,15 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, 
 
 
 def update(
-    definition: Update, operands: Sequence[Operand], settings: Sequence[Any], grad_multiplier: Tensor, found_inf: Tensor
+    definition: Update,
+    operands: Sequence[Operand],
+    settings: Sequence[Any],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    edits: Edits | None = None,
 ) -> None:
     """Update in place by one step of an optimizer, as `reference.update` does, each operand dense in one layout."""
-    launch.update(definition, operands, settings, grad_multiplier, found_inf)
+    launch.update(definition, operands, settings, grad_multiplier, found_inf, edits)
 
 
 def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from duotone.torch.kernels import table
+from duotone.torch.kernels.cuda.checksums import follow_changes, write_checksums
 from duotone.torch.kernels.cuda.coefficients import (
     FIRST_COEFFICIENT,
     read_coefficients,
@@ -31,6 +32,7 @@ _WEIGHT = tl.constexpr(table.WEIGHT)
 _TAIL = tl.constexpr(table.TAIL)
 _MOMENT = tl.constexpr(table.MOMENT)
 _NUMEL = tl.constexpr(table.NUMEL)
+_CHECKSUMS = tl.constexpr(table.CHECKSUMS)
 
 
 def tile_of(formats: table.Formats) -> int:
@@ -41,12 +43,14 @@ def tile_of(formats: table.Formats) -> int:
     return 512 if "float32" in (formats.weight, *formats.moments) else 1024
 
 
-@triton.jit(do_not_specialize=["found_inf"])
+@triton.jit(do_not_specialize=["found_inf", "seen", "mark"])
 def update_kernel(
     parameters,
     chunks,
     coefficients,
     found_inf,
+    seen,
+    mark,
     APPLY: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
     NAMES: tl.constexpr,
@@ -59,6 +63,7 @@ def update_kernel(
 ):
     """Update the part `program_id(1)` of the chunk `program_id(0)` of parameters in the same formats.
 
+    Weights with a tail that were changed since the last step are their own masters, and `mark` is set in `seen` then.
     `APPLY` is the update's function, `COEFFICIENTS` its `NamedTuple` of coefficients, and `NAMES` the names in it.
     """
     if tl.load(found_inf) == 0:
@@ -75,7 +80,11 @@ def update_kernel(
         multiplier = read_multiplier(words)
         c = read_coefficients(words, COEFFICIENTS, NAMES)
         draws = read_draws(words)
-        end = tl.minimum(first + _SPAN, tl.load(row + _NUMEL))
+        numel = tl.load(row + _NUMEL)
+        end = tl.minimum(first + _SPAN, numel)
+        if KIND == "tail":
+            known = tl.load(row + _CHECKSUMS)
+            follow_changes(addresses[1], addresses[2], known, numel, first, end, seen, mark, ALIGNED)
         for start in range(first, end - TILE + 1, TILE):
             _update_tile(
                 addresses, moments, start, None, multiplier, c, draws,
@@ -87,6 +96,8 @@ def update_kernel(
                 addresses, moments, rest, end, multiplier, c, draws,
                 APPLY, WEIGHT, KIND, GRAD, MOMENTS, TILE, ALIGNED,
             )  # fmt: skip
+        if KIND == "tail":
+            write_checksums(addresses[1], known, first, end, ALIGNED)
 
 
 @triton.jit

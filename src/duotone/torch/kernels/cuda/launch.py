@@ -19,7 +19,7 @@ from duotone.torch.kernels.cuda.elements import SPANS, tile_of, update_kernel
 from duotone.torch.kernels.cuda.settings import device_settings
 from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
 from duotone.torch.kernels.cuda.upload import Cache, upload
-from duotone.torch.kernels.operands import AverageBatch, Operand
+from duotone.torch.kernels.operands import AverageBatch, Edits, Operand
 from duotone.torch.kernels.reference import CHUNK
 from duotone.torch.kernels.table import (
     GRAD,
@@ -74,7 +74,12 @@ _sum_tables: Cache[tuple[int, torch.device], SumTable] = Cache(32)
 
 
 def update(
-    definition: Update, operands: Sequence[Operand], settings: Sequence[Any], grad_multiplier: Tensor, found_inf: Tensor
+    definition: Update,
+    operands: Sequence[Operand],
+    settings: Sequence[Any],
+    grad_multiplier: Tensor,
+    found_inf: Tensor,
+    edits: Edits | None,
 ) -> None:
     """Compute every parameter's coefficients, then update parameters, those that are stored alike at once."""
     if not operands:
@@ -91,12 +96,16 @@ def update(
         coefficients_kernel[(-(-count // BLOCK),)](
             table.parameters, rows, coefficients, grad_multiplier, found_inf, count, **per_parameter, **OPTIONS
         )
+        # without edits to note, a mark of no bit is set in numbers that are read by now
+        seen, mark = (coefficients, 0) if edits is None else edits
         for formats, aligned, chunks in table.parts:
             update_kernel[(chunks.shape[0], SPANS)](
                 table.parameters,
                 chunks,
                 coefficients,
                 found_inf,
+                seen,
+                mark,
                 **per_element,
                 **constants_in(formats),
                 ALIGNED=aligned,

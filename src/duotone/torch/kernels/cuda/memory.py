@@ -19,9 +19,9 @@ from duotone.torch.kernels.cuda.random import random_16_bits
 def read(address, offsets, mask, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
     """Load elements of a format as FP32; what the mask leaves out is 0, or anything where there is none."""
     if FORMAT == "float32":
-        value = _load(address, offsets, mask, tl.float32, ALIGNED)
+        value = load(address, offsets, mask, tl.float32, ALIGNED)
     else:
-        bits = _load(address, offsets, mask, tl.int16, ALIGNED).to(tl.int32)
+        bits = load(address, offsets, mask, tl.int16, ALIGNED).to(tl.int32)
         value = float_of(bits, FORMAT)
     return value
 
@@ -30,8 +30,8 @@ def read(address, offsets, mask, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
 def read_master(weight, tail, offsets, mask, WEIGHT: tl.constexpr, KIND: tl.constexpr, ALIGNED: tl.constexpr):
     """Load FP32 masters: of weight and tail where there are both, else the weights themselves."""
     if KIND == "tail":
-        weight_bits = _load(weight, offsets, mask, tl.int16, ALIGNED).to(tl.int32)
-        tail_bits = _load(tail, offsets, mask, tl.int16, ALIGNED).to(tl.int32)
+        weight_bits = load(weight, offsets, mask, tl.int16, ALIGNED).to(tl.int32)
+        tail_bits = load(tail, offsets, mask, tl.int16, ALIGNED).to(tl.int32)
         master = decode(weight_bits, tail_bits, WEIGHT)
     else:
         master = read(weight, offsets, mask, WEIGHT, ALIGNED)
@@ -54,16 +54,16 @@ def write_master(
 ):
     """Store masters as weights, and their tails where there are any."""
     if WEIGHT == "float32":
-        _store(weight, offsets, mask, master, tl.float32, ALIGNED)
+        store(weight, offsets, mask, master, tl.float32, ALIGNED)
     else:
         if KIND == "tail":
             bits, tail_bits = encode(master, WEIGHT)
-            _store(tail, offsets, mask, tail_bits, tl.int16, ALIGNED)
+            store(tail, offsets, mask, tail_bits, tl.int16, ALIGNED)
         elif KIND == "stochastic":
             bits = round_stochastically(master, random_16_bits(start, draws, 0, TILE), WEIGHT)
         else:
             bits = round_to_nearest(master, WEIGHT)
-        _store(weight, offsets, mask, bits, tl.int16, ALIGNED)
+        store(weight, offsets, mask, bits, tl.int16, ALIGNED)
 
 
 @triton.jit
@@ -81,16 +81,16 @@ def write_moment(
 ):
     """Store a moment as FP32, or as BF16 rounded stochastically with the bits of its stream."""
     if FORMAT == "float32":
-        _store(address, offsets, mask, moment, tl.float32, ALIGNED)
+        store(address, offsets, mask, moment, tl.float32, ALIGNED)
     else:
         bits = round_stochastically(moment, random_16_bits(start, draws, STREAM, TILE), "bfloat16")
-        _store(address, offsets, mask, bits, tl.int16, ALIGNED)
+        store(address, offsets, mask, bits, tl.int16, ALIGNED)
 
 
 @triton.jit
 def write_float32(address, offsets, mask, value, ALIGNED: tl.constexpr):
     """Store FP32."""
-    _store(address, offsets, mask, value, tl.float32, ALIGNED)
+    store(address, offsets, mask, value, tl.float32, ALIGNED)
 
 
 @triton.jit
@@ -102,7 +102,8 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Load elements as they are stored; what the mask leaves out is 0."""
     if mask is None:
         value = tl.load(_pointer(address, DTYPE, ALIGNED) + offsets)
     else:
@@ -111,5 +112,6 @@ def _load(address, offsets, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _store(address, offsets, mask, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def store(address, offsets, mask, value, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Store elements in a type, where the mask allows it."""
     tl.store(_pointer(address, DTYPE, ALIGNED) + offsets, value.to(DTYPE), mask=mask)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from duotone.torch.scaling.readback import Readback
+from duotone.torch.readback import Readback
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool])

@@ -1,0 +1,66 @@
+"""Checksums of 16-bit weights, by which a step notices what others have written into them since the last one.
+
+A cell is `CELL` elements in the order of memory, the last one perhaps fewer. With weights and factors as signed 16-bit
+integers, its checksum is `sum(weight[i] * factor[i]) mod 2^32`, where `factor[i] = (2 i + 1) * FACTOR mod 2^16` is odd
+and another one for each place: no change of one element and no exchange of two leaves it as it was, and 1 in 2^32 or so
+of all others. A checksum of 0 is stored as 1, for 0 says that it is not known, and then nothing is compared.
+
+Checksums of a parameter are one int32 tensor: those of its cells, and behind them the marks of the steps that have
+found a cell changed (`Edits.mark`).
+"""
+
+import torch
+from torch import Tensor
+
+CELL = 512
+# 2^16 divided by the golden ratio, so that the factors of neighbours have little in common
+FACTOR = 40503
+
+
+def unknown(weight: Tensor) -> Tensor:
+    """Return the checksums of a weight of which nothing is known.
+
+    >>> unknown(torch.zeros(513, dtype=torch.bfloat16))
+    tensor([0, 0, 0], dtype=torch.int32)
+    """
+    return torch.zeros(-(-weight.numel() // CELL) + 1, dtype=torch.int32, device=weight.device)
+
+
+def sums_of_cells(weight: Tensor) -> Tensor:
+    """Return the checksum of each cell of a weight: int32, never 0.
+
+    Args:
+        weight: BF16 or FP16, 1-d, dense.
+
+    >>> sums_of_cells(torch.tensor([0.0, 1.0], dtype=torch.bfloat16)), sums_of_cells(torch.zeros(0).half())
+    (tensor([-158272000], dtype=torch.int32), tensor([], dtype=torch.int32))
+    """
+    bits = weight.view(torch.int16)
+    whole = bits.numel() // CELL * CELL
+    factors = _factors(weight.device)
+    parts = [_dot(bits[:whole].view(-1, CELL), factors)]
+    if whole < bits.numel():
+        parts.append(_dot(bits[None, whole:], factors[: bits.numel() - whole]))
+    sums = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return sums.masked_fill_(sums == 0, 1)
+
+
+def changed_cells(weight: Tensor, checksums: Tensor) -> Tensor:
+    """Return for each cell of a weight, 1-d, whether it is known to have been another one: bool."""
+    known = checksums[:-1]
+    return (known != 0) & (known != sums_of_cells(weight))
+
+
+def elements_of(cells: Tensor, numel: int) -> Tensor:
+    """Return what is given for each cell for each of its elements, of which there are `numel` in all."""
+    return cells.repeat_interleave(CELL)[:numel]
+
+
+def _dot(bits: Tensor, factors: Tensor) -> Tensor:
+    # int32 wraps around, as it is meant to
+    return bits.to(torch.int32).mul_(factors).sum(dim=1, dtype=torch.int32)
+
+
+def _factors(device: torch.device) -> Tensor:
+    places = torch.arange(CELL, dtype=torch.int32, device=device)
+    return ((2 * places + 1) * FACTOR).to(torch.int16).to(torch.int32)

@@ -1,0 +1,129 @@
+"""Warns once of an optimizer's weights that other code keeps changing between steps (`parameters.edits`).
+
+Steps follow such changes, and one of them, a loaded state dict or pruning, is nothing to warn of. But where it is many,
+the masters lose their lower bits again and again, as 16-bit weights without masters do. So steps leave marks on the
+device, one bit for each of `WINDOW` steps, which are read once in a window: on an accelerator a window later, so that
+nothing waits. A change that is rounded away leaves no mark, but a version of the weight; one weight after the other is
+asked for that, one in a step, so that a step costs the same however many there are.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.errors import DuotoneWarning
+from duotone.torch.internals.autograd import version_of
+from duotone.torch.kernels import Edits
+from duotone.torch.kernels.checksums import CELL
+from duotone.torch.parameters.edits import checksums_of
+from duotone.torch.parameters.shards import local
+from duotone.torch.parameters.storage import storage_of
+from duotone.torch.readback import Readback
+
+WINDOW = 16
+# changes within a window that are warned of
+REPEATED = 3
+
+_UNITS = {torch.bfloat16: "bfloat16 (1/512 to 1/256 of a weight)", torch.float16: "float16 (1/4096 to 1/2048)"}
+_WAY_OUT = 'inside "with duotone.torch.full_precision(model):", where weights are their FP32 masters; said once'
+
+
+class EditWatch:
+    """Follows the edits that the steps of one optimizer notice."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._seen: dict[torch.device, tuple[Tensor, Readback]] = {}
+        # the weight that is looked at next, and how it looked after the last step
+        self._asked: tuple[Tensor, tuple[int, int]] | None = None
+        self._writes_in_a_row = 0
+        self._has_warned = False
+
+    def on(self, device: torch.device) -> Edits | None:
+        """Return where a step notes edits of weights on a device; None if nobody reads that any more."""
+        if self._has_warned:
+            return None
+        if device not in self._seen:
+            self._seen[device] = torch.zeros((), dtype=torch.int32, device=device), Readback()
+        return Edits(self._seen[device][0], 1 << self._steps % WINDOW)
+
+    def before_step(self) -> None:
+        """Look whether somebody has written to a weight since the last step."""
+        if self._asked is not None:
+            weight, (versions, address) = self._asked
+            versions_now, address_now = _look(weight)
+            # one that lies elsewhere may have got its old values back
+            is_written = versions_now != versions and address_now == address
+            self._writes_in_a_row = self._writes_in_a_row + 1 if is_written else 0
+
+    def after_step(self, split: Sequence[Tensor]) -> None:
+        """Count a step, and warn at the end of a window.
+
+        Args:
+            split: the parameters with a tail.
+        """
+        if self._has_warned or not split:
+            return
+        self._steps += 1
+        weight = split[self._steps % len(split)]
+        self._asked = weight, _look(weight)
+        if self._steps % WINDOW == 0:
+            self._read_marks(split)
+
+    def _read_marks(self, split: Sequence[Tensor]) -> None:
+        marks = 0
+        for seen, readback in self._seen.values():
+            if seen.is_cuda and torch.cuda.is_current_stream_capturing():
+                return
+            if not seen.is_cpu:
+                marks |= (readback.receive() or [0])[0]
+            readback.send(seen.reshape(1).clone())
+            if seen.is_cpu:
+                marks |= (readback.receive() or [0])[0]
+            seen.zero_()
+        if marks.bit_count() >= REPEATED:
+            self._warn_of_changes(marks.bit_count(), split)
+        elif not marks and self._writes_in_a_row >= WINDOW and self._asked is not None:
+            self._warn_of_nothing(self._asked[0])
+        if marks and not self._has_warned:
+            for param in split:
+                _marks_of(param).zero_()
+
+    def _warn_of_changes(self, steps: int, split: Sequence[Tensor]) -> None:
+        self._has_warned = True
+        marked = [param for param in split if int(_marks_of(param)).bit_count() >= REPEATED]
+        names = [f'"{name}"' for param in marked if (name := storage_of(param).name) is not None]
+        which = "" if not names else f" ({names[0]}{f' and {len(marked) - 1} more' if len(marked) > 1 else ''})"
+        warnings.warn(
+            f"other code has changed 16-bit weights{which} before {steps} of {WINDOW} steps: each time they became "
+            f"their own masters, and they and up to {CELL - 1} neighbours lost the bits below their 16; make such "
+            f"changes {_WAY_OUT}",
+            DuotoneWarning,
+            stacklevel=7,
+        )
+
+    def _warn_of_nothing(self, weight: Tensor) -> None:
+        self._has_warned = True
+        name = storage_of(weight).name
+        which = "a 16-bit weight" if name is None else f'"{name}"'
+        warnings.warn(
+            f"other code has written to {which} before each of the last {WINDOW} steps, and changed not one bit: what "
+            f"is smaller than half a unit of {_UNITS[weight.dtype]} is rounded away; make such changes {_WAY_OUT}",
+            DuotoneWarning,
+            stacklevel=7,
+        )
+
+
+def _look(weight: Tensor) -> tuple[int, int]:
+    """Return how often a weight was written to, and where it lies."""
+    part = local(weight)
+    # torch counts an operation on a DTensor for that alone
+    return version_of(weight) + version_of(part), part.data_ptr()
+
+
+def _marks_of(param: Tensor) -> Any:
+    tail = storage_of(param).tail
+    return torch.zeros((), dtype=torch.int32) if tail is None else checksums_of(param, tail)[-1]

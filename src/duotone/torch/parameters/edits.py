@@ -1,0 +1,115 @@
+"""Edits: what others write into 16-bit weights, noticed by checksums of what Duotone has written last.
+
+Neither versions nor addresses show all of them: `p.data.mul_`, a fused optimizer of torch and a kernel of one's own
+leave both as they are. So the checksums of a weight (`kernels.checksums`) hang on the tail that belongs to it. Where
+they differ from those of the weight as it is now, that is its own master, and its tail counts as 0, for a cell of 512
+elements at a time: whatever in there was not changed is rounded once, by at most half a unit of its 16 bits. Reading
+changes nothing, so weights that are exchanged for a while and put back have their masters again.
+
+A tail that takes another's place has no checksums; whoever writes weight and tail in place calls `record`. An edit that
+changes no bit, since it is smaller than half a unit, cannot be seen here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duotone.torch.kernels import Edits
+from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_cells, unknown
+from duotone.torch.kernels.layout import dense
+from duotone.torch.parameters import shards
+from duotone.torch.parameters.storage import CHECKSUMS, storage_of
+
+
+def checksums_of(param: Tensor, tail: Tensor) -> Tensor:
+    """Return the checksums of a parameter, of a DTensor those of this rank's part; a step compares and writes them.
+
+    If there are none for the parameter as it lies in memory now, they are made, unknown.
+    """
+    weight = shards.local(param)
+    held = _held(weight, tail)
+    if held is None:
+        held = unknown(weight)
+        setattr(tail, CHECKSUMS, (held, *_look(weight)))
+    return held
+
+
+def record(param: Tensor, unless: Tensor | None = None) -> None:
+    """Take note that a parameter's weight and tail, as they are now, belong together.
+
+    Args:
+        param: a parameter, with a tail or without.
+        unless: bool, 0-d, on its device; if true, nothing happens.
+    """
+    tail = storage_of(param).tail
+    if tail is None or tail.is_meta:
+        return
+    weight = shards.local(param.detach())
+    cells, sums = checksums_of(param, tail)[:-1], sums_of_cells(_flat(weight))
+    cells.copy_(sums if unless is None else torch.where(unless, cells, sums))
+
+
+def read_tail(param: Tensor, edits: Edits | None = None) -> Tensor | None:
+    """Return this rank's part of a parameter's tail as it belongs to the weight as it is now; None if there is none.
+
+    Args:
+        param: a parameter.
+        edits: where to note that the weight was changed.
+    """
+    tail = storage_of(param).tail
+    if tail is None:
+        return None
+    weight, part = shards.local(param.detach()), shards.local(tail)
+    held = _held(weight, tail)
+    if held is None:
+        return part
+    flat = _flat(weight)
+    changed = changed_cells(flat, held)
+    if edits is not None:
+        mark = torch.where(changed.any(), edits.mark, 0).to(torch.int32)
+        for marks in (edits.seen, held[-1]):
+            marks.bitwise_or_(mark)
+    # cells are counted in the order of memory
+    is_stale = elements_of(changed, flat.numel()).as_strided(weight.shape, dense(weight).stride())
+    # unlike `masked_fill`, this leaves elements in their order in memory
+    return torch.where(is_stale, part.new_zeros(()), part)
+
+
+def tail_to_save(param: Tensor) -> Tensor | None:
+    """Return a parameter's tail, or, if the weight was changed, a new one that belongs to it. Waits for the device."""
+    tail = storage_of(param).tail
+    if tail is None or not is_edited(param):
+        return tail
+    part = read_tail(param)
+    return None if part is None else shards.like(part, param)
+
+
+def is_edited(param: Tensor) -> bool:
+    """Return whether a weight is known to have been changed since Duotone wrote it. Waits for the device."""
+    tail, weight = storage_of(param).tail, shards.local(param.detach())
+    held = None if tail is None else _held(weight, tail)
+    return held is not None and bool(changed_cells(_flat(weight), held).any())
+
+
+def follow(param: Tensor) -> None:
+    """Have a parameter's tail in memory belong to the weight as it is now."""
+    tail = storage_of(param).tail
+    part = read_tail(param)
+    if tail is not None and part is not None and not tail.is_meta:
+        shards.local(tail).copy_(part)
+        record(param)
+
+
+def _held(weight: Tensor, tail: Tensor) -> Tensor | None:
+    """Return the checksums on a tail, if they are those of a weight that lies in memory as this one does."""
+    held: Any = getattr(tail, CHECKSUMS, None)
+    return held[0] if held is not None and held[1:] == _look(weight) else None
+
+
+def _look(weight: Tensor) -> tuple[Any, ...]:
+    return str(weight.device), weight.dtype, tuple(weight.shape), weight.stride()
+
+
+def _flat(weight: Tensor) -> Tensor:
+    return dense(weight).as_strided((weight.numel(),), (1,))
