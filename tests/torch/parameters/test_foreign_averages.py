@@ -12,7 +12,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning
 
-MESSAGE = r"averages? (its )?16-bit weights .*small steps of it are lost; use duotone\.torch\.Average\(model\)"
+MESSAGE = (
+    r"averages? (its )?16-bit weights .*small steps are lost, or kept as noise; use duotone\.torch\.Average\(model\)"
+)
 ONE_MINUS_DECAY = 1e-3
 Update = Callable[[], None]
 

@@ -42,7 +42,9 @@ _KINDS = frozenset((Tensor, nn.Parameter))
 _registered: list[Any] = []
 # the weights of whose averages it was said, by their `id`
 _said: "dict[int, ref[Tensor]]" = {}
-_WAY_OUT = "small steps of it are lost; use duotone.torch.Average(model), which averages the FP32 masters"
+_WAY_OUT = (
+    "where small steps are lost, or kept as noise; use duotone.torch.Average(model), which averages the FP32 masters"
+)
 
 
 def watch_foreign_averages() -> None:
@@ -63,7 +65,7 @@ def say_if_copied_for_average(module: nn.Module) -> None:
         if name is not None:
             _said.update({id(weight): ref(weight) for weight in weights})
             between = "copy", *(module.partition(".")[0] for module in _CLASSES)
-            warn(f"{name} copies a cast model to average its 16-bit weights in 16 bits, where {_WAY_OUT}", between)
+            warn(f"{name} copies a cast model to average its 16-bit weights in 16 bits, {_WAY_OUT}", between)
             return
         frame = frame.f_back
 
@@ -122,7 +124,7 @@ def _look(optimizer: Optimizer, steps: int) -> None:
         del held[_CANDIDATES]
         # once for each optimizer
         held[_STEPS] = _LAST
-        warn(f"somebody averages 16-bit weights of a cast model in a 16-bit tensor, in place, where {_WAY_OUT}")
+        warn(f"somebody averages 16-bit weights of a cast model in a 16-bit tensor, in place, {_WAY_OUT}")
     elif steps - since >= _FOLLOWED or not candidates:
         del held[_CANDIDATES]
 
