@@ -172,3 +172,31 @@ def test_another_model_of_the_same_names():
         assert own is model
     with average.applied(nn.Sequential(model)) as wrapped:
         assert torch.equal(dt.master_weights(wrapped)["0.embed.weight"], averages["embed.weight"])
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp32", "bf16-true,rounding=stochastic"])
+@pytest.mark.parametrize("outer", ["applied", "full_precision"])
+def test_full_precision_inside_and_around(policy, outer):
+    model, optimizer, average = trained(policy)
+    averages = average.state_dict()["averages"]
+    before = everything(model, optimizer)
+    blocks = [average.applied(model), dt.full_precision(model)]
+    first, second = blocks if outer == "applied" else reversed(blocks)
+    with first, second:
+        for name, value in averages.items():
+            # a weight without a master cannot hold an average before it is FP32
+            if outer == "full_precision" or "stochastic" not in policy:
+                assert torch.equal(model.get_parameter(name), value), name
+        with torch.no_grad():
+            model.embed.weight.add_(1.0)
+    assert everything(model, optimizer) == before
+
+
+def test_export_inside_is_an_export_of_the_averages():
+    model, _, average = trained("bf16")
+    with average.applied(model):
+        exported = dt.export(model)
+    expected = average.model_state_dict()
+    plain = small(None, seed=1)
+    plain.load_state_dict(exported if isinstance(exported, dict) else exported.state_dict())
+    assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())

@@ -35,6 +35,8 @@ def sharded_run(path, policy: str):
         inside = {name: local(value).clone() for name, value in dt.master_weights(model, optimizer).items()}
         # gathers the averages
         evaluated = model(torch.ones(1, 6))
+    with average.applied(model), dt.full_precision(model):
+        assert all(torch.equal(local(model.get_parameter(name)), value) for name, value in inside.items())
     after = {name: local(value) for name, value in dt.master_weights(model, optimizer).items()}
     if policy == "bf16":
         assert all(torch.equal(inside[name], local(value)) for name, value in state.items())

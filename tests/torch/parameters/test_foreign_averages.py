@@ -208,3 +208,22 @@ def test_state_in_16_bits_and_gradients_that_stay_are_no_averages():
     optimizer = dt.AdamW(model.parameters(), lr=1e-3, backend="reference")
     optimizer.zero_grad = lambda: torch.optim.Optimizer.zero_grad(optimizer, set_to_none=False)
     train(model, optimizer, lambda: None, 8)
+
+
+def test_tensors_without_memory_are_passed_over():
+    model, optimizer = made()
+    weight = model[0].weight
+    gathered = torch.zeros_like(weight).detach()
+    gathered.untyped_storage().resize_(0)
+    inside = []
+    torch.func.vmap(lambda row: inside.append(row) or row)(torch.zeros(2, *weight.shape, dtype=weight.dtype))
+    later = torch.zeros_like(weight).detach()
+
+    def let_go() -> None:
+        if optimizer.state and later.untyped_storage().nbytes():
+            later.add_(1.0)
+            later.untyped_storage().resize_(0)
+
+    train(model, optimizer, lambda: None, 2)
+    train(model, optimizer, let_go, 8)
+    assert inside[0].shape == weight.shape

@@ -165,7 +165,7 @@ class Average:
         """Return a state dict for an uncast model: averages in FP32, tied ones under each name, buffers.
 
         Frozen parameters give their masters, and buffers are averaged or the model's own. Tensors are new; of DTensors
-        each rank has its part.
+        each rank has its part. `duotone.torch.export`, inside of `applied`, writes files.
 
         >>> import duotone.torch as dt
         >>> model = dt.cast(nn.Linear(2, 1), "bf16")

@@ -81,7 +81,7 @@ class _Candidate:
     def is_average(self) -> bool:
         """Return whether it was written since the last call, not for the first time, and is near the weight."""
         tensor, weight = self._tensor(), self._weight()
-        if tensor is None or weight is None:
+        if tensor is None or weight is None or not _has_memory(tensor):
             return False
         values, version = _sample(tensor), version_of(tensor)
         # writes through `.data` change no version
@@ -115,6 +115,9 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[st
 @uncompiled
 @torch.no_grad()
 def _look(optimizer: Optimizer, steps: int) -> None:
+    # values are read, which a graph that is being captured cannot
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return
     held = vars(optimizer)
     if steps in _SCANS:
         held[_CANDIDATES] = steps, _candidates(optimizer)
@@ -142,14 +145,28 @@ def _candidates(optimizer: Optimizer) -> list[_Candidate]:
     return [
         _Candidate(tensor, weight)
         for tensor in gc.get_objects()
-        # exactly these types: a subclass may have no memory
-        if type(tensor) in _KINDS
-        and tensor.dtype == weight.dtype
-        and tensor.shape == weight.shape
-        and tensor.layout is torch.strided
-        and id(tensor) not in own
-        and tensor.data_ptr() != weight.data_ptr()
+        # exactly these types: a subclass may be of any kind
+        if type(tensor) in _KINDS and id(tensor) not in own and _may_be_average(tensor, weight)
     ]
+
+
+def _may_be_average(tensor: Tensor, weight: Tensor) -> bool:
+    try:
+        return (
+            tensor.dtype == weight.dtype
+            and tensor.shape == weight.shape
+            and tensor.layout is torch.strided
+            and _has_memory(tensor)
+            and tensor.data_ptr() != weight.data_ptr()
+        )
+    except RuntimeError:
+        # what transforms of torch.func work on looks like a tensor, and has no memory
+        return False
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    # fully_shard lets go of what it has gathered, and keeps the tensor
+    return tensor.untyped_storage().nbytes() > 0
 
 
 def _is_rounded(param: Tensor) -> bool:
