@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 from duotone.errors import OptimizerError
 from duotone.policy import Policy
 from duotone.torch.casting.cast import cast
-from duotone.torch.internals.training import move_step_hooks
+from duotone.torch.internals.training import PRE_HOOKS, move_step_hooks
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.optim import OWN, FusedOptimizer, MasterOptimizer, MasterWeights, check_parameters, check_wrappable
 from duotone.torch.parameters.plain_steps import ignore_plain_steps
@@ -98,6 +98,13 @@ def _check_order(model: object, optimizer: object) -> None:
             f"prepare takes (model, optimizer, policy), but got a {type(model).__name__} in place of the model and a "
             f"{type(optimizer).__name__} in place of the optimizer; swap them: model, optimizer, scaler = "
             "prepare(model, optimizer, policy)"
+        )
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(inner, torch.optim.Optimizer) and not hasattr(optimizer, PRE_HOOKS):
+        name = type(inner).__name__
+        raise OptimizerError(
+            f"a {type(optimizer).__name__} is a framework's wrapper around the {name} in it; prepare the model and the "
+            f"{name}, and give the framework what prepare returns"
         )
 
 

@@ -7,6 +7,7 @@ from duotone.errors import nearest_names
 _SCALES_BY_ITSELF = "scaler.step updates the scale by itself, once, after all optimizers: leave the call out"
 _PREPARE = "prepare(model, optimizer, policy) casts, keeps masters and makes the scaler"
 _WRAP = "MasterWeights(optimizer) puts FP32 masters around any torch optimizer"
+_AVERAGE = "Average(model, decay=0.999) is an FP32 average of the masters"
 _SETTINGS = "scaler.settings has how the scale moves"
 _FULLY_SHARD = "fully_shard(model) is FSDP2 for a cast model"
 _DATA_PARALLEL = "data_parallel(model) is DistributedDataParallel for a cast model"
@@ -54,6 +55,10 @@ OF_MODULE = {
     "DDP": _DATA_PARALLEL,
     "FullyShardedDataParallel": _FULLY_SHARD,
     "FSDP": _FULLY_SHARD,
+    "EMA": _AVERAGE,
+    "EMAModel": _AVERAGE,
+    "ModelEma": _AVERAGE,
+    "AveragedModel": _AVERAGE,
     "custom_fwd": "op_rule gives a function of one's own its kind",
     "custom_bwd": "op_rule gives a function of one's own its kind",
 }

@@ -86,9 +86,13 @@ def test_groups_have_their_own_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": -1.0}, "lr -1.0"),
         ({"eps": -1e-8}, "eps -1e-08.*none may be negative"),
-        ({"weight_decay": -0.1}, "weight_decay -0.1; none may be negative"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1; none may be negative or NaN"),
+        ({"lr": float("nan")}, "lr nan, eps .*; none may be negative or NaN"),
+        ({"lr": torch.tensor(-1.0)}, "none may be negative or NaN"),
+        ({"eps": float("nan")}, "eps nan.*none may be negative or NaN"),
+        ({"weight_decay": float("nan")}, "weight_decay nan; none may be negative or NaN"),
         ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\); each must be in \[0, 1\)"),
         ({"betas": (0.9, -0.1)}, r"betas are \(0.9, -0.1\)"),
     ],

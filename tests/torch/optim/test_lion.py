@@ -47,8 +47,8 @@ def test_split_weights_move_as_whole_ones(make_parameters, train, same_bits, set
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"weight_decay": -0.1}, "weight_decay -0.1; neither may be negative"),
+        ({"lr": -1.0}, "lr -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay -0.1; none may be negative or NaN"),
         ({"betas": (1.0, 0.9)}, r"betas are \(1.0, 0.9\); each must be in \[0, 1\)"),
     ],
 )

@@ -74,7 +74,7 @@ def test_groups_have_their_own_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": -1.0}, "lr -1.0"),
         ({"momentum": -0.1}, "momentum -0.1.*none may be negative"),
         ({"weight_decay": -0.1}, "weight_decay -0.1; none may be negative"),
         ({"nesterov": True}, "nesterov needs a momentum and no dampening; got momentum 0.0"),

@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import duotone.torch as dt
-from duotone.errors import OptimizerError
+from duotone.errors import DuotoneWarning, OptimizerError
 from duotone.torch.parameters import plain_steps
 from duotone.torch.parameters.plain_steps import scaled_losses
 
@@ -212,13 +213,38 @@ def test_scaled_gradients_are_not_applied(make, policy, scaler):
     scaler.step(optimizer)
 
 
-def test_losses_that_are_gone_are_not_kept():
+@pytest.mark.parametrize("scaler", [dt.LossScaler("fp16"), dt.GradScaler("cpu")])
+def test_gradients_that_were_divided_by_hand_are_applied(scaler, said):
+    model = net()
+    optimizer, scale = torch.optim.SGD(model.parameters(), lr=0.1), 2.0**16
+    expected = model[0].bias.detach() - 0.1 * torch.autograd.grad(model(X).sum(), model[0].bias)[0]
+    loss = model(X).sum()
+    scaler.scale(loss).backward()
+    for param in model.parameters():
+        param.grad.div_(scale)
+    for _ in range(2):
+        optimizer.step()
+        assert torch.allclose(model[0].bias, expected)
+        optimizer.zero_grad(set_to_none=False)
+    (message,) = said()
+    assert "may carry the loss scale" in message
+
+
+def test_a_loss_is_held_until_the_first_step_and_no_longer():
     scaler = dt.LossScaler("fp16")
     model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     scaler.backward(model(X).sum())
-    model[0].weight.grad = None
-    torch.optim.SGD(model.parameters(), lr=0.0).step()
-    assert id(scaler) not in scaled_losses
+    with pytest.raises(OptimizerError, match="carry the loss scale"):
+        optimizer.step()
+    # copies hold none
+    assert copy.deepcopy(scaler)._held is None
+    scaler.step(optimizer)
+    for _ in range(2):
+        scaler.backward(model(X).sum())
+        assert scaler._held is None
+        optimizer.step()
+        assert id(scaler) not in scaled_losses
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
@@ -261,6 +287,29 @@ def test_the_first_cast_sets_a_hook(monkeypatch):
     finally:
         handle.remove()
     assert hooks() == before
+
+
+def warned_on_shards(policy: str) -> list[list[str]]:
+    each = []
+    for make in (torch.optim.AdamW, dt.AdamW):
+        model = dt.cast(net(), policy)
+        dt.fully_shard(model)
+        optimizer = make(model.parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(model, optimizer)
+        messages = [str(warning.message) for warning in caught if issubclass(warning.category, DuotoneWarning)]
+        each.append([message for message in messages if "this CPU has no FP16" not in message])
+    return each
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed", "bf16-true,rounding=stochastic"])
+def test_shards_are_looked_at_on_every_rank(policy, ranks):
+    expected = {"bf16": [LOST], "fp16": [LOST, UNSCALED], "bf16-mixed": []}.get(policy, ["stochastically, but this"])
+    for foreign, ours in ranks.run(2, warned_on_shards, policy):
+        assert len(foreign) == len(expected)
+        assert all(part in message for part, message in zip(expected, foreign, strict=True))
+        assert [UNSCALED in message for message in ours] == ([True] if policy == "fp16" else [])
 
 
 @pytest.mark.slow

@@ -161,6 +161,10 @@ def _check_not_parallel(model: nn.Module, verb: str) -> None:
         done = "wrapped in DistributedDataParallel" if isinstance(module, nn.parallel.DistributedDataParallel) else None
         if any(map(is_shard, module.parameters(recurse=False))) or is_sharded(module):
             done = "sharded"
+        if type(module).__name__ == "_FabricModule":
+            raise PolicyError(
+                f"cannot {verb} a model that Lightning Fabric is around; {verb} the model first, then call fabric.setup"
+            )
         if done is not None:
             raise PolicyError(
                 f'cannot {verb} this {type(model).__name__}: module "{path}" is {done} already, and whatever reduces '

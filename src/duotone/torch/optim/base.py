@@ -224,6 +224,19 @@ def check_weight(param: Tensor) -> None:
         )
 
 
+def check_settings(**settings: Tensor | float) -> None:
+    """Raise if a setting is negative or NaN; one on an accelerator is not read.
+
+    Raises:
+        OptimizerError: one is.
+    """
+    for value in settings.values():
+        is_readable = not isinstance(value, Tensor) or value.is_cpu
+        if is_readable and not bool(value >= 0.0):
+            listed_settings = ", ".join(f"{name} {setting}" for name, setting in settings.items())
+            raise OptimizerError(f"the settings are {listed_settings}; none may be negative or NaN")
+
+
 def check_gradient(optimizer: torch.optim.Optimizer, grad: Tensor) -> None:
     """Raise if a gradient is sparse, or in a dtype that is not read.
 

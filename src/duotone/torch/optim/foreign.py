@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.errors import OptimizerError
 from duotone.torch.internals.training import takes_scale
+from duotone.torch.optim.base import MasterOptimizer
 
 # their fused kernels write FP16 weights, rounded, without a master
 _FUSED = (torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
@@ -62,6 +64,17 @@ def fused_step(
         return fused.step(*args, **kwargs)
     finally:
         del fused.grad_scale, fused.found_inf
+
+
+def hides_masters(optimizer: torch.optim.Optimizer) -> OptimizerError | None:
+    """Return what to raise for a framework's wrapper that hides one of Duotone's optimizers; None for any other."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, MasterOptimizer):
+        return None
+    return OptimizerError(
+        f"a {type(optimizer).__name__} hides the {type(inner).__name__} in it, which can take the scale out and be "
+        "skipped; give that one to the step"
+    )
 
 
 def loses_float16_updates(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.kernels.updates.lion import UPDATE, LionSettings
+from duotone.torch.optim.base import check_settings
 from duotone.torch.optim.fused import FusedOptimizer
 from duotone.torch.optim.portable import PortableFormat
 
@@ -66,8 +67,7 @@ class Lion(FusedOptimizer):
     ) -> None:
         if not all(0.0 <= beta < 1.0 for beta in betas):
             raise OptimizerError(f"betas are {betas}; each must be in [0, 1)")
-        if weight_decay < 0.0 or (not isinstance(lr, Tensor) and lr < 0.0):
-            raise OptimizerError(f"lr is {lr}, weight_decay {weight_decay}; neither may be negative")
+        check_settings(lr=lr, weight_decay=weight_decay)
         defaults = {
             "lr": lr,
             "betas": tuple(betas),

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.kernels.updates.sgd import UPDATE, SGDSettings
+from duotone.torch.optim.base import check_settings
 from duotone.torch.optim.fused import FusedOptimizer
 from duotone.torch.optim.portable import PortableFormat
 
@@ -68,8 +69,7 @@ class SGD(FusedOptimizer):
         seed: int = 0,
         backend: kernels.Backend = "auto",
     ) -> None:
-        if momentum < 0.0 or weight_decay < 0.0 or (not isinstance(lr, Tensor) and lr < 0.0):
-            raise OptimizerError(f"lr is {lr}, momentum {momentum}, weight_decay {weight_decay}; none may be negative")
+        check_settings(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum == 0.0 or dampening != 0.0):
             raise OptimizerError(
                 f"nesterov needs a momentum and no dampening; got momentum {momentum}, dampening {dampening}"

@@ -9,7 +9,7 @@ never by an import.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from duotone.errors import OptimizerError
 from duotone.torch.call_site import warn
+from duotone.torch.internals.tensors import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.storage import storage_changes, storage_of
@@ -209,7 +210,18 @@ def _check_true_gradients(optimizer: torch.optim.Optimizer) -> None:
         if said.walks >= _WALKS or _is_called_by_scaler():
             continue
         said.walks += 1
-        if _reaches(loss, {id(param) for param in _parameters(optimizer) if param.grad is not None}):
+        grads = {id(param): param.grad for param in _parameters(optimizer) if param.grad is not None}
+        if not _reaches(loss, grads):
+            continue
+        if all(map(version_of, grads.values())):
+            # somebody has written into all of them, for one to take the scale out by hand
+            said.walks = _WALKS
+            warn(
+                f"the gradients of this {type(optimizer).__name__} may carry the loss scale, and its own step applies "
+                "them as they are; step with scaler.step(optimizer), or call scaler.unscale_(optimizer) in place of "
+                "dividing them by hand"
+            )
+        else:
             said.walks = 0
             raise OptimizerError(
                 f"the gradients of this {type(optimizer).__name__} carry the loss scale, and its own step would apply "
@@ -217,7 +229,7 @@ def _check_true_gradients(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-def _reaches(loss: Tensor, params: set[int]) -> bool:
+def _reaches(loss: Tensor, params: Container[int]) -> bool:
     """Return whether the gradient of a loss goes to one of some parameters, by their ids."""
     found, left = set(), [loss.grad_fn]
     while left:

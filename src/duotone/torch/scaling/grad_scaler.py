@@ -9,6 +9,7 @@ does there, for neither sees it. `LossScaler` clips by itself, and does more.
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, overload
 from weakref import ref
 
@@ -20,7 +21,7 @@ from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.internals.dispatch import has_no_cuda
 from duotone.torch.internals.training import OptState, check_grad_scaler, new_optimizer_state, update_scale
 from duotone.torch.optim import MasterOptimizer
-from duotone.torch.optim.foreign import fused_step, loses_float16_updates, skips_on_device, takes_scaler
+from duotone.torch.optim.foreign import fused_step, hides_masters, loses_float16_updates, skips_on_device, takes_scaler
 from duotone.torch.parameters.plain_steps import say_if_updates_are_rounded, scaled_losses, watch_plain_steps
 from duotone.torch.parameters.shards import local
 from duotone.torch.scaling.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
@@ -187,7 +188,15 @@ class GradScaler(torch.amp.GradScaler):
                 self._check_inf_per_device(optimizer)
                 multiplier = scale.reciprocal()
             found_inf = _sum(state["found_inf_per_device"].values(), scale.device) != 0
-            returned = optimizer.step(*args, grad_multiplier=multiplier, found_inf=found_inf, **kwargs)
+            # a skip that can be read goes past what Accelerate puts on an optimizer to see whether it was stepped
+            step = partial(type(optimizer).step, optimizer) if found_inf.is_cpu and found_inf else optimizer.step
+            try:
+                returned = step(*args, grad_multiplier=multiplier, found_inf=found_inf, **kwargs)
+            except TypeError as error:
+                hidden = hides_masters(optimizer)
+                if hidden is None:
+                    raise
+                raise hidden from error
             state["stage"] = OptState.STEPPED
             return returned
         if not skips_on_device(optimizer):
@@ -298,7 +307,7 @@ class GradScaler(torch.amp.GradScaler):
         if not halves:
             return
         if not isinstance(optimizer, MasterOptimizer):
-            raise _float16_error(optimizer)
+            raise hides_masters(optimizer) or _float16_error(optimizer)
         # the scale is taken out of them together with the others
         self._per_optimizer_states[id(optimizer)]["widened"] = unscale_(halves, torch.ones(()))
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from duotone.loss_scale import LossScale
 from duotone.torch.call_site import warn
-from duotone.torch.internals.tensors import VERSION
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.readback import Readback
 
@@ -92,11 +91,6 @@ class LoopCheck:
             self._looks += 1
             # in 16 bits the norm may overflow, and what is clipped by it is 0
             self._norms += [value for value in values if math.isfinite(value) and value > 0.0]
-
-
-def is_written_into(grads: Sequence[Tensor], losses: int) -> bool:
-    """Return whether more was written into the first gradient than the sums of some losses' gradients."""
-    return bool(grads) and getattr(grads[0], VERSION, 0) >= losses
 
 
 def _say_if_misfit(optimizer: torch.optim.Optimizer, settings: LossScale) -> None:

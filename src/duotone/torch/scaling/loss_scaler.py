@@ -17,10 +17,11 @@ from torch import Tensor
 from duotone.errors import LossScaleError, nearest_names
 from duotone.loss_scale import LossScale, LossScaleState
 from duotone.policy import Policy
+from duotone.torch.internals.tensors import VERSION
 from duotone.torch.near_misses import OF_SCALER, missing
 from duotone.torch.parameters.plain_steps import scaled_losses, watch_plain_steps
 from duotone.torch.scaling.device_scale import DeviceScale, initial_scale
-from duotone.torch.scaling.loop_check import FEWEST, LoopCheck, is_written_into
+from duotone.torch.scaling.loop_check import FEWEST, LoopCheck
 from duotone.torch.scaling.losses import Losses
 from duotone.torch.scaling.monitor import StepMonitor
 from duotone.torch.scaling.outcome import Outcome
@@ -72,13 +73,16 @@ class LossScaler:
         self.process_group = process_group
         self._patience = patience
         self._scale = initial_scale(_settings_of(policy, overrides))
+        # asked for in every backward pass
+        self._scales = not self._scale.settings.is_none
         self._steps = 0
         self._losses = Losses()
         # what unscale_ found, by the id of the optimizer, and the parameters whose gradients are FP32 until the step
         self._found_inf_ahead: dict[int, Tensor] = {}
         self._widened: list[Tensor] = []
         self._monitor = StepMonitor(patience)
-        self._loop = LoopCheck(looks_for_clipping=not self.settings.is_none)
+        self._loop = LoopCheck(looks_for_clipping=self._scales)
+        self._held: Tensor | None = None
         watch_plain_steps()
 
     def __repr__(self) -> str:
@@ -117,7 +121,7 @@ class LossScaler:
         """
         scaled = self._scaled(loss)
         # a scale that stands at 1 makes nothing overflow
-        if not self.settings.is_none:
+        if self._scales:
             self._losses.ignore_later()
         return scaled
 
@@ -140,6 +144,8 @@ class LossScaler:
                 "unscale_ after the last backward pass, and step after it every time, for it skips by itself"
             )
         self._scaled(loss).backward(**kwargs)
+        # before the first step, so that an optimizer's own step is known for one with scaled gradients
+        self._held = None if self._steps or kwargs else loss
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimizer's gradients true, in place, to look at them or change them before the step.
@@ -232,7 +238,9 @@ class LossScaler:
         losses, first = self._losses.count, step.parts[0]
         if losses >= FEWEST:
             self._loop.say_if_sums_are_rounded(losses, first.grads)
-        if self._loop.looks_for_clipping and first.found_inf_ahead is None and is_written_into(first.grads, losses):
+        written = getattr(first.grads[0], VERSION, 0) if first.grads else 0
+        if written >= losses and self._loop.looks_for_clipping and first.found_inf_ahead is None:
+            # more was written into it than the sums of the losses' gradients
             scaled_norm = first.sum_of_squares.sqrt() * loss_scale
             self._loop.look_for_clipping(scaled_norm, on_host=self._scale.on_host)
         for part in step.parts:
@@ -274,7 +282,8 @@ class LossScaler:
         # gradients that are there carry another scale
         self._forget_losses()
         self._monitor = StepMonitor(self._patience)
-        self._loop = LoopCheck(looks_for_clipping=not settings.is_none)
+        self._scales = not settings.is_none
+        self._loop = LoopCheck(looks_for_clipping=self._scales)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._found_inf_ahead:
@@ -285,7 +294,8 @@ class LossScaler:
             **self.__dict__,
             "process_group": None,
             "_monitor": StepMonitor(self._patience),
-            "_loop": LoopCheck(looks_for_clipping=not self.settings.is_none),
+            "_loop": LoopCheck(looks_for_clipping=self._scales),
+            "_held": None,
         }
 
     if not TYPE_CHECKING:
@@ -300,13 +310,13 @@ class LossScaler:
         self._scale = self._scale.to(loss.device)
         self._losses.add(loss, on_host=self._scale.on_host)
         # times 1 would be an operation there and one on the way back
-        if self.settings.is_none:
+        if not self._scales:
             return loss.float()
         scaled_losses[id(self)] = ref(loss)
         return loss.float() * self._scale.state.scale
 
     def _check_scaled(self) -> None:
-        if not self._scale.settings.is_none and self._losses.count == 0:
+        if self._scales and self._losses.count == 0:
             raise LossScaleError(
                 "no loss was scaled since the last step, so the gradients carry no loss scale; use "
                 "scaler.backward(loss), or scaler.scale(loss).backward(). Optimizers that share a loss step in one "
@@ -316,6 +326,7 @@ class LossScaler:
     def _begin(self, step: Step) -> None:
         self._check_scaled()
         scaled_losses.pop(id(self), None)
+        self._held = None
         if not self._found_inf_ahead.keys() <= set(map(id, step.optimizers)):
             raise LossScaleError(
                 "unscale_ was called for an optimizer that is not among these; give all optimizers of a step to one "
@@ -365,7 +376,7 @@ class LossScaler:
         scaled_losses.pop(id(self), None)
         if self._widened:
             narrow(self._widened)
-        self._losses, self._found_inf_ahead, self._widened = Losses(), {}, []
+        self._losses, self._found_inf_ahead, self._widened, self._held = Losses(), {}, [], None
 
 
 def _settings_of(policy: Policy | str | LossScale, overrides: dict[str, Any]) -> LossScale:

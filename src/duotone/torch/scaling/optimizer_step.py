@@ -15,7 +15,7 @@ from torch import Tensor
 from duotone.errors import OptimizerError
 from duotone.torch import kernels
 from duotone.torch.optim import MasterOptimizer
-from duotone.torch.optim.foreign import fused_step, skips_on_device
+from duotone.torch.optim.foreign import fused_step, hides_masters, skips_on_device
 from duotone.torch.parameters.masters import needs_tail
 from duotone.torch.parameters.storage import storage_of
 
@@ -93,7 +93,14 @@ class OptimizerStep:
         """
         multiplier = grad_multiplier(self.sum_of_squares, self.inverse_scale, clip_norm)
         if isinstance(self.optimizer, MasterOptimizer):
-            self.optimizer.step(grad_multiplier=multiplier, found_inf=self.found_inf)
+            try:
+                self.optimizer.step(grad_multiplier=multiplier, found_inf=self.found_inf)
+            except TypeError as error:
+                # one that passes for Duotone's by its class, as Fabric's wrappers do
+                hidden = hides_masters(self.optimizer)
+                if hidden is None:
+                    raise
+                raise hidden from error
         elif skips_on_device(self.optimizer):
             fused_step(self.optimizer, multiplier.reciprocal(), self.found_inf)
         elif not self.found_inf:
@@ -139,12 +146,9 @@ def grad_multiplier(sum_of_squares: Tensor, inverse_scale: Tensor, clip_norm: fl
 def _check_keeps_updates(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
     for param in params:
         if needs_tail(param) or storage_of(param).rounding == kernels.Rounding.STOCHASTIC:
-            inner = getattr(optimizer, "optimizer", None)
-            if isinstance(inner, MasterOptimizer):
-                raise OptimizerError(
-                    f"a {type(optimizer).__name__} hides the {type(inner).__name__} in it, which can take the scale "
-                    "out and be skipped; give that one to the step"
-                )
+            hidden = hides_masters(optimizer)
+            if hidden is not None:
+                raise hidden
             raise OptimizerError(
                 f"torch's {type(optimizer).__name__} would lose small updates to weights in {param.dtype}: it keeps no "
                 "FP32 masters and rounds to nearest; use duotone.torch.MasterWeights(optimizer), or AdamW, SGD or Lion "
