@@ -60,9 +60,9 @@ def holding(model: nn.Module, averages: Mapping[Tensor, Tensor], buffers: Mappin
     """
     params = [*averages]
     shards.reshard(model)
-    handle = register_optimizer_step_pre_hook(_refuser(frozenset(map(id, params))))
     buffers_before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     kept: list[_Kept] = []
+    handle = register_optimizer_step_pre_hook(_refuser(frozenset(map(id, params))))
     _held.update(map(id, params))
     try:
         with torch.no_grad():
