@@ -238,6 +238,39 @@ def test_uncast_takes_the_methods_away() -> None:
     assert (set(vars(model[0])), set(vars(model))) == before
 
 
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16; 2: param=float32,compute=float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("assign", [False, True])
+def test_float32_values_that_are_loaded_are_the_masters(policy: str, dtype: Any, assign: bool, same_bits: Any) -> None:
+    model, optimizer = trained(policy)
+    dtypes = [param.dtype for param in model.parameters()]
+    loaded = {name: value.to(dtype) + 0.1 for name, value in dt.master_weights(model).items()}
+    assert not model.load_state_dict(loaded, assign=assign and dtype == torch.float32).missing_keys
+    assert [param.dtype for param in model.parameters()] == dtypes
+    masters = dt.master_weights(model)
+    assert all(same_bits(masters[name], value.float()) for name, value in loaded.items())
+    if not assign:
+        optimizer.step()
+        assert dt.master_weights(model, optimizer)["0.weight"].sub(masters["0.weight"]).abs().max() < 0.01
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**loaded, "0.weight": torch.zeros(2, 2)})
+
+
+def test_sixteen_bit_values_leave_tails_to_the_optimizers_state(same_bits: Any) -> None:
+    model, optimizer = trained("bf16")
+    model(X).square().mean().backward()
+    optimizer.step()
+    for model_first in (True, False):
+        other, its_optimizer = trained("bf16")
+        if model_first:
+            other.load_state_dict(model.state_dict())
+        its_optimizer.load_state_dict(optimizer.state_dict())
+        if not model_first:
+            other.load_state_dict(model.state_dict())
+        its_masters = dt.master_weights(other)
+        assert all(same_bits(its_masters[name], master) for name, master in dt.master_weights(model).items())
+
+
 def sharded(way: str) -> list[str]:
     """Return which masters are not what they were, of a sharded model that is converted, and what its steps say."""
     torch.manual_seed(0)
@@ -245,7 +278,12 @@ def sharded(way: str) -> list[str]:
     masters = {name: master + 1e-4 for name, master in dt.master_weights(model).items()}
     dt.load_master_weights(model, masters)
     model = dt.fully_shard(model)
+    model(X)
     converted(way, model)
+    if way == "float":
+        model(X).sum().backward()
+        if model[0].weight.grad.dtype != torch.float32:
+            return ["gradient"]
     wrong = []
     for name, master in dt.master_weights(model).items():
         whole: Tensor = master.full_tensor()  # type: ignore[attr-defined]

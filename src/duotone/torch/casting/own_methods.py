@@ -1,16 +1,16 @@
-"""Methods of torch's modules that a cast module has its own of, so that what copies and converts it finds its masters.
+"""Methods of torch's modules that a cast module has its own of, so that whoever converts it finds its masters.
 
 `model.float()`, `.double()`, `.half()`, `.to(...)` and `.type(...)` go through one method of every module, which sets
 `weight.data` to the converted weight; a tail would belong to nothing afterwards. Here the converted weight is its
-master: bit for bit in FP32 and FP64, and in another 16-bit dtype with a tail of that dtype. `copy.copy` and
-`DataParallel` give a copy whatever stands on the original, a forward that runs the original's weights among it; here
-the copy gets its own. Nothing of torch is changed: the methods stand on the instance. Left out: `weight.data = ...`
-written by others, which `storage_of` notices.
+master: bit for bit in FP32 and FP64, and in another 16-bit dtype with a tail of that dtype. `load_state_dict` rounds
+FP32 values to 16-bit weights; here they are the new masters. `copy.copy` and `DataParallel` give a copy whatever stands
+on the original, a forward that runs the original's weights among it; here the copy gets its own. Nothing of torch is
+changed: the methods stand on the instance. Left out: `weight.data = ...` written by others, which `storage_of` notices.
 """
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +21,32 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.activation_checkpointing import CheckpointedForward
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
 from duotone.torch.casting.storage_plan import set_grad_dtype
-from duotone.torch.internals.training import CONVERT, REPLICATE, parameters_of
+from duotone.torch.internals.training import (
+    CONVERT,
+    LOAD,
+    REPLICATE,
+    gather_anew,
+    gathering_of,
+    is_gathered_otherwise,
+    parameters_of,
+)
 from duotone.torch.kernels import SPLIT_DTYPES
-from duotone.torch.parameters.masters import beyond_range, read_master, store_master
+from duotone.torch.parameters.full_precision import encode_new
+from duotone.torch.parameters.masters import (
+    beyond_range,
+    ensure_tail,
+    needs_tail,
+    read_master,
+    store_master,
+    write_master,
+)
+from duotone.torch.parameters.shards import is_cut_like
 from duotone.torch.parameters.storage import NO_STORAGE, set_storage, storage_of
 
+_WIDE = (torch.float32, torch.float64)
+_FLOATING = (torch.float32, *SPLIT_DTYPES)
 _REDUCE = "__reduce_ex__"
-_NAMES = (CONVERT, REPLICATE, _REDUCE)
+_NAMES = (CONVERT, REPLICATE, LOAD, _REDUCE)
 
 
 class OwnMethods:
@@ -46,7 +65,7 @@ class OwnMethods:
 
     def by_name(self) -> dict[str, Callable[..., Any]]:
         """Return the methods by the names that they stand under."""
-        return dict(zip(_NAMES, (self.convert, self.replicate, self.reduce), strict=True))
+        return dict(zip(_NAMES, (self.convert, self.replicate, self.load, self.reduce), strict=True))
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Convert the module as torch does, and have masters follow.
@@ -55,20 +74,41 @@ class OwnMethods:
             PolicyError: a master is too large for a weight in FP16. It keeps its old weight then.
         """
         module = self._module
-        before = [
-            _Weight(name, param)
-            for name, param in parameters_of(module).items()
-            if param is not None and not isinstance(param, UninitializedParameter)
-        ]
+        before = [_Weight(name, param) for name, param in _shaped(module)]
         was_in_float64 = _is_in_float64(module)
         of_class: Any = getattr(type(module), CONVERT)
         result = of_class(module, *args, **kwargs)
         for weight in before:
             weight.follow(parameters_of(module)[weight.name])
+        for group, every in gathering_of(module):
+            for each in every:
+                if is_gathered_otherwise(each):
+                    gather_anew(group, each)
         if not was_in_float64 and _is_in_float64(module):
             # no policy computes in FP64: it is as after `uncast`
             remove_forward(module)
         return result
+
+    def load(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        """Load the module's own part of a state dict as torch does; FP32 values are the new masters.
+
+        Whatever a 16-bit weight is given in 16 bits leaves its tail as it is, for an optimizer's state may hold that.
+        """
+        module = self._module
+        before = {name: (param, storage_of(param)) for name, param in _shaped(module)}
+        of_class: Any = getattr(type(module), LOAD)
+        of_class(module, state_dict, prefix, *args)
+        for name, (old, storage) in before.items():
+            param, value = parameters_of(module).get(name), state_dict.get(prefix + name)
+            if storage.param is None or storage.in_full_precision or not isinstance(param, nn.Parameter):
+                continue
+            if param is not old and param.dtype in _FLOATING:
+                # loaded with assign=True
+                encode_new(param, storage)
+            elif isinstance(value, Tensor) and _is_master_of(value, param):
+                if needs_tail(param) and param.requires_grad:
+                    ensure_tail(param)
+                write_master(param, value)
 
     def replicate(self) -> nn.Module:
         """Return a replica as `DataParallel` makes them, which runs its own weights."""
@@ -86,6 +126,21 @@ class OwnMethods:
             return make, arguments, state, *rest
         copied = make(*arguments)
         return _itself, (copied,), {**state, **_rebound(state, copied)}, *rest
+
+
+def _shaped(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return a module's own parameters, by name, that have a shape."""
+    return [
+        (name, param)
+        for name, param in parameters_of(module).items()
+        if param is not None and not isinstance(param, UninitializedParameter)
+    ]
+
+
+def _is_master_of(value: Tensor, param: Tensor) -> bool:
+    """Return whether a value of a state dict says more than a 16-bit weight can."""
+    fits = value.shape == param.shape and not param.is_meta and is_cut_like(value, param)
+    return fits and value.dtype in _WIDE and param.dtype in SPLIT_DTYPES
 
 
 class _Weight:

@@ -27,6 +27,9 @@ BUFFERS = "_buffers"
 # what `float()`, `to()` and the like of a module go through; without it, they drop the lower bits of masters
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L928
 CONVERT = "_apply"
+# how a module takes its own part of a state dict; without it, FP32 values are rounded to 16-bit weights
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L2340
+LOAD = "_load_from_state_dict"
 # how DataParallel copies a module; without it, its replicas run the original's weights
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L2925
 REPLICATE = "_replicate_for_data_parallel"
@@ -153,6 +156,11 @@ def gathering_of(module: Any) -> list[tuple[Any, list[Any]]]:
     groups = getattr(state, "_fsdp_param_groups", None)
     groups = [state._fsdp_param_group] if groups is None else groups
     return [(group, list(group.fsdp_params)) for group in groups if group is not None]
+
+
+def is_gathered_otherwise(gathered: Any) -> bool:
+    """Return whether FSDP2 has noted another dtype of a sharded parameter than it has now."""
+    return getattr(gathered, "orig_dtype", gathered.sharded_param.dtype) != gathered.sharded_param.dtype
 
 
 def gather_anew(group: Any, gathered: Any) -> Callable[[], None]:
