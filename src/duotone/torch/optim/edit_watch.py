@@ -120,8 +120,11 @@ class EditWatch:
 def _look(weight: Tensor) -> tuple[int, int]:
     """Return how often a weight was written to, and where it lies."""
     part = local(weight)
-    # torch counts an operation on a DTensor for that alone
-    return version_of(weight) + version_of(part), part.data_ptr()
+    versions = version_of(weight)
+    if part is not weight:
+        # torch counts an operation on a DTensor for that alone
+        versions += version_of(part)
+    return versions, part.data_ptr()
 
 
 def _marks_of(param: Tensor) -> Any:

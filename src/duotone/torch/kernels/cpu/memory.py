@@ -168,17 +168,23 @@ def _take_next(builder: Any, address: Any) -> Any:
 take_next = _instruction(types.int64, types.int64, _take_next)
 
 
-@intrinsic
-def set_bits(context: Any, address: Any, bits: Any) -> Any:
-    """Set bits of the 32-bit number at an address, in one indivisible step."""
+def _bit_setter() -> Any:
+    """Return a compiled function `(address, bits)` that sets bits of a 32-bit number in one indivisible step."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, bits = arguments
-        pointer = builder.inttoptr(address, ir.IntType(32).as_pointer())
-        builder.atomic_rmw("or", pointer, builder.trunc(bits, ir.IntType(32)), "monotonic")
-        return context.get_dummy_value()
+    @intrinsic
+    def set_bits(context: Any, address: Any, bits: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            address, bits = arguments
+            pointer = builder.inttoptr(address, ir.IntType(32).as_pointer())
+            builder.atomic_rmw("or", pointer, builder.trunc(bits, ir.IntType(32)), "monotonic")
+            return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64), generate
+        return types.void(types.int64, types.int64), generate
+
+    return set_bits
+
+
+set_bits = _bit_setter()
 
 
 def stack(size: int) -> Any:

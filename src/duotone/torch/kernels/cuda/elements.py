@@ -82,8 +82,8 @@ def update_kernel(
         draws = read_draws(words)
         numel = tl.load(row + _NUMEL)
         end = tl.minimum(first + _SPAN, numel)
+        known = tl.load(row + _CHECKSUMS)
         if KIND == "tail":
-            known = tl.load(row + _CHECKSUMS)
             follow_changes(addresses[1], addresses[2], known, numel, first, end, seen, mark, ALIGNED)
         for start in range(first, end - TILE + 1, TILE):
             _update_tile(
