@@ -101,6 +101,7 @@ ALLOWED = {
     ),
     "duotone.torch.optim": (
         "duotone.errors",
+        "duotone.torch.call_site",
         "duotone.torch.kernels",
         "duotone.torch.nested",
         "duotone.torch.optim",

@@ -10,7 +10,7 @@ from tests.torch.tagger import POLICIES, TOKENS, Tagger, everything, same, tagge
 from torch import nn
 
 import duotone.torch as dt
-from duotone.errors import OptimizerError, PolicyError
+from duotone.errors import DuotoneWarning, OptimizerError, PolicyError
 from duotone.torch.internals import tensors
 from duotone.torch.parameters.storage import storage_of
 
@@ -131,6 +131,49 @@ def test_whatever_would_train_or_cast_inside_is_refused(policy: str, same_bits: 
     assert all(same_bits(before[name], now[name]) for name in weights)
     scaler.step(optimizer)
     wrapping.step()
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_checkpoints_and_optimizer_states_are_refused_inside(policy: str, tmp_path: Any, same_bits: Any) -> None:
+    model, optimizer, _ = tagger(policy)
+    dt.save_checkpoint(tmp_path / "whole", model, optimizer)
+    before, state = everything(model, optimizer), optimizer.state_dict()
+    with dt.full_precision(model):
+        for verb in ("save_checkpoint", "load_checkpoint"):
+            with pytest.raises(PolicyError, match=f"{verb} was called inside of a full_precision block"):
+                getattr(dt, verb)(tmp_path / "whole", model, optimizer)
+        with pytest.raises(OptimizerError, match="has no masters and fits no model outside"):
+            optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    assert same(everything(model, optimizer), before, same_bits)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_a_backward_pass_that_comes_after_the_block_is_warned_of(policy: str) -> None:
+    model = dt.cast(nn.Linear(2, 1), policy)
+    with dt.full_precision(model):
+        loss = model(torch.ones(1, 2)).sum()
+    with pytest.warns(DuotoneWarning, match="inside of a full_precision block went backward after it") as caught:
+        loss.backward()
+    assert [each.filename for each in caught] == [__file__]
+    assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_training_goes_on_after_blocks_in_inference_mode(policy: str) -> None:
+    model = dt.cast(nn.Linear(2, 1).requires_grad_(False), policy)
+    average = dt.Average(model.requires_grad_(True))
+    average.update()
+    model.bias.requires_grad_(False)
+    with torch.inference_mode():
+        with dt.full_precision(model):
+            model.bias.add_(1e-6)
+        with average.applied(model):
+            model(torch.ones(1, 2))
+    model.requires_grad_(True)
+    optimizer = dt.AdamW(model.parameters(), backend="reference")
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step(grad_multiplier=torch.tensor(1.0))
 
 
 def test_a_step_of_other_weights_is_none_of_its_business() -> None:

@@ -19,7 +19,7 @@ from duotone.torch.casting.new_parts import Parts
 from duotone.torch.internals.training import gather_anew, gathering_of
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.full_precision import Widened, check_ranges, encode_new
+from duotone.torch.parameters.full_precision import Widened, check_ranges, encode_new, warn_of_late_gradients
 from duotone.torch.parameters.masters import check_in_place
 from duotone.torch.parameters.storage import storage_of
 
@@ -144,11 +144,13 @@ class _Block:
         except BaseException:
             self._put_back()
             raise
-        with torch.no_grad():
+        # a tail made in inference mode could never be written to by a step
+        with torch.inference_mode(False), torch.no_grad():
             for each in self._widened:
                 each.narrow()
             for _, param, storage in new:
                 encode_new(param, storage)
+        warn_of_late_gradients(self._widened)
         self._give_gradients()
         self._gather_as_before()
         self._parts.cast_new_modules()

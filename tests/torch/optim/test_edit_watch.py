@@ -140,6 +140,47 @@ def warnings_on_ranks(by_data: bool) -> list[str]:
     return of_edits(caught)
 
 
+def decay_in_full_precision(model: nn.Module) -> None:
+    with dt.full_precision(model), torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1 - 1e-4)
+
+
+def perturb_and_put_back(model: nn.Module) -> None:
+    with torch.no_grad():
+        for param in model.parameters():
+            before = param.clone()
+            param.add_(0.1)
+            param.copy_(before)
+
+
+EXACT: dict[str, Callable[[nn.Module], Any]] = {
+    "full_precision": decay_in_full_precision,
+    "load_master_weights": lambda model: dt.load_master_weights(model, dt.master_weights(model)),
+    "sharpness-aware": perturb_and_put_back,
+}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_what_loses_nothing_before_every_step_is_not_warned_of(kind):
+    torch.manual_seed(0)
+    model = dt.cast(nn.Linear(4, 2), "bf16")
+    optimizer = dt.AdamW(model.parameters(), backend="reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3 * WINDOW):
+            EXACT[kind](model)
+            model(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_the_warning_names_the_users_line():
+    with pytest.warns(DuotoneWarning, match="and changed not one bit: if it was to change some") as caught:
+        train(lambda weight, number: weight.mul_(1 - 1e-4))
+    assert [each.filename for each in caught if of_edits([each])] == [__file__]
+
+
 @pytest.mark.parametrize("by_data", [False, True])
 def test_parts_of_a_rank_are_watched(ranks, by_data):
     for messages in ranks.run(2, warnings_on_ranks, by_data):

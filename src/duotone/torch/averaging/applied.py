@@ -6,6 +6,7 @@ after as before. What was in them is kept aside meanwhile: 4 bytes per parameter
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +109,8 @@ def _give_back(kept: _Kept) -> None:
         set_tail(param, tail)
         record(param)
     else:
-        set_storage(param, storage_of(param))
+        # another one, so that nobody takes this for a change of somebody else's
+        set_storage(param, replace(storage_of(param)))
 
 
 def _refuser(ids: frozenset[int]) -> Any:

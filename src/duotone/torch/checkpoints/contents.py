@@ -28,13 +28,8 @@ from duotone.torch.checkpoints.random_states import random_states, restore_of_ra
 from duotone.torch.kernels import decode
 from duotone.torch.optim.slots import OF_POLICY, follows_policy, is_cut
 from duotone.torch.parameters.edits import record, tail_to_save
-from duotone.torch.parameters.masters import (
-    beyond_range,
-    ensure_tail,
-    has_lost_tail,
-    needs_tail,
-    write_master,
-)
+from duotone.torch.parameters.full_precision import check_not_in_block
+from duotone.torch.parameters.masters import beyond_range, ensure_tail, has_lost_tail, needs_tail, write_master
 from duotone.torch.parameters.shards import is_shard, like, local, reshard
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.scaling.loss_scaler import LossScaler
@@ -159,6 +154,8 @@ def _contents(
     progress: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return what a checkpoint holds: of this rank, where there are several."""
+    for param in model.parameters():
+        check_not_in_block(param, "save_checkpoint")
     policy = policy_of(model)
     _check_tails(model)
     if optimizer is not None:
@@ -265,6 +262,8 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 def _check(path: Path, contents: Mapping[str, Any], model: nn.Module, given: Mapping[str, Any], convert: bool) -> bool:
     """Raise unless a checkpoint fits what it is to be loaded into; return whether it has to be converted."""
+    for param in model.parameters():
+        check_not_in_block(param, "load_checkpoint")
     check_own_weights([*model.parameters()], "load a checkpoint")
     converting = _check_policy(path, _policy_in(contents), model, convert)
     _check_model(path, contents["model"], model, converting)

@@ -120,8 +120,17 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         return self.state[param]
 
     def _take_tails(self) -> None:
-        """Take the tails that a step would take: a cast since the last one may have made others."""
+        """Take the tails that a step would take: a cast since the last one may have made others.
+
+        Raises:
+            OptimizerError: the model is in a `full_precision` block.
+        """
         for param, _ in self._parameters():
+            if storage_of(param).in_full_precision:
+                raise OptimizerError(
+                    f"inside of a full_precision block, the state of {type(self).__name__} has no masters and fits no "
+                    "model outside; leave the block, then save or load it"
+                )
             if param.requires_grad or storage_of(param).tail is not None:
                 self._take_tail(param)
 

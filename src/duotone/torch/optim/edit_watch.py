@@ -7,18 +7,17 @@ nothing waits. A change that is rounded away leaves no mark, but a version of th
 asked for that, one in a step, so that a step costs the same however many there are.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from duotone.errors import DuotoneWarning
+from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import Edits
 from duotone.torch.kernels.checksums import CELL
-from duotone.torch.parameters.edits import checksums_of
+from duotone.torch.parameters.edits import checksums_of, recorded
 from duotone.torch.parameters.shards import local
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.readback import Readback
@@ -38,7 +37,7 @@ class EditWatch:
         self._steps = 0
         self._seen: dict[torch.device, tuple[Tensor, Readback]] = {}
         # the weight that is looked at next, and how it looked after the last step
-        self._asked: tuple[Tensor, tuple[int, int]] | None = None
+        self._asked: tuple[Tensor, tuple[int, int, int]] | None = None
         self._writes_in_a_row = 0
         self._has_warned = False
 
@@ -53,10 +52,10 @@ class EditWatch:
     def before_step(self) -> None:
         """Look whether somebody has written to a weight since the last step."""
         if self._asked is not None:
-            weight, (versions, address) = self._asked
-            versions_now, address_now = _look(weight)
-            # one that lies elsewhere may have got its old values back
-            is_written = versions_now != versions and address_now == address
+            weight, (versions, *place) = self._asked
+            versions_now, *place_now = _look(weight)
+            # one that was written twice or lies elsewhere may have got its old values back, as SAM gives them back
+            is_written = versions_now == versions + 1 and place_now == place
             self._writes_in_a_row = self._writes_in_a_row + 1 if is_written else 0
 
     def after_step(self, split: Sequence[Tensor]) -> None:
@@ -97,34 +96,31 @@ class EditWatch:
         marked = [param for param in split if int(_marks_of(param)).bit_count() >= REPEATED]
         names = [f'"{name}"' for param in marked if (name := storage_of(param).name) is not None]
         which = "" if not names else f" ({names[0]}{f' and {len(marked) - 1} more' if len(marked) > 1 else ''})"
-        warnings.warn(
+        warn(
             f"other code has changed 16-bit weights{which} before {steps} of {WINDOW} steps: each time they became "
             f"their own masters, and they and up to {CELL - 1} neighbours lost the bits below their 16; make such "
-            f"changes {_WAY_OUT}",
-            DuotoneWarning,
-            stacklevel=7,
+            f"changes {_WAY_OUT}"
         )
 
     def _warn_of_nothing(self, weight: Tensor) -> None:
         self._has_warned = True
         name = storage_of(weight).name
         which = "a 16-bit weight" if name is None else f'"{name}"'
-        warnings.warn(
-            f"other code has written to {which} before each of the last {WINDOW} steps, and changed not one bit: what "
-            f"is smaller than half a unit of {_UNITS[weight.dtype]} is rounded away; make such changes {_WAY_OUT}",
-            DuotoneWarning,
-            stacklevel=7,
+        warn(
+            f"other code has written to {which} before each of the last {WINDOW} steps, and changed not one bit: if it "
+            f"was to change some, that was smaller than half a unit of {_UNITS[weight.dtype]} and was rounded away; "
+            f"make such changes {_WAY_OUT}"
         )
 
 
-def _look(weight: Tensor) -> tuple[int, int]:
-    """Return how often a weight was written to, and where it lies."""
+def _look(weight: Tensor) -> tuple[int, int, int]:
+    """Return how often a weight was written to, where it lies, and how often Duotone has recorded a weight."""
     part = local(weight)
     versions = version_of(weight)
     if part is not weight:
         # torch counts an operation on a DTensor for that alone
         versions += version_of(part)
-    return versions, part.data_ptr()
+    return versions, part.data_ptr(), recorded[0]
 
 
 def _marks_of(param: Tensor) -> Any:

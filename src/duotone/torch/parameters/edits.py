@@ -21,6 +21,11 @@ from duotone.torch.kernels.layout import dense
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.storage import CHECKSUMS, storage_of
 
+# torch copies it with the tail
+_RECORDS = "_duotone_records"
+# how often `record` was called, for all weights
+recorded = [0]
+
 
 def checksums_of(param: Tensor, tail: Tensor) -> Tensor:
     """Return the checksums of a parameter, of a DTensor those of this rank's part; a step compares and writes them.
@@ -30,7 +35,9 @@ def checksums_of(param: Tensor, tail: Tensor) -> Tensor:
     weight = shards.local(param)
     held = _held(weight, tail)
     if held is None:
-        held = unknown(weight)
+        # what is made in inference mode no step could write to
+        with torch.inference_mode(False):
+            held = unknown(weight)
         setattr(tail, CHECKSUMS, (held, *_look(weight)))
     return held
 
@@ -48,6 +55,13 @@ def record(param: Tensor, unless: Tensor | None = None) -> None:
     weight = shards.local(param.detach())
     cells, sums = checksums_of(param, tail)[:-1], sums_of_cells(_flat(weight))
     cells.copy_(sums if unless is None else torch.where(unless, cells, sums))
+    setattr(tail, _RECORDS, records_of(tail) + 1)
+    recorded[0] += 1
+
+
+def records_of(tail: Tensor | None) -> int:
+    """Return how often `record` was called for the weight of a tail."""
+    return getattr(tail, _RECORDS, 0)
 
 
 def read_tail(param: Tensor, edits: Edits | None = None) -> Tensor | None:

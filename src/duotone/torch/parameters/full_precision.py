@@ -5,13 +5,14 @@ torch keeps beside the object, memory, gradient and hooks, with a parameter made
 gradient of before and the hooks of `DistributedDataParallel` are not touched, and come back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from duotone.errors import PolicyError
+from duotone.torch.call_site import warn
 from duotone.torch.internals.tensors import exchange
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import beyond_range, read_master, store_master
@@ -61,10 +62,32 @@ class Widened:
         exchange(self.param, self._before)
         set_storage(self.param, self.storage)
 
+    def when_late(self, hook: Callable[[Tensor], None]) -> None:
+        """Have a hook called when a gradient comes to the FP32 weight of the block, after it was narrowed."""
+        if self._before.requires_grad:
+            self._before.register_hook(hook)
+
     def _master(self) -> Tensor:
         if self.param.dtype == torch.float32:
             return self.param.detach()
         return read_master(self.param)
+
+
+def warn_of_late_gradients(widened: Sequence[Widened]) -> None:
+    """Warn, once, if a loss that was computed with weights of a block goes backward after its end."""
+    said: list[bool] = []
+
+    def hook(grad: Tensor) -> None:
+        if not said:
+            said.append(True)
+            warn(
+                "a loss that was computed inside of a full_precision block went backward after it: the block's FP32 "
+                "weights are gone, and their gradients with them; call backward inside, or compute the loss after the "
+                "block to train on it"
+            )
+
+    for each in widened:
+        each.when_late(hook)
 
 
 def encode_new(param: nn.Parameter, storage: Storage) -> None:
@@ -112,5 +135,6 @@ def check_not_in_block(param: Tensor, verb: str) -> None:
     """
     if storage_of(param).in_full_precision:
         raise PolicyError(
-            f"{verb} was called inside of a full_precision block, whose end would undo it; leave the block first"
+            f"{verb} was called inside of a full_precision block, where weights are FP32 for that time alone; "
+            "leave the block first"
         )
