@@ -1,6 +1,7 @@
 """Averages of 16-bit weights in 16 bits are warned of, whoever keeps them; copies that are no averages are not."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning
+from duotone.torch.parameters import foreign_averages
 
 MESSAGE = (
     r"averages? (its )?16-bit weights .*small steps are lost, or kept as noise; use duotone\.torch\.Average\(model\)"
@@ -19,8 +21,14 @@ ONE_MINUS_DECAY = 1e-3
 Update = Callable[[], None]
 
 
+# tensors are looked for before this step, and read again twice
+STEPS = foreign_averages._SCANS[0] + 2 * foreign_averages._INTERVAL + 1
+
+
 @pytest.fixture(autouse=True)
-def nothing_else_warns() -> Iterator[None]:
+def nothing_else_warns(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # so many searches are made in a process
+    monkeypatch.setattr(foreign_averages, "_scans", itertools.count(1))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "this CPU has no FP16")
@@ -107,20 +115,20 @@ AVERAGES = {
 
 @pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1", "bf16-true,rounding=stochastic"])
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_an_average_in_16_bits_is_warned_of_in_the_first_steps(policy, kind):
+def test_an_average_in_16_bits_is_warned_of_once(policy, kind):
     model, optimizer = made(policy)
     update = AVERAGES[kind](model)
     with pytest.raises(DuotoneWarning, match=MESSAGE):
-        train(model, optimizer, update, 5)
+        train(model, optimizer, update, STEPS)
     # once for each optimizer
-    train(model, optimizer, update, 40)
+    train(model, optimizer, update, 10)
 
 
 @pytest.mark.parametrize("policy", [None, "fp32", "bf16-mixed"])
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_an_average_in_float32_is_none_of_our_business(policy, kind):
     model, optimizer = made(policy)
-    train(model, optimizer, AVERAGES[kind](model), 8)
+    train(model, optimizer, AVERAGES[kind](model), STEPS)
 
 
 def test_an_average_that_begins_later_is_found_too():
@@ -136,7 +144,7 @@ def test_masters_around_a_torch_optimizer():
     optimizer = dt.MasterWeights(torch.optim.NAdam(model.parameters(), lr=1e-3))
     update = clones(model, foreach=False)
     with pytest.raises(DuotoneWarning, match=MESSAGE):
-        train(model, optimizer, update, 5)
+        train(model, optimizer, update, STEPS)
 
 
 @pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1"])
@@ -146,7 +154,7 @@ def test_torchs_averaged_model_is_warned_of_when_it_is_made(policy):
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     assert [each.filename for each in seen] == [__file__]
     # and not a second time
-    train(model, optimizer, lambda: averaged.update_parameters(model), 8)
+    train(model, optimizer, lambda: averaged.update_parameters(model), STEPS)
     uncast, _ = made("bf16-mixed")
     AveragedModel(uncast)
     # parts with rules of their own are no models of their own
@@ -246,14 +254,30 @@ def fill_a_buffer(model: nn.Module) -> Update:
 def test_what_is_no_average_is_not_warned_of(kind):
     model, optimizer = made()
     update = kind(model)
-    train(model, optimizer, update if callable(update) and not isinstance(update, nn.Module) else lambda: None, 40)
+    train(model, optimizer, update if callable(update) and not isinstance(update, nn.Module) else lambda: None, STEPS)
 
 
 def test_state_in_16_bits_and_gradients_that_stay_are_no_averages():
     model, _ = made("bf16,state=bfloat16")
     optimizer = dt.AdamW(model.parameters(), lr=1e-3, backend="reference")
     optimizer.zero_grad = lambda: torch.optim.Optimizer.zero_grad(optimizer, set_to_none=False)
-    train(model, optimizer, lambda: None, 8)
+    train(model, optimizer, lambda: None, STEPS)
+
+
+def test_the_device_is_waited_for_only_where_there_is_such_a_tensor(monkeypatch):
+    # of a shape that no tensor of another test has
+    model = dt.cast(nn.Linear(8, 23), "bf16")
+    optimizer = dt.AdamW(model.parameters(), lr=1e-3, backend="reference")
+    monkeypatch.setattr(torch, "equal", lambda *_: pytest.fail("values were read"))
+    train(model, optimizer, lambda: None, STEPS)
+
+
+def test_few_searches_are_made_in_a_process(monkeypatch):
+    searched = []
+    monkeypatch.setattr(foreign_averages.gc, "get_objects", lambda: searched.append(1) or [])
+    for _ in range(foreign_averages._MOST_SCANS + 2):
+        train(*made(), lambda: None, STEPS)
+    assert len(searched) == foreign_averages._MOST_SCANS
 
 
 def test_tensors_without_memory_are_passed_over():
@@ -270,6 +294,6 @@ def test_tensors_without_memory_are_passed_over():
             later.add_(1.0)
             later.untyped_storage().resize_(0)
 
-    train(model, optimizer, lambda: None, 2)
+    train(model, optimizer, lambda: None, foreign_averages._SCANS[0])
     train(model, optimizer, let_go, 8)
     assert inside[0].shape == weight.shape

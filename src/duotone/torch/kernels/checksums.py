@@ -33,7 +33,7 @@ def sums_of_cells(weight: Tensor) -> Tensor:
         weight: BF16 or FP16, 1-d, dense.
 
     >>> sums_of_cells(torch.tensor([0.0, 1.0], dtype=torch.bfloat16)), sums_of_cells(torch.zeros(0).half())
-    (tensor([-158272000], dtype=torch.int32), tensor([], dtype=torch.int32))
+    (tensor([-155456128], dtype=torch.int32), tensor([], dtype=torch.int32))
     """
     bits = weight.view(torch.int16)
     whole = bits.numel() // CELL * CELL

@@ -5,14 +5,14 @@ a cast model when they are made. Any other average, of clones for instance, is a
 somebody writes in place between steps, again and again, and that comes near the weight without ever being it: a few
 times in a run such tensors are looked for among all objects, and followed for some steps.
 
-Writes are seen by autograd's counts of versions, and by values where those do not count (`tensor.data.lerp_`). Left
-out: averages of sharded weights.
+Writes are seen by values, for autograd's counts of versions leave out `tensor.data.lerp_`. The device is waited for
+once then, if there is such a tensor at all. Left out: averages of sharded weights.
 """
 
 import gc
 import sys
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, count, pairwise
 from typing import Any
 from weakref import ref
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from duotone.torch.call_site import warn
-from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.edits import records_of
@@ -34,13 +33,16 @@ _CLASSES = {
     "timm.utils.model_ema": "timm's ModelEma",
     "ema_pytorch.ema_pytorch": "ema-pytorch's EMA",
 }
-# the steps of an optimizer before which tensors are looked for, which takes some 0.2 microseconds for each object of
-# the process; for how many steps what was found is followed; how many of its elements are compared
-_SCANS, _FOLLOWED, _SAMPLE = (2, 32, 1024), 6, 4096
+# the steps of an optimizer before which tensors are looked for: 0.2 microseconds for each object of the process, so at
+# most so often in all
+_SCANS, _MOST_SCANS = (32, 1024), 4
+# how many steps later what was found is read again, twice; how many of its elements are compared
+_INTERVAL, _SAMPLE = 2, 4096
 _STEPS, _CANDIDATES = "_duotone_steps", "_duotone_candidates"
-_LAST = _SCANS[-1] + _FOLLOWED
+_LAST = _SCANS[-1] + 2 * _INTERVAL
 _KINDS = frozenset((Tensor, nn.Parameter))
 _registered: list[Any] = []
+_scans = count(1)
 # the weights of whose averages it was said, by their `id`
 _said: "dict[int, ref[Tensor]]" = {}
 _WAY_OUT = (
@@ -85,31 +87,30 @@ class _Record:
 
 
 class _Candidate:
-    """A tensor that may be an average of a weight."""
+    """A tensor that may be an average of a weight; the host reads its values once it was seen three times."""
 
     def __init__(self, tensor: Tensor, weight: Tensor) -> None:
         self._tensor, self._weight = ref(tensor), ref(weight)
-        self._version, self._values, self._record = version_of(tensor), _sample(tensor).clone(), _Record(tensor)
-        self._writes = 0
+        self._seen, self._record = [_sample(tensor).clone()], _Record(tensor)
+
+    def look(self) -> None:
+        """Remember what it holds now."""
+        tensor = self._tensor()
+        if tensor is not None and _has_memory(tensor):
+            self._seen.append(_sample(tensor).clone())
 
     def is_average(self) -> bool:
-        """Return whether it was written since the last call, not for the first time, and is near the weight."""
+        """Return whether it was written between any two looks, and is near the weight without being it."""
         tensor, weight = self._tensor(), self._weight()
-        if tensor is None or weight is None or not _has_memory(tensor):
+        if tensor is None or weight is None or len(self._seen) < 3 or tensor.shape != weight.shape:
             return False
-        values, version = _sample(tensor), version_of(tensor)
-        # writes through `.data` change no version
-        if version == self._version and torch.equal(values, self._values):
-            return False
-        self._version, self._values = version, values.clone()
+        # at the end of a full_precision block, for instance
         if not self._record.is_still(tensor):
-            # Duotone has written it, as at the end of a full_precision block
-            self._record = _Record(tensor)
             return False
-        self._writes += 1
-        if self._writes < 2 or tensor.shape != weight.shape:
+        # versions do not tell: writes through `.data` change none
+        if any(torch.equal(earlier, later) for earlier, later in pairwise(self._seen)):
             return False
-        own, other = (each.float().cpu() for each in (values, _sample(weight)))
+        own, other = (each.float().cpu() for each in (self._seen[-1], _sample(weight)))
         distance = (own - other).norm().item()
         # a copy that follows the weight is that weight before the next step
         return 0.0 < distance < 0.5 * other.norm().item() and not _is_trained(tensor)
@@ -141,13 +142,17 @@ def _look(optimizer: Optimizer, steps: int) -> None:
         held[_CANDIDATES] = steps, _candidates(optimizer)
         return
     since, candidates = held[_CANDIDATES]
+    if (steps - since) % _INTERVAL:
+        return
+    for candidate in candidates:
+        candidate.look()
+    if steps - since < 2 * _INTERVAL:
+        return
+    del held[_CANDIDATES]
     if any(candidate.is_average() for candidate in candidates):
-        del held[_CANDIDATES]
         # once for each optimizer
         held[_STEPS] = _LAST
         warn(f"somebody averages 16-bit weights of a cast model in a 16-bit tensor, in place, {_WAY_OUT}")
-    elif steps - since >= _FOLLOWED or not candidates:
-        del held[_CANDIDATES]
 
 
 def _candidates(optimizer: Optimizer) -> list[_Candidate]:
@@ -157,9 +162,9 @@ def _candidates(optimizer: Optimizer) -> list[_Candidate]:
     if not rounded:
         return []
     weight = max(rounded, key=Tensor.numel)
-    if _is_known(weight):
+    if _is_known(weight) or next(_scans) > _MOST_SCANS:
         return []
-    own = set(map(id, params))
+    own = {id(tensor) for param in params for tensor in (param, param.grad)}
     return [
         _Candidate(tensor, weight)
         for tensor in gc.get_objects()

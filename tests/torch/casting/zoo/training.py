@@ -226,9 +226,9 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def named(models: tuple[nn.Module, ...]) -> dict[str, Tensor]:
-    """Return copies of all parameters by name."""
+    """Return copies of all parameters by name, tied ones under each of theirs."""
     return {
         f"{place}.{name}": param.detach().clone()
         for place, model in enumerate(models)
-        for name, param in model.named_parameters()
+        for name, param in model.named_parameters(remove_duplicate=False)
     }
