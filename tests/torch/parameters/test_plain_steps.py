@@ -277,6 +277,8 @@ def hooks() -> list[Any]:
 
 
 def test_the_first_cast_sets_a_hook(monkeypatch):
+    # another hook comes with the first cast of a process
+    dt.cast(net(), "bf16")
     monkeypatch.setattr(plain_steps, "_registered", [])
     before = hooks()
     for _ in range(2):
