@@ -59,6 +59,7 @@ ALLOWED = {
         "duotone.errors",
         "duotone.operations",
         "duotone.policy",
+        "duotone.torch.call_site",
         "duotone.torch.casting",
         "duotone.torch.kernels",
         "duotone.torch.nested",

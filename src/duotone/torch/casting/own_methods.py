@@ -3,9 +3,10 @@
 `model.float()`, `.double()`, `.half()`, `.to(...)` and `.type(...)` go through one method of every module, which sets
 `weight.data` to the converted weight; a tail would belong to nothing afterwards. Here the converted weight is its
 master: bit for bit in FP32 and FP64, and in another 16-bit dtype with a tail of that dtype. `load_state_dict` rounds
-FP32 values to 16-bit weights; here they are the new masters. `copy.copy` and `DataParallel` give a copy whatever stands
-on the original, a forward that runs the original's weights among it; here the copy gets its own. Nothing of torch is
-changed: the methods stand on the instance. Left out: `weight.data = ...` written by others, which `storage_of` notices.
+FP32 values to 16-bit weights; here they are the new masters. A state dict has 16-bit weights; where that is for
+`save_pretrained`, it is warned of. `copy.copy` and `DataParallel` give a copy whatever stands on the original, a
+forward that runs the original's weights among it; here the copy gets its own. Nothing of torch is changed: the methods
+stand on the instance. Left out: `weight.data = ...` written by others, which `storage_of` notices.
 """
 
 import copy
@@ -20,11 +21,13 @@ from torch.nn.parameter import UninitializedParameter
 from duotone.errors import PolicyError
 from duotone.torch.casting.activation_checkpointing import CheckpointedForward
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
+from duotone.torch.casting.foreign_saves import say_if_saved_rounded
 from duotone.torch.casting.storage_plan import set_grad_dtype
 from duotone.torch.internals.training import (
     CONVERT,
     LOAD,
     REPLICATE,
+    SAVE,
     gather_anew,
     gathering_of,
     is_gathered_otherwise,
@@ -46,7 +49,7 @@ from duotone.torch.parameters.storage import NO_STORAGE, set_storage, storage_of
 _WIDE = (torch.float32, torch.float64)
 _FLOATING = (torch.float32, *SPLIT_DTYPES)
 _REDUCE = "__reduce_ex__"
-_NAMES = (CONVERT, REPLICATE, LOAD, _REDUCE)
+_NAMES = (CONVERT, REPLICATE, LOAD, SAVE, _REDUCE)
 
 
 class OwnMethods:
@@ -58,6 +61,8 @@ class OwnMethods:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        # whether it was said that `save_pretrained` rounds
+        self._has_warned = False
 
     def install(self) -> None:
         """Put the methods on the module."""
@@ -65,7 +70,7 @@ class OwnMethods:
 
     def by_name(self) -> dict[str, Callable[..., Any]]:
         """Return the methods by the names that they stand under."""
-        return dict(zip(_NAMES, (self.convert, self.replicate, self.load, self.reduce), strict=True))
+        return dict(zip(_NAMES, (self.convert, self.replicate, self.load, self.save, self.reduce), strict=True))
 
     def convert(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Convert the module as torch does, and have masters follow.
@@ -109,6 +114,18 @@ class OwnMethods:
                 if needs_tail(param) and param.requires_grad:
                     ensure_tail(param)
                 write_master(param, value)
+
+    def save(self, *args: Any) -> None:
+        """Write the module's own part of a state dict as torch does; warn if it is for `save_pretrained`."""
+        module = self._module
+        if not self._has_warned:
+            model = say_if_saved_rounded(module, (param for _, param in _shaped(module)))
+            for each in () if model is None else model.modules():
+                own = vars(each).get(SAVE)
+                if own is not None:
+                    own.__self__._has_warned = True
+        of_class: Any = getattr(type(module), SAVE)
+        of_class(module, *args)
 
     def replicate(self) -> nn.Module:
         """Return a replica as `DataParallel` makes them, which runs its own weights."""

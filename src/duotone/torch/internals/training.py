@@ -30,6 +30,9 @@ CONVERT = "_apply"
 # how a module takes its own part of a state dict; without it, FP32 values are rounded to 16-bit weights
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L2340
 LOAD = "_load_from_state_dict"
+# how a module writes its own part of a state dict; without it, nobody is told that `save_pretrained` rounds
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L2143
+SAVE = "_save_to_state_dict"
 # how DataParallel copies a module; without it, its replicas run the original's weights
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/modules/module.py#L2925
 REPLICATE = "_replicate_for_data_parallel"
