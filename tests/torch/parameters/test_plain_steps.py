@@ -230,21 +230,52 @@ def test_gradients_that_were_divided_by_hand_are_applied(scaler, said):
     assert "may carry the loss scale" in message
 
 
-def test_a_loss_is_held_until_the_first_step_and_no_longer():
+@pytest.mark.parametrize("policy", ["fp16", None])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_scaled_gradients_are_known_though_nobody_holds_the_loss(policy, steps):
     scaler = dt.LossScaler("fp16")
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    scaler.backward(model(X).sum())
-    with pytest.raises(OptimizerError, match="carry the loss scale"):
-        optimizer.step()
-    # copies hold none
-    assert copy.deepcopy(scaler)._held is None
-    scaler.step(optimizer)
+    model = net() if policy is None else dt.cast(net(), policy)
+    optimizer = dt.SGD(model.parameters(), lr=0.0)
+    for _ in range(steps):
+        scaler.backward(model(X).square().mean())
+        scaler.step(optimizer)
     for _ in range(2):
+        # the second is added to the first
+        scaler.backward(model(X).square().mean())
+        with pytest.raises(OptimizerError, match="carry the loss scale"):
+            optimizer.step()
+    scaler.step(optimizer)
+    assert id(scaler) not in scaled_losses
+
+
+def test_what_a_scaled_loss_has_nothing_to_do_with_is_stepped(said):
+    scaler, model, other = dt.LossScaler("fp16"), net(), net()
+    optimizer, by_hand = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, other))
+    for _ in range(3):
         scaler.backward(model(X).sum())
-        assert scaler._held is None
-        optimizer.step()
-        assert id(scaler) not in scaled_losses
+        other(X).sum().backward()
+        by_hand.step()
+        scaler.step(optimizer)
+    # gradients that were let go of, and come from another loss
+    held = model(X).sum()
+    scaler.backward(held)
+    optimizer.zero_grad()
+    optimizer.step()
+    model(X).sum().backward()
+    optimizer.step()
+    scaler.backward(model(X).sum())
+    scaler.unscale_(optimizer)
+    optimizer.step()
+    assert said() == []
+
+
+def test_a_scaled_loss_that_is_gone_is_named(said):
+    scaler, model = dt.LossScaler("fp16"), dt.cast(net(), "fp16")
+    optimizer = dt.SGD(model.parameters(), lr=0.0)
+    scaler.scale(model(X).sum()).backward()
+    optimizer.step()
+    (message,) = said()
+    assert "a loss was scaled since the last step, and its scale was not taken out" in message
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")

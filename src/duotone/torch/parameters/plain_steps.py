@@ -38,8 +38,12 @@ _WAY_OUT = (
 )
 _needs_gradient = attrgetter("requires_grad")
 _registered: list[Any] = []
-# the last loss that each scaler, by its id, has scaled and not yet taken the scale out of
-scaled_losses: dict[int, "ref[Tensor]"] = {}
+# how far the graph of a loss is searched for a gradient, in every backward pass of a scaler
+_NODES = 64
+# a parameter, its gradient, and how often that was written to
+Evidence = tuple["ref[Tensor]", "ref[Tensor]", int]
+# the last loss that each scaler, by its id, has scaled and not yet taken the scale out of; and a gradient that it made
+scaled_losses: dict[int, tuple["ref[Tensor]", Evidence | None]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,24 +200,37 @@ def _is_called_by_scaler() -> bool:
 def _check_true_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Raise if a loss that was scaled has gone backward into an optimizer's parameters, and nobody has unscaled them.
 
-    It is known as long as somebody holds the loss.
+    It is known of a loss that a scaler itself took backward, and of others as long as somebody holds them.
 
     Raises:
         OptimizerError: it has.
     """
     said: _Said = vars(optimizer).setdefault(_SAID, _Said())
-    for scaler, weak in list(scaled_losses.items()):
+    for scaler, (weak, evidence) in list(scaled_losses.items()):
         loss = weak()
-        if loss is None:
+        is_gone = loss is None and (evidence is None or evidence[1]() is None)
+        if is_gone:
             scaled_losses.pop(scaler, None)
-            continue
         if said.walks >= _WALKS or _is_called_by_scaler():
             continue
         said.walks += 1
         grads = {id(param): param.grad for param in _parameters(optimizer) if param.grad is not None}
-        if not _reaches(loss, grads):
+        param = None if evidence is None else evidence[0]()
+        if evidence is not None and param is not None and id(param) in grads:
+            grad, version = grads[id(param)], evidence[2]
+            if grad is not evidence[1]() or storage_of(param).in_full_precision:
+                # it was let go of, and this one comes from another loss; or full_precision refuses the step
+                continue
+            is_same = version_of(grad) == version
+        elif loss is None:
+            if is_gone and evidence is None and grads:
+                _say_if_one_was_scaled(optimizer, said)
             continue
-        if all(map(version_of, grads.values())):
+        elif _reaches(loss, grads):
+            is_same = not all(map(version_of, grads.values()))
+        else:
+            continue
+        if not is_same:
             # somebody has written into all of them, for one to take the scale out by hand
             said.walks = _WALKS
             warn(
@@ -227,6 +244,32 @@ def _check_true_gradients(optimizer: torch.optim.Optimizer) -> None:
                 f"the gradients of this {type(optimizer).__name__} carry the loss scale, and its own step would apply "
                 "them as they are; step with scaler.step(optimizer), or call scaler.unscale_(optimizer) first"
             )
+
+
+def _say_if_one_was_scaled(optimizer: torch.optim.Optimizer, said: _Said) -> None:
+    """Warn, once, of a step of a model that needs a loss scale, after a loss was scaled that nobody holds now."""
+    if said.scale or all(storage_of(param).loss_scale in (None, "none", 1.0) for param in _parameters(optimizer)):
+        return
+    said.scale = True
+    warn(
+        f"a loss was scaled since the last step, and its scale was not taken out before this step of "
+        f"{type(optimizer).__name__}; step with scaler.step(optimizer), or call scaler.unscale_(optimizer) first"
+    )
+
+
+def gradient_of(loss: Tensor) -> Evidence | None:
+    """Return a parameter that a loss has gone backward to, near its end, and its gradient; None if there is none."""
+    seen, left = 0, [loss.grad_fn]
+    while left and seen < _NODES:
+        node = left.pop()
+        seen += 1
+        if node is None:
+            continue
+        param = getattr(node, "variable", None)
+        if param is not None and param.grad is not None:
+            return ref(param), ref(param.grad), version_of(param.grad)
+        left += [each for each, _ in node.next_functions]
+    return None
 
 
 def _reaches(loss: Tensor, params: Container[int]) -> bool:

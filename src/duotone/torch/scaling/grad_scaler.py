@@ -118,7 +118,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):
-            scaled_losses[id(self)] = ref(outputs)
+            scaled_losses[id(self)] = ref(outputs), None
             return _at_least_float32(outputs) * self._scale_on(outputs.device)
         # some of the losses may go backward when the scale has moved on
         copies: dict[torch.device, Tensor] = {}

@@ -19,7 +19,7 @@ from duotone.loss_scale import LossScale, LossScaleState
 from duotone.policy import Policy
 from duotone.torch.internals.tensors import VERSION
 from duotone.torch.near_misses import OF_SCALER, missing
-from duotone.torch.parameters.plain_steps import scaled_losses, watch_plain_steps
+from duotone.torch.parameters.plain_steps import gradient_of, scaled_losses, watch_plain_steps
 from duotone.torch.scaling.device_scale import DeviceScale, initial_scale
 from duotone.torch.scaling.loop_check import FEWEST, LoopCheck
 from duotone.torch.scaling.losses import Losses
@@ -82,7 +82,6 @@ class LossScaler:
         self._widened: list[Tensor] = []
         self._monitor = StepMonitor(patience)
         self._loop = LoopCheck(looks_for_clipping=self._scales)
-        self._held: Tensor | None = None
         watch_plain_steps()
 
     def __repr__(self) -> str:
@@ -144,8 +143,9 @@ class LossScaler:
                 "unscale_ after the last backward pass, and step after it every time, for it skips by itself"
             )
         self._scaled(loss).backward(**kwargs)
-        # before the first step, so that an optimizer's own step is known for one with scaled gradients
-        self._held = None if self._steps or kwargs else loss
+        if self._scales and not torch.compiler.is_compiling():
+            # an optimizer's own step is known by it for one with scaled gradients
+            scaled_losses[id(self)] = ref(loss), gradient_of(loss)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimizer's gradients true, in place, to look at them or change them before the step.
@@ -295,7 +295,6 @@ class LossScaler:
             "process_group": None,
             "_monitor": StepMonitor(self._patience),
             "_loop": LoopCheck(looks_for_clipping=self._scales),
-            "_held": None,
         }
 
     if not TYPE_CHECKING:
@@ -312,7 +311,7 @@ class LossScaler:
         # times 1 would be an operation there and one on the way back
         if not self._scales:
             return loss.float()
-        scaled_losses[id(self)] = ref(loss)
+        scaled_losses[id(self)] = ref(loss), None
         return loss.float() * self._scale.state.scale
 
     def _check_scaled(self) -> None:
@@ -326,7 +325,6 @@ class LossScaler:
     def _begin(self, step: Step) -> None:
         self._check_scaled()
         scaled_losses.pop(id(self), None)
-        self._held = None
         if not self._found_inf_ahead.keys() <= set(map(id, step.optimizers)):
             raise LossScaleError(
                 "unscale_ was called for an optimizer that is not among these; give all optimizers of a step to one "
@@ -376,7 +374,7 @@ class LossScaler:
         scaled_losses.pop(id(self), None)
         if self._widened:
             narrow(self._widened)
-        self._losses, self._found_inf_ahead, self._widened, self._held = Losses(), {}, [], None
+        self._losses, self._found_inf_ahead, self._widened = Losses(), {}, []
 
 
 def _settings_of(policy: Policy | str | LossScale, overrides: dict[str, Any]) -> LossScale:
