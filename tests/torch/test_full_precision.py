@@ -278,6 +278,21 @@ def test_models_that_were_never_cast_lazy_ones_and_those_without_memory() -> Non
         dt.full_precision([plain])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("policy", [*POLICIES, "bf16-mixed"])
+def test_a_block_that_changes_nothing_may_stand_before_the_backward_pass(policy: str, same_bits: Any) -> None:
+    model, _, _ = tagger(policy)
+    model(TOKENS).backward()
+    expected = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    model.zero_grad()
+    loss = model(TOKENS)
+    versions = {name: param._version for name, param in model.named_parameters()}
+    with dt.full_precision(model):
+        model.state_dict()
+    assert {name: param._version for name, param in model.named_parameters()} == versions
+    loss.backward()
+    assert all(same_bits(model.get_parameter(name).grad, grad) for name, grad in expected.items())
+
+
 @pytest.mark.parametrize("how", ["half", "float", "double"])
 def test_conversions_inside_are_encoded_at_the_end(how: str, same_bits: Any) -> None:
     model, optimizer, _ = tagger("bf16")

@@ -47,6 +47,9 @@ class Widened:
         """Encode the parameter as it is now into its 16-bit weight and tail; of a DTensor, all ranks call this."""
         param, master, trains = self.param, self._master(), self.param.requires_grad
         exchange(param, self._before)
+        if trains == param.requires_grad and self._is_as_before(master):
+            # nothing is written: a backward pass that needs the weights may be still to come
+            return
         if trains != param.requires_grad:
             param.requires_grad_(trains)
         if param.shape != master.shape:
@@ -66,6 +69,18 @@ class Widened:
         """Have a hook called when a gradient comes to the FP32 weight of the block, after it was narrowed."""
         if self._before.requires_grad:
             self._before.register_hook(hook)
+
+    def _is_as_before(self, master: Tensor) -> bool:
+        """Return whether the 16-bit weight and its tail, which are back, decode to a master in every bit."""
+        param = self.param
+        if (param.shape, param.device) != (master.shape, master.device):
+            return False
+        if shards.is_shard(param) and self.storage.tail is None:
+            # ranks may differ in that, and all of them decide on a tail
+            return False
+        set_storage(param, self.storage)
+        before = shards.local(read_master(param)).contiguous()
+        return torch.equal(before.view(torch.int32), shards.local(master).contiguous().view(torch.int32))
 
     def _master(self) -> Tensor:
         if self.param.dtype == torch.float32:
