@@ -293,16 +293,20 @@ def test_a_block_that_changes_nothing_may_stand_before_the_backward_pass(policy:
     assert all(same_bits(model.get_parameter(name).grad, grad) for name, grad in expected.items())
 
 
-@pytest.mark.parametrize("how", ["half", "float", "double"])
-def test_conversions_inside_are_encoded_at_the_end(how: str, same_bits: Any) -> None:
-    model, optimizer, _ = tagger("bf16")
-    masters = dt.master_weights(model)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("how", ["half", "bfloat16", "double"])
+def test_conversions_inside_are_refused(how: str, policy: str, same_bits: Any) -> None:
+    model, optimizer, scaler = tagger(policy)
+    before = everything(model, optimizer)
     with dt.full_precision(model):
-        getattr(model, how)()
-    now = dt.master_weights(model, optimizer)
-    assert model.hidden.weight.dtype == torch.bfloat16
-    if how != "half":
-        assert all(same_bits(now[name], master) for name, master in masters.items())
+        model.float().to("cpu")
+        for part in (model, model.hidden):
+            with pytest.raises(PolicyError, match="inside of a full_precision block, at whose end"):
+                getattr(part, how)()
+        assert all(param.dtype == torch.float32 for param in model.parameters() if param.is_floating_point())
+        assert getattr(copy.deepcopy(model), how)().hidden.weight.dtype != torch.float32
+    assert same(everything(model, optimizer), before, same_bits)
+    train(model, optimizer, scaler)
 
 
 def test_without_torchs_exchange_of_tensors_all_but_hooks_is_the_same(monkeypatch: Any, same_bits: Any) -> None:

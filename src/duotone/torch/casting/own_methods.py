@@ -76,9 +76,11 @@ class OwnMethods:
         """Convert the module as torch does, and have masters follow.
 
         Raises:
-            PolicyError: a master is too large for a weight in FP16. It keeps its old weight then.
+            PolicyError: a master is too large for a weight in FP16. It keeps its old weight then. Or it is to another
+                dtype than FP32, inside of a `full_precision` block; nothing is converted then.
         """
         module = self._module
+        _check_stays_float32(module, *args, **kwargs)
         before = [_Weight(name, param) for name, param in _shaped(module)]
         was_in_float64 = _is_in_float64(module)
         of_class: Any = getattr(type(module), CONVERT)
@@ -158,6 +160,19 @@ def _is_master_of(value: Tensor, param: Tensor) -> bool:
     """Return whether a value of a state dict says more than a 16-bit weight can."""
     fits = value.shape == param.shape and not param.is_meta and is_cut_like(value, param)
     return fits and value.dtype in _WIDE and param.dtype in SPLIT_DTYPES
+
+
+def _check_stays_float32(module: nn.Module, convert: Callable[[Tensor], Tensor], *_: Any, **__: Any) -> None:
+    """Raise if a conversion takes a module's weights away from FP32, which they are for the time of a block alone."""
+    held = next((param for param in module.parameters() if storage_of(param).in_full_precision), None)
+    if held is None or held.dtype != torch.float32:
+        return
+    dtype = convert(torch.empty(1, device=held.device)).dtype
+    if dtype != torch.float32:
+        raise PolicyError(
+            f"a {type(module).__name__} was to be converted to {dtype} inside of a full_precision block, at whose end "
+            "its weights are encoded as the policy says; convert it after the block, or a copy.deepcopy of it"
+        )
 
 
 class _Weight:
