@@ -102,6 +102,19 @@ def test_changes_before_every_step_are_warned_of_once(name):
         train(lambda weight, number: weight.data.mul_(1 - 2e-3), name=name)
     (text,) = of_edits(caught)
     assert "full_precision(model)" in text
+    assert '"0: param=float32"' in text
+
+
+def test_a_renormalized_embedding_has_a_way_out(recwarn):
+    for policy in ("bf16", "bf16; 0: param=float32"):
+        model = dt.cast(nn.Sequential(nn.Embedding(4, 3, max_norm=0.5), nn.Linear(3, 1)), policy)
+        optimizer = dt.SGD(model.parameters(), lr=0.5, backend="reference")
+        for _ in range(20):
+            model(torch.arange(4)).sum().backward()
+            optimizer.step()
+        texts = of_edits(recwarn)
+        assert len(texts) == 1
+        assert 'nn.Embedding(max_norm=...) does, keep its weights in FP32, by a rule "0: param=float32"' in texts[0]
 
 
 @every_optimizer

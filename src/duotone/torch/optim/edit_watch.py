@@ -27,7 +27,11 @@ WINDOW = 16
 REPEATED = 3
 
 _UNITS = {torch.bfloat16: "bfloat16 (1/512 to 1/256 of a weight)", torch.float16: "float16 (1/4096 to 1/2048)"}
-_WAY_OUT = 'inside "with duotone.torch.full_precision(model):", where weights are their FP32 masters; said once'
+_WAY_OUT = (
+    'inside "with duotone.torch.full_precision(model):", where weights are their FP32 masters, or, if the module '
+    "makes them itself, as nn.Embedding(max_norm=...) does, keep its weights in FP32, by a rule "
+    '"{}: param=float32"; said once'
+)
 
 
 class EditWatch:
@@ -94,12 +98,13 @@ class EditWatch:
     def _warn_of_changes(self, steps: int, split: Sequence[Tensor]) -> None:
         self._has_warned = True
         marked = [param for param in split if int(_marks_of(param)).bit_count() >= REPEATED]
-        names = [f'"{name}"' for param in marked if (name := storage_of(param).name) is not None]
+        named = [name for param in marked if (name := storage_of(param).name) is not None]
+        names = [f'"{name}"' for name in named]
         which = "" if not names else f" ({names[0]}{f' and {len(marked) - 1} more' if len(marked) > 1 else ''})"
         warn(
             f"other code has changed 16-bit weights{which} before {steps} of {WINDOW} steps: each time they became "
             f"their own masters, and they and up to {CELL - 1} neighbours lost the bits below their 16; make such "
-            f"changes {_WAY_OUT}"
+            f"changes {_way_out(named[0] if named else None)}"
         )
 
     def _warn_of_nothing(self, weight: Tensor) -> None:
@@ -109,8 +114,13 @@ class EditWatch:
         warn(
             f"other code has written to {which} before each of the last {WINDOW} steps, and changed not one bit: if it "
             f"was to change some, that was smaller than half a unit of {_UNITS[weight.dtype]} and was rounded away; "
-            f"make such changes {_WAY_OUT}"
+            f"make such changes {_way_out(name)}"
         )
+
+
+def _way_out(name: str | None) -> str:
+    """Return what to do about changes of a weight, by its name in the model."""
+    return _WAY_OUT.format("MODULE" if name is None or "." not in name else name.rpartition(".")[0])
 
 
 def _look(weight: Tensor) -> tuple[int, int, int]:
