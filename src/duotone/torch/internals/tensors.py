@@ -30,9 +30,6 @@ _OF_DTENSOR = ("_local_tensor", "_spec")
 # this rank's part of a DTensor; without it, what its `to_local` returns
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
 LOCAL_TENSOR = "_local_tensor"
-# how often a tensor was written to in place; without it, nobody is told of closures and clipping that change gradients
-# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/python_variable.cpp
-VERSION = "_version"
 
 
 def local_part(tensor: Any) -> Tensor:
@@ -42,11 +39,6 @@ def local_part(tensor: Any) -> Tensor:
         with torch.no_grad():
             part = tensor.to_local()
     return part
-
-
-def version_of(tensor: Tensor) -> int:
-    """Return how often a tensor was written to in place."""
-    return getattr(tensor, VERSION, 0)
 
 
 def exchange(first: Any, second: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
-from duotone.torch.internals.tensors import version_of
+from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Backend
 from duotone.torch.parameters.edits import is_edited, tail_to_save
 from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail

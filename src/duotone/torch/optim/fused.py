@@ -69,7 +69,7 @@ class FusedOptimizer(MasterOptimizer):
         """Update every parameter that has a gradient. `scaler.step` calls it with its two keywords.
 
         Args:
-            closure: computes the loss and its gradients first; not together with the keywords.
+            closure: computes the loss and its gradients first; together with the keywords it may not change gradients.
             grad_multiplier: FP32 scalar that gradients are multiplied by while they are read; 1 if absent.
             found_inf: bool scalar; if true, nothing is updated.
 

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from duotone.errors import OptimizerError
 from duotone.torch.call_site import warn
-from duotone.torch.internals.tensors import version_of
+from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.storage import storage_changes, storage_of

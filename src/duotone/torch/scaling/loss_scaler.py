@@ -17,7 +17,7 @@ from torch import Tensor
 from duotone.errors import LossScaleError, nearest_names
 from duotone.loss_scale import LossScale, LossScaleState
 from duotone.policy import Policy
-from duotone.torch.internals.tensors import VERSION
+from duotone.torch.internals.autograd import VERSION
 from duotone.torch.near_misses import OF_SCALER, missing
 from duotone.torch.parameters.plain_steps import gradient_of, scaled_losses, watch_plain_steps
 from duotone.torch.scaling.device_scale import DeviceScale, initial_scale
