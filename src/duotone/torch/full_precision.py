@@ -19,6 +19,7 @@ from duotone.torch.casting.new_parts import Parts
 from duotone.torch.internals.training import gather_anew, gathering_of
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters import shards
+from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.full_precision import Widened, check_ranges, encode_new, warn_of_late_gradients
 from duotone.torch.parameters.masters import check_in_place
 from duotone.torch.parameters.storage import storage_of
@@ -114,6 +115,7 @@ class _Block:
         self._grads: list[tuple[nn.Parameter, Tensor | None]] = []
         shards.reshard(model)
         narrow = [param for param in dict.fromkeys(params) if _is_narrow(param)]
+        say_if_written(narrow)
         gathered = _gathered(model, narrow)
         self._parts = Parts(model)
         self._hook = register_optimizer_step_pre_hook(_refuse_step)

@@ -31,6 +31,7 @@ from duotone.torch.casting.storage_plan import (
 from duotone.torch.internals.training import parameters_of
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.foreign_averages import watch_foreign_averages
+from duotone.torch.parameters.foreign_writes import PassWatch
 from duotone.torch.parameters.full_precision import check_not_in_block
 from duotone.torch.parameters.plain_steps import watch_plain_steps
 from duotone.torch.parameters.shards import is_shard, is_sharded
@@ -193,7 +194,9 @@ def forward_for(module: nn.Module, path: str, policy: Policy, own: ModulePolicy)
     inputs = torch_dtype(effective.compute) if effective.param == effective.compute else None
     if path == "":
         output = torch_dtype(effective.output)
-        return CastForward(module, policy, effective, inputs=inputs, output=output, pending=pending)
+        forward = CastForward(module, policy, effective, inputs=inputs, output=output, pending=pending)
+        forward.passes = PassWatch()
+        return forward
     if any(getattr(effective, role) != getattr(outer, role) for role in ("param", "compute", "output")):
         # a part returns what the module around it computes in, unless a rule says what it is to return
         output = torch_dtype(effective.output if own.sets_output else outer.compute)

@@ -24,6 +24,7 @@ from duotone.torch.internals.dispatch import past_modes
 from duotone.torch.internals.training import active_ddp
 from duotone.torch.nested import cast_floating
 from duotone.torch.parameters.foreign_averages import say_if_copied_for_average
+from duotone.torch.parameters.foreign_writes import PassWatch
 from duotone.torch.parameters.plain_steps import watch_plain_steps
 from duotone.torch.parameters.storage import set_storage, storage_of
 
@@ -42,9 +43,12 @@ class CastForward:
     Attributes:
         policy: the policy that the module was cast to; for a part of a model, the effective one of that part.
         effective: the module's policy, rules applied.
+        passes: what counts the forward passes of the whole model; None in its parts.
     """
 
     _has_asked_for_ranks = False
+    # of the root alone
+    passes: PassWatch | None = None
 
     def __init__(
         self,
@@ -90,6 +94,8 @@ class CastForward:
             inputs, output = self._by_itself
         if not (self._has_asked_for_ranks or self._output is None or torch.compiler.is_compiling()):
             self._has_asked_for_ranks = _say_if_masters_differ(self._module)
+        if self.passes is not None:
+            self.passes.count(self._module)
         if inputs is not None:
             args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
             kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs

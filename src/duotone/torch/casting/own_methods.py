@@ -34,6 +34,8 @@ from duotone.torch.internals.training import (
     parameters_of,
 )
 from duotone.torch.kernels import SPLIT_DTYPES
+from duotone.torch.parameters.edits import note_versions, recorded
+from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.full_precision import encode_new
 from duotone.torch.parameters.masters import (
     beyond_range,
@@ -116,6 +118,10 @@ class OwnMethods:
                 if needs_tail(param) and param.requires_grad:
                     ensure_tail(param)
                 write_master(param, value)
+            elif isinstance(value, Tensor):
+                # a change that we know of, and no small one
+                note_versions(param)
+                recorded[0] += 1
 
     def save(self, *args: Any) -> None:
         """Write the module's own part of a state dict as torch does; warn if it is for `save_pretrained`."""
@@ -126,6 +132,7 @@ class OwnMethods:
                 own = vars(each).get(SAVE)
                 if own is not None:
                     own.__self__._has_warned = True
+        say_if_written(param for _, param in _shaped(module))
         of_class: Any = getattr(type(module), SAVE)
         of_class(module, *args)
 

@@ -18,6 +18,7 @@ from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
 from duotone.torch.parameters.edits import record
+from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.full_precision import check_not_in_block
 from duotone.torch.parameters.masters import beyond_range, read_master
 from duotone.torch.parameters.storage import Storage, set_storage, set_tail, storage_of
@@ -67,6 +68,7 @@ def apply(param: nn.Parameter, storage: Storage) -> None:
     grad, param.grad = param.grad, None
     is_stored_anew = param.dtype != storage.param or has_tail != (tail is not None)
     if is_stored_anew:
+        say_if_written((param,))
         weight, tail = read_master(param), None
         if storage.param in SPLIT_DTYPES:
             weight, tail = encode(weight, storage.param)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from duotone.torch.call_site import warn
-from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import Edits
 from duotone.torch.kernels.checksums import CELL
-from duotone.torch.parameters.edits import checksums_of, recorded
+from duotone.torch.parameters.edits import checksums_of, note_versions, recorded, versions_of
+from duotone.torch.parameters.foreign_writes import UNITS
 from duotone.torch.parameters.shards import local
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.readback import Readback
@@ -26,7 +26,6 @@ WINDOW = 16
 # changes within a window that are warned of
 REPEATED = 3
 
-_UNITS = {torch.bfloat16: "bfloat16 (1/512 to 1/256 of a weight)", torch.float16: "float16 (1/4096 to 1/2048)"}
 _WAY_OUT = (
     'inside "with duotone.torch.full_precision(model):", where weights are their FP32 masters, or, if the module '
     "makes them itself, as nn.Embedding(max_norm=...) does, keep its weights in FP32, by a rule "
@@ -72,6 +71,7 @@ class EditWatch:
             return
         self._steps += 1
         weight = split[self._steps % len(split)]
+        note_versions(weight)
         self._asked = weight, _look(weight)
         if self._steps % WINDOW == 0:
             self._read_marks(split)
@@ -113,7 +113,7 @@ class EditWatch:
         which = "a 16-bit weight" if name is None else f'"{name}"'
         warn(
             f"other code has written to {which} before each of the last {WINDOW} steps, and changed not one bit: if it "
-            f"was to change some, that was smaller than half a unit of {_UNITS[weight.dtype]} and was rounded away; "
+            f"was to change some, that was smaller than half a unit of {UNITS[weight.dtype]} and was rounded away; "
             f"make such changes {_way_out(name)}"
         )
 
@@ -125,12 +125,7 @@ def _way_out(name: str | None) -> str:
 
 def _look(weight: Tensor) -> tuple[int, int, int]:
     """Return how often a weight was written to, where it lies, and how often Duotone has recorded a weight."""
-    part = local(weight)
-    versions = version_of(weight)
-    if part is not weight:
-        # torch counts an operation on a DTensor for that alone
-        versions += version_of(part)
-    return versions, part.data_ptr(), recorded[0]
+    return versions_of(weight), local(weight).data_ptr(), recorded[0]
 
 
 def _marks_of(param: Tensor) -> Any:

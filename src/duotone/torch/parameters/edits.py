@@ -7,7 +7,7 @@ elements at a time: whatever in there was not changed is rounded once, by at mos
 changes nothing, so weights that are exchanged for a while and put back have their masters again.
 
 A tail that takes another's place has no checksums; whoever writes weight and tail in place calls `record`. An edit that
-changes no bit, since it is smaller than half a unit, cannot be seen here.
+changes no bit, since it is smaller than half a unit, cannot be seen here (`foreign_writes`).
 """
 
 from typing import Any
@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import Edits
 from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_cells, unknown
 from duotone.torch.kernels.layout import dense
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.storage import CHECKSUMS, storage_of
 
-# torch copies it with the tail
-_RECORDS = "_duotone_records"
+# torch copies them with the tail
+_RECORDS, _LOOK = "_duotone_records", "_duotone_look"
 # how often `record` was called, for all weights
 recorded = [0]
+# how many forward passes of cast models there were, compiled ones apart, and how many steps of optimizers
+passes, steps = [0], [0]
 
 
 def checksums_of(param: Tensor, tail: Tensor) -> Tensor:
@@ -57,6 +60,32 @@ def record(param: Tensor, unless: Tensor | None = None) -> None:
     cells.copy_(sums if unless is None else torch.where(unless, cells, sums))
     setattr(tail, _RECORDS, records_of(tail) + 1)
     recorded[0] += 1
+    note_versions(param)
+
+
+def note_versions(param: Tensor) -> None:
+    """Take note that whatever was written into a parameter so far was written by Duotone, or is no matter."""
+    tail = storage_of(param).tail
+    if tail is not None:
+        setattr(tail, _LOOK, (id(param), versions_of(param), passes[0], steps[0]))
+
+
+def writes_since(param: Tensor) -> int:
+    """Return how often others have written into a parameter since `note_versions`, 0 if an optimizer stepped since.
+
+    Four writes for each forward pass are not counted: weights that are exchanged, or changed for a trial, and put back.
+    """
+    look: Any = getattr(storage_of(param).tail, _LOOK, None)
+    if look is None or look[0] != id(param) or look[3] != steps[0]:
+        return 0
+    return max(versions_of(param) - look[1] - 4 * (passes[0] - look[2]), 0)
+
+
+def versions_of(param: Tensor) -> int:
+    """Return how often torch has counted a write into a parameter; of a DTensor also into this rank's part."""
+    part = shards.local(param)
+    # torch counts an operation on a DTensor for that alone
+    return version_of(param) if part is param else version_of(param) + version_of(part)
 
 
 def records_of(tail: Tensor | None) -> int:

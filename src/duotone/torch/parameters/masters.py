@@ -16,6 +16,7 @@ from duotone.torch.internals.training import is_flattened
 from duotone.torch.kernels import SPLIT_DTYPES, Edits, decode, encode
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.edits import read_tail, record
+from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.storage import NO_STORAGE, Storage, set_tail, storage_of
 
 # the smallest magnitude that rounds to Inf in FP16
@@ -217,6 +218,7 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
     True
     """
     shards.reshard(model)
+    say_if_written(model.parameters())
     masters = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         if not param.is_floating_point():

@@ -24,6 +24,7 @@ from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
+from duotone.torch.parameters.edits import steps
 from duotone.torch.parameters.storage import storage_changes, storage_of
 
 # what a scaler gives to the step of an optimizer that takes the scale out by itself
@@ -91,6 +92,8 @@ def ignore_plain_steps(optimizer: torch.optim.Optimizer) -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     # called in every step: all that is done for one that was looked at is these few comparisons
+    if not torch.compiler.is_compiling():
+        steps[0] += 1
     if kwargs and not _OF_SCALERS.isdisjoint(kwargs):
         return
     seen = optimizer.__dict__.get(_SEEN)
