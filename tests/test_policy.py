@@ -100,6 +100,11 @@ def test_a_policy_cannot_be_changed():
             "or rounding=nearest to lose them on purpose",
         ),
         (
+            "bf16-true,rounding=nearest,frozen=tail",
+            'policy "bf16-true,rounding=nearest,frozen=tail" keeps tails of frozen weights, but no masters; '
+            "write frozen=float32, frozen=rounded or master=float32",
+        ),
+        (
             "bf16,rounding=nearest",
             'policy "bf16,rounding=nearest" names a rounding (nearest), but its float32 masters are not rounded; '
             "write rounding=none, or master=none with a 16-bit param",
@@ -216,6 +221,8 @@ def test_the_last_matching_rule_wins_role_by_role():
         ("bf16-true,rounding=stochastic; norm: param=fp32,compute=fp32", "norm", "fp32"),
         ("bf16-true,rounding=stochastic; head: master=fp32", "head", "bf16"),
         ("bf16; table: master=none,rounding=stochastic", "table", "bf16-true,rounding=stochastic"),
+        # without masters there are no tails
+        ("bf16,frozen=tail; table: master=none,rounding=stochastic", "table", "bf16-true,rounding=stochastic"),
         ("fp32; head: param=bf16,compute=bf16,grad=bf16", "head", "bf16"),
         ("fp32,loss_scale=64; head: compute=fp16", "head", "fp16-mixed,loss_scale=64"),
         ("fp32,loss_scale=64; head: compute=fp16", "body", "fp32"),
@@ -285,8 +292,17 @@ def test_json_is_an_object_of_roles_and_rules():
         "rounding": "nearest",
         "loss_scale": "none",
         "rules": [{"pattern": "head", "roles": {"param": FP32, "compute": FP32}}],
+        "frozen": "rounded",
     }
     assert Policy.from_json(policy.to_json()) == policy
+
+
+@pytest.mark.parametrize("role", ["frozen"])
+def test_json_of_earlier_versions_lacks_roles_and_is_read(role):
+    policy = Policy.parse("bf16; head: param=fp32")
+    content = json.loads(policy.to_json())
+    del content[role]
+    assert Policy.from_json(json.dumps(content)) == policy
 
 
 @pytest.mark.parametrize(

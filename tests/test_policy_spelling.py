@@ -20,6 +20,7 @@ CHOICES = {
     "master": st.sampled_from([FP32, None]),
     "state": st.sampled_from([FP32, BF16]),
     "rounding": st.sampled_from([None, "nearest", "stochastic"]),
+    "frozen": st.sampled_from(["rounded", FP32, "tail"]),
 }
 
 
@@ -39,10 +40,11 @@ def policies(draw):
         )
     )
     names = [param, compute, output, grad, reduce]
-    names += [value for rule in rules for role, value in rule.roles if role not in ("master", "state")]
+    names += [value for rule in rules for role, value in rule.roles if role not in ("master", "state", "frozen")]
     scales = st.one_of(st.just("dynamic"), st.integers(0, 32).map(lambda power: 2.0**power))
     loss_scale = draw(scales) if FP16 in names else "none"
-    return Policy(param, compute, output, grad, reduce, master, state, rounding, loss_scale, rules)
+    frozen = draw(CHOICES["frozen"].filter(lambda value: master or value != "tail"))
+    return Policy(param, compute, output, grad, reduce, master, state, rounding, loss_scale, rules, frozen=frozen)
 
 
 @settings(max_examples=300, deadline=None)
@@ -131,7 +133,7 @@ def test_what_texts_mean(text, name):
 def test_the_canonical_text():
     assert str(Policy.parse("fp16,loss_scale=8; head: output=fp16,master=none")) == (
         "param=float16,compute=float16,output=float32,grad=float16,reduce=float32,master=float32,state=float32,"
-        "rounding=none,loss_scale=8; head: output=float16,master=none"
+        "rounding=none,frozen=rounded,loss_scale=8; head: output=float16,master=none"
     )
 
 

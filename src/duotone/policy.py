@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
@@ -23,6 +23,8 @@ ClassNames = Mapping[str, Sequence[str]]
 
 _BY_TYPE = "type="
 _NO_CLASSES: ClassNames = MappingProxyType({})
+# what the roles mean that JSON of earlier versions lacks
+_ADDED_SINCE: Mapping[str, Any] = MappingProxyType({"frozen": "rounded"})
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Policy:
             elsewhere.
         loss_scale: "none", "dynamic", or a static scale, a power of two from 1 to 2**32.
         rules: modules in which roles differ; where several set a role, the last one wins.
+        frozen: how weights that do not train are kept: "rounded" to param, without a tail, "float32", or with a
+            "tail", as weights that do. Rounded ones keep a tail where they are tables that are not large.
 
     Raises:
         PolicyError: a value does not exist, or the roles do not fit each other.
@@ -121,6 +125,8 @@ class Policy:
     rounding: Literal["nearest", "stochastic"] | None = None
     loss_scale: float | Literal["none", "dynamic"] = "none"
     rules: tuple[Rule, ...] = ()
+    # what was added later is given by name alone
+    frozen: Literal["rounded", "float32", "tail"] = field(default="rounded", kw_only=True)
 
     def __post_init__(self) -> None:
         for role, value in _roles(self).items():
@@ -214,12 +220,15 @@ class Policy:
         """Return the policy that `to_json` wrote.
 
         Raises:
-            PolicyError: the text is not such an object: every key must be there, and no other.
+            PolicyError: the text is not such an object: every key must be there, and no other. Roles that an earlier
+                version did not know may be left out.
         """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
             raise PolicyError(f"a policy's JSON cannot be read: {error}") from error
+        if isinstance(content, dict):
+            content = {**_ADDED_SINCE, **content}
         _check_keys(content, [field.name for field in fields(cls)], "a policy")
         rules = content.pop("rules")
         if not isinstance(rules, list):
@@ -275,6 +284,8 @@ def _problems(policy: Policy) -> Iterator[str]:
     if param == "float32" and policy.master is None:
         yield "has float32 weights, which are their own master; write master=float32, or a 16-bit param"
     yield from _rounding_problems(policy)
+    if policy.frozen == "tail" and policy.param != "float32" and policy.master is None:
+        yield "keeps tails of frozen weights, but no masters; write frozen=float32, frozen=rounded or master=float32"
     if policy.needs_loss_scale and policy.loss_scale == "none":
         yield (
             "needs a loss scale, for small gradients become 0 in float16; write loss_scale=dynamic, "

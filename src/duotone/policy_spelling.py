@@ -32,6 +32,7 @@ ROLES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
         "master": ("float32", None),
         "state": ("float32", "bfloat16"),
         "rounding": (None, "nearest", "stochastic"),
+        "frozen": ("rounded", "float32", "tail"),
     }
 )
 
@@ -45,7 +46,7 @@ _REASONS = {
 _GRADIENT_PATH = ("param", "compute", "output", "grad", "reduce")
 
 # what all presets share, and a row for each; the -true presets are not yet policies: they must name a rounding
-_SHARED = {"output": "float32", "reduce": "float32", "state": "float32", "rounding": None}
+_SHARED = {"output": "float32", "reduce": "float32", "state": "float32", "rounding": None, "frozen": "rounded"}
 _COLUMNS = ("param", "compute", "grad", "master", "loss_scale")
 _ROWS = {
     "fp32": ("float32", "float32", "float32", "float32", "none"),
@@ -119,7 +120,8 @@ def passes_float16(role_sets: Iterable[Mapping[str, Value]]) -> bool:
 def change(roles: Mapping[str, Value], changes: Mapping[str, Value]) -> Roles:
     """Return `roles` with `changes`, and with what follows from the changes unless they say otherwise.
 
-    FP32 weights have FP32 gradients and are their own masters; where there is a master, no rounding is named.
+    FP32 weights have FP32 gradients and are their own masters; where there is a master, no rounding is named, and
+    where there is none, there are no tails.
 
     >>> change(PRESETS["bf16"], {"param": "float32"}) == PRESETS["bf16-mixed"]
     True
@@ -129,6 +131,8 @@ def change(roles: Mapping[str, Value], changes: Mapping[str, Value]) -> Roles:
         changed |= {role: "float32" for role in ("grad", "master") if role not in changes}
     if changed["master"] is not None and "rounding" not in changes:
         changed["rounding"] = None
+    if changed["master"] is None and changed["frozen"] == "tail" and "frozen" not in changes:
+        changed["frozen"] = "rounded"
     return changed
 
 

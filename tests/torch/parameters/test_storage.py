@@ -32,7 +32,19 @@ from duotone.torch.parameters.storage import (
 )
 
 # the fields that code reads, and so need real values; a new field gets a mark
-REAL = {"param", "grad", "reduce", "state", "rounding", "tail", "weight_dtype", "weight_shape", "order", "ranks"}
+REAL = {
+    "param",
+    "grad",
+    "reduce",
+    "state",
+    "rounding",
+    "frozen",
+    "tail",
+    "weight_dtype",
+    "weight_shape",
+    "order",
+    "ranks",
+}
 REAL |= {"in_full_precision"}
 POLICIES = ["bf16,state=bf16,reduce=bf16", "fp16", "bf16-true,rounding=stochastic"]
 
@@ -78,7 +90,7 @@ def records_of(model: nn.Module) -> dict[str, Storage]:
 
 def test_every_field_has_a_value_of_its_own_somewhere() -> None:
     models = [marked(policy) for policy in POLICIES]
-    models.append(marked("bf16", ranks="some", is_replaced=True, in_full_precision=True))
+    models.append(marked("bf16", ranks="some", frozen="tail", is_replaced=True, in_full_precision=True))
     records = [storage for model in models for storage in records_of(model).values()]
     records += [storage_of(param) for param in models[-1].parameters()]
     for field in fields(Storage):

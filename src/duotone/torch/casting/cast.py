@@ -6,15 +6,15 @@ how each parameter is stored, `cast_forward` is what happens in a forward pass. 
 stay as they are.
 """
 
-import warnings
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from duotone.errors import DuotoneWarning, PolicyError
+from duotone.errors import PolicyError
 from duotone.policy import Policy, Rule
+from duotone.torch.call_site import warn
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_marks
@@ -22,6 +22,7 @@ from duotone.torch.casting.own_methods import OwnMethods, remove_forward
 from duotone.torch.casting.storage_plan import (
     ApplyWhenShaped,
     apply,
+    apply_all,
     in_float32,
     is_castable,
     is_lazy,
@@ -45,8 +46,9 @@ def cast(model: Module, policy: Policy | str) -> Module:
 
     Floating-point parameters in FP32, BF16 or FP16 get the policy's `param` dtype, except those of norms, which stay
     FP32 unless a rule names them; FP64, integer and complex parameters, and all buffers, are left alone: an operation
-    on a FP32 buffer and a 16-bit tensor gives FP32, as always in torch. Tied parameters stay tied, frozen ones get no
-    tail, lazily shaped ones are cast when they get their shape. Casting again with the same policy changes nothing;
+    on a FP32 buffer and a 16-bit tensor gives FP32, as always in torch. Tied parameters stay tied, lazily shaped ones
+    are cast when they get their shape. Frozen ones are stored as the policy's `frozen` says: by default without a tail,
+    but for tables and constants; if bits are lost, it is warned of. Casting again with the same policy changes nothing;
     casting to another one starts from the FP32 masters. `uncast` undoes it.
 
     Args:
@@ -73,14 +75,9 @@ def cast(model: Module, policy: Policy | str) -> Module:
     policies = resolve(model, policy)
     planned = plan(model, policies)
     if not planned and any(param.dtype == torch.float64 for param in model.parameters()):
-        warnings.warn(
-            f"no parameter of this {type(model).__name__} was cast, for they are FP64; call model.float() first",
-            DuotoneWarning,
-            stacklevel=2,
-        )
+        warn(f"no parameter of this {type(model).__name__} was cast, for they are FP64; call model.float() first")
     _remove_forwards(model)
-    for param, storage in planned.items():
-        apply(param, storage)
+    apply_all(planned, {param: name for name, param in model.named_parameters()})
     for order, (name, param) in enumerate(model.named_parameters()):
         set_storage(param, replace(storage_of(param), loss_scale=policy.loss_scale, name=name, order=order))
     watch_plain_steps()

@@ -11,6 +11,7 @@ from torch import nn
 from duotone.policy import Policy
 from duotone.torch.casting.cast import forward_for
 from duotone.torch.casting.cast_forward import cast_forward_of
+from duotone.torch.casting.frozen_weights import as_frozen
 from duotone.torch.casting.module_policies import ModulePolicy, resolve_changed
 from duotone.torch.casting.own_methods import OwnMethods
 from duotone.torch.casting.storage_plan import is_castable, planned_fields
@@ -68,7 +69,8 @@ class Parts:
             for path, each in root.named_modules():
                 if each is module:
                     fields = planned_fields(module, policies[path])
-                    return replace(own, name=name, loss_scale=policy.loss_scale, **fields)
+                    planned = replace(own, name=name, loss_scale=policy.loss_scale, **fields)
+                    return as_frozen(param, [module], planned)
         return None
 
     def _roots(self) -> list[tuple[nn.Module, Policy, Mapping[str, ModulePolicy]]]:

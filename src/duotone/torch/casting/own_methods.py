@@ -40,7 +40,7 @@ from duotone.torch.parameters.full_precision import encode_new
 from duotone.torch.parameters.masters import (
     beyond_range,
     ensure_tail,
-    needs_tail,
+    keeps_tail,
     read_master,
     store_master,
     write_master,
@@ -115,7 +115,7 @@ class OwnMethods:
                 # loaded with assign=True
                 encode_new(param, storage)
             elif isinstance(value, Tensor) and _is_master_of(value, param):
-                if needs_tail(param) and param.requires_grad:
+                if keeps_tail(param):
                     ensure_tail(param)
                 write_master(param, value)
             elif isinstance(value, Tensor):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
+from duotone.torch.casting.frozen_weights import FLOAT32, as_frozen, warn_of_rounding
 from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
@@ -25,13 +26,6 @@ from duotone.torch.parameters.storage import Storage, set_storage, set_tail, sto
 
 NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
-_FLOAT32: dict[str, Any] = {
-    "param": torch.float32,
-    "grad": torch.float32,
-    "reduce": torch.float32,
-    "state": torch.float32,
-    "rounding": None,
-}
 
 
 def plan(model: nn.Module, policies: Mapping[str, ModulePolicy]) -> dict[nn.Parameter, Storage]:
@@ -40,38 +34,58 @@ def plan(model: nn.Module, policies: Mapping[str, ModulePolicy]) -> dict[nn.Para
     Raises:
         PolicyError: rules disagree on a tied parameter, or a weight is too large for FP16.
     """
-    plans: dict[nn.Parameter, tuple[str, Storage]] = {}
+    plans: dict[nn.Parameter, tuple[str, Storage, list[nn.Module]]] = {}
     for path, module in model.named_modules():
         for full_name, param, storage in _planned(module, path, planned_fields(module, policies[path])):
-            other_name, other = plans.setdefault(param, (full_name, storage))
+            other_name, other, owners = plans.setdefault(param, (full_name, storage, []))
             if other != storage:
+                kept = [f"{each.param}, frozen={each.frozen}" for each in (other, storage)]
                 raise PolicyError(
-                    f'"{other_name}" and "{full_name}" are one tied parameter, but it would be kept in {other.param} '
-                    f"and {storage.param}; write a rule that covers both"
+                    f'"{other_name}" and "{full_name}" are one tied parameter, but it would be kept in {kept[0]} '
+                    f"and {kept[1]}; write a rule that covers both"
                 )
-            _check_range(full_name, param, storage)
-    return {param: storage for param, (_, storage) in plans.items()}
+            owners.append(module)
+    planned = {}
+    for param, (full_name, storage, owners) in plans.items():
+        planned[param] = as_frozen(param, owners, storage)
+        _check_range(full_name, param, planned[param])
+    return planned
 
 
 def in_float32(param: nn.Parameter) -> Storage:
     """Return how a parameter is stored as an FP32 weight."""
-    return replace(storage_of(param), **_FLOAT32, loss_scale=None)
+    return replace(storage_of(param), **FLOAT32, loss_scale=None)
 
 
-def apply(param: nn.Parameter, storage: Storage) -> None:
-    """Store a parameter as planned, in place; its FP32 master stays what it is, bit for bit."""
+def apply_all(planned: Mapping[nn.Parameter, Storage], names: Mapping[nn.Parameter, str]) -> None:
+    """Store parameters as planned, and warn, once, if frozen ones lost bits."""
+    rounded = [param for param, storage in planned.items() if apply(param, storage)]
+    if rounded:
+        warn_of_rounding([names[param] for param in rounded], sum(param.numel() for param in rounded))
+
+
+def apply(param: nn.Parameter, storage: Storage) -> bool:
+    """Store a parameter as planned, in place; its FP32 master stays what it is, bit for bit, if it has one.
+
+    Returns:
+        Whether it is to have no tail, and lost bits by that.
+    """
     assert storage.param is not None
-    tail = storage_of(param).tail
+    before = storage_of(param)
+    tail = before.tail
     # one that was frozen since keeps the tail that it has
+    is_kept = storage.frozen == "tail" or (tail is not None and before.frozen != "tail")
     is_split = storage.param in SPLIT_DTYPES and storage.rounding is None
-    has_tail = is_split and (param.requires_grad or tail is not None)
+    has_tail = is_split and (param.requires_grad or is_kept)
     grad, param.grad = param.grad, None
     is_stored_anew = param.dtype != storage.param or has_tail != (tail is not None)
+    is_rounded = False
     if is_stored_anew:
         say_if_written((param,))
         weight, tail = read_master(param), None
         if storage.param in SPLIT_DTYPES:
             weight, tail = encode(weight, storage.param)
+            is_rounded = is_split and not (has_tail or param.is_meta) and bool(tail.any())
         param.data = weight
     param.grad_dtype = storage.grad
     param.grad = None if grad is None else grad.to(storage.grad)
@@ -80,6 +94,7 @@ def apply(param: nn.Parameter, storage: Storage) -> None:
         record(param)
     else:
         set_storage(param, storage)
+    return is_rounded
 
 
 def set_grad_dtype(param: nn.Parameter, dtype: torch.dtype) -> None:
@@ -97,9 +112,11 @@ class ApplyWhenShaped:
     fields: Mapping[str, Any]
 
     def __call__(self, module: nn.Module) -> None:
+        planned, names = {}, {}
         for full_name, param, storage in _planned(module, self.path, self.fields):
-            _check_range(full_name, param, storage)
-            apply(param, storage)
+            planned[param], names[param] = as_frozen(param, [module], storage), full_name
+            _check_range(full_name, param, planned[param])
+        apply_all(planned, names)
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -117,9 +134,9 @@ def planned_fields(module: nn.Module, own: ModulePolicy) -> dict[str, Any]:
     policy = own.effective
     dtypes = {role: getattr(torch, getattr(policy, role)) for role in ("param", "grad", "reduce", "state")}
     if isinstance(module, NORMS) and not own.sets_param:
-        return {**_FLOAT32, "reduce": dtypes["reduce"], "state": dtypes["state"]}
+        return {**FLOAT32, "reduce": dtypes["reduce"], "state": dtypes["state"], "frozen": policy.frozen}
     has_no_master = policy.param != "float32" and policy.master is None
-    return {**dtypes, "rounding": Rounding(policy.rounding) if has_no_master else None}
+    return {**dtypes, "rounding": Rounding(policy.rounding) if has_no_master else None, "frozen": policy.frozen}
 
 
 def _planned(module: nn.Module, path: str, planned: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter, Storage]]:

@@ -60,6 +60,11 @@ def needs_tail(param: Tensor) -> bool:
     return param.dtype in SPLIT_DTYPES and storage_of(param).rounding is None
 
 
+def keeps_tail(param: Tensor) -> bool:
+    """Return whether a parameter is to have a tail even if nobody updates it now."""
+    return needs_tail(param) and (param.requires_grad or storage_of(param).frozen == "tail")
+
+
 def ensure_tail(param: Tensor, tail: Tensor | None = None) -> Tensor:
     """Return the tail of a parameter that needs one, on its device.
 
@@ -170,7 +175,7 @@ def store_master(param: Tensor, master: Tensor, storage: Storage) -> None:
             resident.copy_(weight)
             if tail is not None and tail.shape == param.shape and tail.device == param.device:
                 shards.local(tail).copy_(new_tail)
-            elif tail is not None or param.requires_grad or shards.any_rank(bool(new_tail.any()), param):
+            elif tail is not None or keeps_tail(param) or shards.any_rank(bool(new_tail.any()), param):
                 tail = shards.like(new_tail, param)
         if resident is not param:
             increment_version(param)
@@ -280,7 +285,7 @@ def load_master_weights(model: nn.Module, masters: Mapping[str, Tensor]) -> None
     for name, tensor in others.items():
         _check_other(name, masters[name], tensor)
     for param, name in chosen.items():
-        if needs_tail(param) and param.requires_grad:
+        if keeps_tail(param):
             ensure_tail(param)
         write_master(param, masters[name])
     with torch.no_grad():

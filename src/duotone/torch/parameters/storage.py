@@ -38,6 +38,8 @@ class Storage:
         reduce: dtype that ranks reduce the gradient in; None if the parameter was never cast.
         state: dtype of the optimizer's moments.
         rounding: how updates are rounded in a 16-bit weight without a master; None if it is to have a master.
+        frozen: how the policy keeps a weight that does not train: "rounded", "float32", or "tail", which is what it
+            keeps small tables in by default.
         tail: int16, shaped like the weight: the bits that it lacks to be its FP32 master; None if there are none.
         weight_dtype: dtype of the weight that `tail` was made for; None without a tail.
         weight_shape: shape of that weight, of a DTensor the whole; None without a tail.
@@ -61,6 +63,7 @@ class Storage:
     reduce: torch.dtype | None = None
     state: torch.dtype = torch.float32
     rounding: Rounding | None = None
+    frozen: str = "rounded"
     tail: Tensor | None = field(default=None, compare=False)
     weight_dtype: torch.dtype | None = None
     weight_shape: torch.Size | None = None
