@@ -74,6 +74,7 @@ ALLOWED = {
         "duotone.torch.casting.float32_inside",
         "duotone.torch.casting.half_on_cpu",
         "duotone.torch.casting.operation_table",
+        "duotone.torch.nested",
     ),
     "duotone.torch.casting.region": (
         "duotone.torch.casting.handlers",

@@ -143,6 +143,11 @@ def test_a_policy_cannot_be_changed():
             "loss_scale=dynamic, a static one (loss_scale=1 goes without on purpose), or use bfloat16",
         ),
         (
+            "bf16,inputs=fp16",
+            'policy "bf16,inputs=float16" casts inputs to float16, but computes in bfloat16; '
+            "write inputs=bfloat16, inputs=float32, or inputs=none to take them as they come",
+        ),
+        (
             "bf16,loss_scale=dynamic",
             'policy "bf16,loss_scale=dynamic" has a loss scale without need, for no gradient passes through '
             "float16; write loss_scale=none",
@@ -290,6 +295,7 @@ def test_json_is_an_object_of_roles_and_rules():
         "master": None,
         "state": FP32,
         "rounding": "nearest",
+        "inputs": None,
         "loss_scale": "none",
         "rules": [{"pattern": "head", "roles": {"param": FP32, "compute": FP32}}],
         "frozen": "rounded",
@@ -297,12 +303,17 @@ def test_json_is_an_object_of_roles_and_rules():
     assert Policy.from_json(policy.to_json()) == policy
 
 
-@pytest.mark.parametrize("role", ["frozen"])
+@pytest.mark.parametrize("role", ["frozen", "inputs"])
 def test_json_of_earlier_versions_lacks_roles_and_is_read(role):
     policy = Policy.parse("bf16; head: param=fp32")
     content = json.loads(policy.to_json())
     del content[role]
     assert Policy.from_json(json.dumps(content)) == policy
+
+
+def test_inputs_follow_the_arithmetic_of_a_rule():
+    policy = Policy.parse("bf16,inputs=bf16; head: param=fp32,compute=fp32; norm: param=fp32; stem: inputs=fp32")
+    assert [policy.for_module(path).inputs for path in ("body", "head", "norm", "stem")] == [BF16, FP32, BF16, FP32]
 
 
 @pytest.mark.parametrize(

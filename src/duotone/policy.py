@@ -8,7 +8,7 @@ is read and written by `policy_spelling`; casting a model into it is each framew
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -23,8 +23,6 @@ ClassNames = Mapping[str, Sequence[str]]
 
 _BY_TYPE = "type="
 _NO_CLASSES: ClassNames = MappingProxyType({})
-# what the roles mean that JSON of earlier versions lacks
-_ADDED_SINCE: Mapping[str, Any] = MappingProxyType({"frozen": "rounded"})
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,8 @@ class Policy:
         rules: modules in which roles differ; where several set a role, the last one wins.
         frozen: how weights that do not train are kept: "rounded" to param, without a tail, "float32", or with a
             "tail", as weights that do. Rounded ones keep a tail where they are tables that are not large.
+        inputs: what floating-point inputs are cast to where they enter the model: `compute` or float32; None to take
+            them as they come, and have each product round what it needs.
 
     Raises:
         PolicyError: a value does not exist, or the roles do not fit each other.
@@ -127,6 +127,7 @@ class Policy:
     rules: tuple[Rule, ...] = ()
     # what was added later is given by name alone
     frozen: Literal["rounded", "float32", "tail"] = field(default="rounded", kw_only=True)
+    inputs: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for role, value in _roles(self).items():
@@ -217,19 +218,17 @@ class Policy:
 
     @classmethod
     def from_json(cls, text: str) -> Policy:
-        """Return the policy that `to_json` wrote.
+        """Return the policy that `to_json` wrote, in an earlier version too.
 
         Raises:
-            PolicyError: the text is not such an object: every key must be there, and no other. Roles that an earlier
-                version did not know may be left out.
+            PolicyError: the text is not such an object: every key must be there, but for roles that earlier versions
+                had not, and no other.
         """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
             raise PolicyError(f"a policy's JSON cannot be read: {error}") from error
-        if isinstance(content, dict):
-            content = {**_ADDED_SINCE, **content}
-        _check_keys(content, [field.name for field in fields(cls)], "a policy")
+        _check_keys(content, [field.name for field in fields(cls)], "a policy", spelling.LATER)
         rules = content.pop("rules")
         if not isinstance(rules, list):
             raise PolicyError(f"a policy's rules in JSON must be a list, not {rules!r}")
@@ -258,14 +257,14 @@ def _from_parts(roles: Any, rules: Any) -> Policy:
     return Policy(**roles, rules=tuple(Rule(pattern, tuple(changes.items())) for pattern, changes in rules))
 
 
-def _check_keys(content: object, expected: list[str], what: str) -> None:
-    """Raise unless `content` is a JSON object with exactly the expected keys."""
+def _check_keys(content: object, expected: list[str], what: str, can_lack: Collection[str] = ()) -> None:
+    """Raise unless `content` is a JSON object with exactly the expected keys, but for those that it can lack."""
     if not isinstance(content, dict):
         raise PolicyError(f"{what} in JSON must be an object, not {content!r}")
     for key in content:
         if key not in expected:
             raise PolicyError(f'{what} in JSON has no key "{key}"; {nearest_names(key, expected)}')
-    missing = [key for key in expected if key not in content]
+    missing = [key for key in expected if key not in content and key not in can_lack]
     if missing:
         raise PolicyError(f"{what} in JSON lacks {', '.join(missing)}; write every key")
 
@@ -281,6 +280,11 @@ def _problems(policy: Policy) -> Iterator[str]:
     if grad not in ("float32", param):
         choices = "grad=float32" if param == "float32" else f"grad={param} or grad=float32"
         yield f"has {grad} gradients for {param} weights; write {choices}"
+    if policy.inputs not in spelling.input_formats(_roles(policy)):
+        yield (
+            f"casts inputs to {policy.inputs}, but computes in {compute}; write inputs={compute}, inputs=float32, or "
+            "inputs=none to take them as they come"
+        )
     if param == "float32" and policy.master is None:
         yield "has float32 weights, which are their own master; write master=float32, or a 16-bit param"
     yield from _rounding_problems(policy)

@@ -33,8 +33,12 @@ ROLES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
         "state": ("float32", "bfloat16"),
         "rounding": (None, "nearest", "stochastic"),
         "frozen": ("rounded", "float32", "tail"),
+        "inputs": (None, *_TRAINING),
     }
 )
+
+# roles that policies had not at first, with what one that lacks them means
+LATER: Mapping[str, str | None] = MappingProxyType({"frozen": "rounded", "inputs": None})
 
 # where a role's values are narrower than its neighbours', the reason
 _REASONS = {
@@ -46,7 +50,7 @@ _REASONS = {
 _GRADIENT_PATH = ("param", "compute", "output", "grad", "reduce")
 
 # what all presets share, and a row for each; the -true presets are not yet policies: they must name a rounding
-_SHARED = {"output": "float32", "reduce": "float32", "state": "float32", "rounding": None, "frozen": "rounded"}
+_SHARED = {"output": "float32", "reduce": "float32", "state": "float32", "rounding": None, **LATER}
 _COLUMNS = ("param", "compute", "grad", "master", "loss_scale")
 _ROWS = {
     "fp32": ("float32", "float32", "float32", "float32", "none"),
@@ -121,7 +125,7 @@ def change(roles: Mapping[str, Value], changes: Mapping[str, Value]) -> Roles:
     """Return `roles` with `changes`, and with what follows from the changes unless they say otherwise.
 
     FP32 weights have FP32 gradients and are their own masters; where there is a master, no rounding is named, and
-    where there is none, there are no tails.
+    where there is none, there are no tails; inputs that are cast to what the arithmetic is in follow it.
 
     >>> change(PRESETS["bf16"], {"param": "float32"}) == PRESETS["bf16-mixed"]
     True
@@ -133,7 +137,14 @@ def change(roles: Mapping[str, Value], changes: Mapping[str, Value]) -> Roles:
         changed["rounding"] = None
     if changed["master"] is None and changed["frozen"] == "tail" and "frozen" not in changes:
         changed["frozen"] = "rounded"
+    if "inputs" not in changes and changed["inputs"] not in input_formats(changed):
+        changed["inputs"] = changed["compute"]
     return changed
+
+
+def input_formats(roles: Mapping[str, Value]) -> tuple[Value, ...]:
+    """Return what `inputs` can be beside the other roles: nothing, FP32, or what the arithmetic is in."""
+    return None, "float32", roles["compute"], roles["param"]
 
 
 def read(text: str) -> tuple[Roles, list[tuple[str, Roles]]]:

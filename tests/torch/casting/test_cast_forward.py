@@ -89,7 +89,7 @@ def global_state() -> tuple[object, ...]:
 @pytest.mark.parametrize(("policy", "dtype"), PRECISIONS)
 @pytest.mark.parametrize("output", ["float32", None])
 def test_dtypes_inside_and_at_the_borders(policy, dtype, output):
-    model = make(policy if output else f"{policy},output={policy}")
+    model = make(f"{policy},inputs={policy}" if output else f"{policy},inputs={policy},output={policy}")
     result = model(TOKENS, shift=torch.ones(16, dtype=torch.float32))
     assert result["logits"].dtype == (torch.float32 if output else dtype)
     assert result["tokens"] is TOKENS
@@ -148,10 +148,32 @@ def test_gradients_are_near_those_of_float32(policy, dtype):
         assert (rough[name].float() - grad).norm() < 30 * torch.finfo(dtype).eps * grad.norm(), name
 
 
-def test_a_mixed_policy_takes_inputs_as_they_come(same_bits):
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed", "fp16-mixed", "fp32"])
+def test_inputs_come_as_they_are(policy, same_bits):
     x = torch.full((2,), 1 / 3)
-    assert same_bits(dt.cast(nn.Identity(), "bf16-mixed")(x), x)
-    assert same_bits(dt.cast(nn.Identity(), "bf16")(x), x.bfloat16().float())
+    assert same_bits(dt.cast(nn.Identity(), policy)(x), x)
+    inner = dt.cast(nn.Sequential(nn.Identity(), nn.Linear(2, 2)), policy)[0]
+    assert same_bits(inner(x), x)
+
+
+class Seen(nn.Module):
+    """Notes in which dtype its input comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dtype = x.dtype
+        return x
+
+
+@pytest.mark.parametrize(("policy", "dtype"), PRECISIONS)
+def test_inputs_are_cast_where_the_policy_says_so(policy, dtype, same_bits):
+    x = torch.full((2,), 1 / 3)
+    model = dt.cast(nn.Sequential(nn.Identity(), Seen()), f"{policy},inputs={policy}")
+    assert same_bits(model(x), x.to(dtype).float())
+    assert same_bits(model[0](x), x.to(dtype).float())
+    dt.cast(model, f"{policy}; 1: inputs={policy}")(x)
+    assert model[1].dtype == dtype
+    dt.cast(model, f"{policy},inputs={policy}; 1: inputs=float32")(x)
+    assert model[1].dtype == torch.float32
 
 
 def test_float32_gradients_add_up_many_micro_batches():
@@ -171,7 +193,7 @@ def test_float32_gradients_add_up_many_micro_batches():
 
 
 def test_a_part_under_a_rule_computes_and_returns_as_told(same_bits):
-    inner = "bf16; blocks.1: param=float32,compute=float32"
+    inner = "bf16,inputs=bf16; blocks.1: param=float32,compute=float32"
     model = make(inner)
     assert [seen_by(block, model) for block in model.blocks] == [torch.bfloat16, torch.float32]
     returned = []
@@ -289,7 +311,7 @@ def test_masks_are_filled_with_what_float16_can_hold():
             return scores.masked_fill(scores > 0, -1e9).softmax(-1)
 
     scores = torch.tensor([[-1.0, 1.0, -1.0], [1.0, 2.0, 3.0]])
-    probabilities = dt.cast(Masked(), "fp16")(scores)
+    probabilities = dt.cast(Masked(), "fp16")(scores.half())
     assert probabilities.tolist() == [[0.5, 0.0, 0.5], pytest.approx([1 / 3] * 3, abs=1e-3)]
 
 
@@ -351,4 +373,4 @@ def test_bfloat16_masks_are_filled_too(number):
         def forward(self, scores: Tensor) -> Tensor:
             return scores.masked_fill(scores > 0, number)
 
-    assert dt.cast(Masked(), "bf16")(torch.ones(1, 2)).tolist() == [[torch.finfo(torch.bfloat16).min] * 2]
+    assert dt.cast(Masked(), "bf16")(torch.ones(1, 2).bfloat16()).tolist() == [[torch.finfo(torch.bfloat16).min] * 2]

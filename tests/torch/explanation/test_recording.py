@@ -139,7 +139,7 @@ class Shared(nn.Module):
 
 def test_shared_modules_named_inputs_and_nested_outputs():
     model = dt.cast(Shared(), "bf16")
-    found = explain(model, torch.tensor([[1, 2]]), scale={"by": torch.ones(1)})
+    found = explain(model, torch.tensor([[1, 2]]), scale={"by": torch.tensor(1.0)})
     modules = {each.path: each for each in found.modules}
     assert modules["one"].calls == 3
     assert modules["parts.unused"].calls == modules["parts"].calls == 0

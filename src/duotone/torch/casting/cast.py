@@ -15,7 +15,7 @@ from torch import nn
 from duotone.errors import PolicyError
 from duotone.policy import Policy, Rule
 from duotone.torch.call_site import warn
-from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, torch_dtype
+from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, input_dtype, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_marks
 from duotone.torch.casting.own_methods import OwnMethods, remove_forward
@@ -187,14 +187,13 @@ def forward_for(module: nn.Module, path: str, policy: Policy, own: ModulePolicy)
     """Return what is to stand in front of a module's forward; None for nothing."""
     effective, outer = own.effective, own.outer
     pending = ApplyWhenShaped(path, planned_fields(module, own)) if is_lazy(module) else None
-    # with FP32 weights each operation casts what it needs, as in torch.amp; inputs come as they are
-    inputs = torch_dtype(effective.compute) if effective.param == effective.compute else None
+    inputs = input_dtype(effective)
     if path == "":
         output = torch_dtype(effective.output)
         forward = CastForward(module, policy, effective, inputs=inputs, output=output, pending=pending)
         forward.passes = PassWatch()
         return forward
-    if any(getattr(effective, role) != getattr(outer, role) for role in ("param", "compute", "output")):
+    if any(getattr(effective, role) != getattr(outer, role) for role in ("param", "compute", "output", "inputs")):
         # a part returns what the module around it computes in, unless a rule says what it is to return
         output = torch_dtype(effective.output if own.sets_output else outer.compute)
         return CastForward(module, effective, effective, inputs=inputs, output=output, pending=pending)

@@ -1,6 +1,8 @@
-"""A module's forward in its policy: inputs cast, operations under their rules, outputs cast.
+"""A module's forward in its policy: operations under their rules, and casts at the border.
 
-The root of a cast model, and each part that a rule treats differently, is a border where inputs and outputs are cast.
+The root of a cast model, and each part that a rule treats differently, is a border where outputs are cast. Inputs come
+as they are, and each product rounds what it needs, unless the policy says what they are to be; what computes in FP32
+has them widened.
 Every module inside stands ready to enter the region of its border again, because activation checkpointing calls parts
 of a model a second time, during the backward pass and outside of the border. Called by itself, such a module is its own
 border. Left out: recurrent layers under torch.compile, unless `torch._dynamo.config.allow_rnn` is set.
@@ -67,10 +69,7 @@ class CastForward:
         self._inputs = inputs
         self._output = output
         self._pending = pending
-        self._by_itself = (
-            torch_dtype(effective.compute) if effective.param == effective.compute else None,
-            torch_dtype(effective.output),
-        )
+        self._by_itself = input_dtype(effective), torch_dtype(effective.output)
         self._region = Region(torch_dtype(effective.compute))
         self._runs_without_mode = self._region.runs_without_mode(module)
         # its name and its signature; whatever else it carries is its own
@@ -226,6 +225,18 @@ def torch_dtype(format_name: str) -> torch.dtype:
     torch.bfloat16
     """
     return getattr(torch, format_name)
+
+
+def input_dtype(effective: Policy) -> torch.dtype | None:
+    """Return what a border casts floating-point inputs to; None to take them as they come.
+
+    >>> input_dtype(Policy.parse("bf16")), input_dtype(Policy.parse("fp32"))
+    (None, torch.float32)
+    """
+    if effective.inputs is not None:
+        return torch_dtype(effective.inputs)
+    # no operation casts there, and FP32 weights are not multiplied by 16-bit inputs
+    return torch.float32 if effective.compute == "float32" else None
 
 
 def _device_type(module: nn.Module, args: tuple[Any, ...]) -> str:

@@ -22,6 +22,7 @@ from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products, multiply_in_float32
 from duotone.torch.casting.operation_table import Function, functions_in, functions_named, kinds, same_operation
+from duotone.torch.nested import cast_floating
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = (torch.bfloat16, torch.float16)
@@ -81,6 +82,7 @@ def _make_handlers(compute: torch.dtype, device_type: str) -> Handlers:
         put(_widen_all_but_what_is_written, _WRITING)
         return Handlers(made, None, _methods(made))
     put(_widen_and_round, functions_in("sum_by_index"))
+    put(_call_on_float32_data_in_float32, functions_named("native_layer_norm", "native_group_norm"))
     put(as_handler(cross_entropy_in_float32), functions_named("cross_entropy"))
     made.update(FLOAT32_INSIDE)
     product, emulated = functools.partial(_call_in, compute), False
@@ -92,8 +94,9 @@ def _make_handlers(compute: torch.dtype, device_type: str) -> Handlers:
     multiply = multiply_in_float32 if emulated else product
     put(multiply, (function for function, kind in kinds().items() if kind == "compute"))
     # made of several operations, each of which is to see autocast switched off
-    put(multiply if emulated else functools.partial(_call_in, compute), functions_named("multi_head_attention_forward"))
-    put(as_handler(functools.partial(_attend, multiply)), functions_named("scaled_dot_product_attention"))
+    attend = multiply if emulated else functools.partial(_call_on_each_once, compute)
+    put(functools.partial(_attend_with_heads, compute, attend), functions_named("multi_head_attention_forward"))
+    put(as_handler(functools.partial(_attend, attend)), functions_named("scaled_dot_product_attention"))
     put(as_handler(functools.partial(_linear_cross_entropy, multiply)), functions_named("linear_cross_entropy"))
     return Handlers(made, None if emulated else product, _methods(made))
 
@@ -137,9 +140,20 @@ def _call_in(dtype: torch.dtype, func: Function, args: tuple[Any, ...], kwargs: 
     return func(*[cast_operand(arg, dtype) for arg in args], **named)
 
 
+def _call_on_each_once(dtype: torch.dtype, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function with every operand in `dtype`; one that is given twice, as in self-attention, stays one."""
+    return func(*cast_floating(args, dtype), **cast_floating(dict(kwargs), dtype))
+
+
 def _call_in_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     # a result that is asked for in 16 bits is the caller's own choice
     return func(*args, **kwargs) if kwargs.get("dtype") in _NARROW else _call_in(torch.float32, func, args, kwargs)
+
+
+def _call_on_float32_data_in_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call with 16-bit weights widened beside FP32 data, which kernels take no others with."""
+    is_wide = getattr(args[0] if args else kwargs.get("input"), "dtype", None) is torch.float32
+    return (_call_in_float32 if is_wide else _call)(func, args, kwargs)
 
 
 def _widen_all_but_what_is_written(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -223,6 +237,13 @@ def _attend(
         narrow = torch.get_autocast_dtype(query.device.type)
         attn_mask = saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
     return multiply(func, (query, key, value, attn_mask, *rest), named)
+
+
+def _attend_with_heads(
+    dtype: torch.dtype, attend: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    masks = {name: kwargs[name] for name in ("attn_mask", "key_padding_mask") if isinstance(kwargs.get(name), Tensor)}
+    return attend(func, args, {**kwargs, **{name: saturated(mask, dtype) for name, mask in masks.items()}})
 
 
 def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:

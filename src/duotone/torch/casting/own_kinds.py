@@ -66,7 +66,7 @@ def op_rule(function: Any, kind: Kind | None = None) -> Any:
     ...         with dt.op_rule(torch.exp, "as_given"):
     ...             inside = x.exp().dtype
     ...         return inside, x.exp().dtype, relative(x, x + 1).dtype
-    >>> dt.cast(Model(), "bf16")(torch.ones(2))
+    >>> dt.cast(Model(), "bf16")(torch.ones(2).bfloat16())
     (torch.bfloat16, torch.float32, torch.float32)
     """
     if isinstance(function, Mapping):

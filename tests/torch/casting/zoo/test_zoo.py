@@ -108,15 +108,10 @@ def test_layers_return_the_policys_dtype(name, policy):
 
 @families
 @policies
-def test_inputs_come_in_the_policys_dtype_or_unharmed(name, policy):
+def test_inputs_come_as_they_are(name, policy):
     run = run_of(name, policy)
     assert run.borders
-    for given, got in run.borders:
-        if given.dtype == torch.float32:
-            assert got.dtype == DTYPES[policy]
-            assert torch.equal(got, given.to(got.dtype))
-        else:
-            assert got is given
+    assert all(got is given for given, got in run.borders)
 
 
 def nearest(master: Tensor, dtype: torch.dtype) -> Tensor:
