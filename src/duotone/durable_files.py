@@ -6,7 +6,6 @@ A text is written beside its place, flushed to the disk and renamed; whoever ope
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 
@@ -84,35 +83,3 @@ def flush(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def obstacle(folder: Path, first_file: str, what: str) -> str | None:
-    """Return why a new run, or something else that has a folder of its own, cannot start in a folder; None if it can.
-
-    Args:
-        folder: where it would start.
-        first_file: the name of the file that it writes first; what a crash left of it is no obstacle.
-        what: that starts, such as "run".
-
-    >>> obstacle(Path("no such folder"), "settings.yaml", "run") is None
-    True
-    """
-    first = folder / first_file
-    try:
-        if folder.exists() and not folder.is_dir():
-            return f"{folder} is a file; choose another --out"
-        if not folder.exists() or all(entry == partial_path(first) for entry in folder.iterdir()):
-            return None
-        contents = f"another {what}" if first.exists() else "other files"
-    except OSError as error:
-        return f"cannot read {folder}: {error.strerror}; choose another --out"
-    return f"{folder} holds {contents}; choose another --out, or go on with a {what} by --resume"
-
-
-def next_free_folder(root: Path, stem: str) -> Path:
-    """Return `root/<stem>-<n>` with the lowest n that is free.
-
-    >>> next_free_folder(Path("no such folder"), "digits").name
-    'digits-1'
-    """
-    return next(path for number in count(1) if not (path := root / f"{stem}-{number}").exists())

@@ -76,6 +76,10 @@ class TaskError(DuotoneError, ValueError):
     """A training task, or a run's settings, that cannot be used."""
 
 
+class FolderError(DuotoneError, RuntimeError):
+    """A folder of a run or a comparison that another process writes into, or that cannot be written to."""
+
+
 class CompareError(DuotoneError, ValueError):
     """A comparison that cannot be made as it was asked for, or a folder that holds none."""
 

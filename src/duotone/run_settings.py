@@ -1,21 +1,33 @@
-"""A training run's settings, by name: types, defaults, limits, and the YAML file that holds them.
+"""A training run's settings, by name: types, defaults and limits.
 
 A task's own settings take precedence over the defaults, a configuration file's over the task's, a flag over all.
 The command line makes its flags from `RunSettings`, so this module loads no framework.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from reprlib import Repr
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
-
+from duotone.config_file import to_yaml
 from duotone.errors import TaskError, nearest_names
 from duotone.policy import Policy
 
 _BF16 = Policy.parse("bf16")
+# a run seeds the generator of each epoch's batches with seed * 2^32 + epoch, which has 64 bits
+_MOST_SEED = 2**32 - 1
+# the largest whole number below which JSON readers know all
+_MOST = 2**53
+# FP32's largest number, which rates and norms become on the device
+_LARGEST = float.fromhex("0x1.fffffep+127")
+# a task's own warm-up is at most one part in so many of a run that is shorter
+_WARMUP_SHARE = 4
+# of a value in a message, so much that it is recognised
+_SHOWN = Repr()
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 60
 
 
 @dataclass(frozen=True)
@@ -79,17 +91,31 @@ class RunSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, _typed(field.name, getattr(self, field.name), field.type))
+        for name in ("learning_rate", "weight_decay", "momentum"):
+            self._require(name, getattr(self, name) <= _LARGEST, "finite in FP32")
         for name in ("steps", "micro_batches", "log_every", "evaluate_every", "checkpoint_every", "keep"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "learning_rate", "warmup_steps", "weight_decay", "momentum"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require("seed", self.seed <= _MOST_SEED, f"at most {_MOST_SEED}")
+        for name in (
+            "steps",
+            "micro_batches",
+            "warmup_steps",
+            "log_every",
+            "evaluate_every",
+            "checkpoint_every",
+            "keep",
+        ):
+            self._require(name, getattr(self, name) <= _MOST, f"at most {_MOST}")
         self._require("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "between 0 and 1")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
-        self._require("clip_norm", self.clip_norm is None or self.clip_norm > 0, "positive, or none")
+        fits = self.clip_norm is None or 0 < self.clip_norm <= _LARGEST
+        self._require("clip_norm", fits, "positive and finite in FP32, or none")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise TaskError(f"{name} is {getattr(self, name)}; it must be {allowed}")
+            raise TaskError(f"{name} is {_SHOWN.repr(getattr(self, name))}; it must be {allowed}")
 
     def to_values(self) -> dict[str, Any]:
         """Return the settings by name as values of YAML, the policy as its shortest text.
@@ -102,10 +128,10 @@ class RunSettings:
 
     def to_yaml(self) -> str:
         """Return the settings as a configuration file that `read_config` reads back."""
-        return yaml.safe_dump(self.to_values(), sort_keys=False)
+        return to_yaml(self.to_values())
 
 
-def resolve_settings(*sources: Mapping[str, Any]) -> RunSettings:
+def resolve_settings(*sources: Mapping[Any, Any]) -> RunSettings:
     """Merge mappings of settings; where two set the same one, the later mapping decides.
 
     Raises:
@@ -120,29 +146,48 @@ def resolve_settings(*sources: Mapping[str, Any]) -> RunSettings:
     for source in sources:
         for name, value in source.items():
             if name not in known:
-                raise TaskError(f'there is no setting "{name}"; {nearest_names(name, known)}')
+                raise TaskError(f"there is no setting {_quoted(name)}; {nearest_names(str(name), known)}")
             merged[name] = value
     return RunSettings(**merged)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings by name; an empty one gives none.
+def with_warmup(settings: RunSettings, own: Mapping[str, Any]) -> RunSettings:
+    """Return settings whose warm-up ends within the run: a task's own warm-up is cut to a quarter of a shorter run.
+
+    Args:
+        settings: resolved.
+        own: what the user set, whom a warm-up longer than the run is no wish of.
 
     Raises:
-        TaskError: the file is missing, is not YAML, or is not a mapping.
+        TaskError: the user set a warm-up longer than the run.
+
+    >>> with_warmup(RunSettings(steps=20, warmup_steps=100), {"steps": 20}).warmup_steps
+    5
     """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"cannot read the configuration {path}: {error}") from error
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise TaskError(f"{path} is not YAML: {problem}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise TaskError(f"{path} holds a {type(content).__name__}; it must map setting names to values")
-    return content
+    if settings.warmup_steps <= settings.steps:
+        return settings
+    if "warmup_steps" in own:
+        raise TaskError(
+            f"warmup_steps is {settings.warmup_steps}, and the run has {settings.steps} steps; the warm-up must end "
+            "within the run, so give less of it or more steps"
+        )
+    return replace(settings, warmup_steps=settings.steps // _WARMUP_SHARE)
+
+
+def value_of_text(text: str, kind: Any) -> Any:
+    """Return what a flag's text means for a setting of a type: a number where it is one, else the text itself.
+
+    >>> value_of_text("1e-3", float), value_of_text("none", float | None), value_of_text("many", int)
+    (0.001, None, 'many')
+    """
+    if NoneType in get_args(kind):
+        if text == "none":
+            return None
+        kind = next(choice for choice in get_args(kind) if choice is not NoneType)
+    if kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
@@ -152,19 +197,30 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         if value not in choices:
-            raise TaskError(f'{name} is "{value}"; {nearest_names(str(value), choices)}')
+            raise TaskError(f"{name} is {_quoted(value)}; {nearest_names(str(value), choices)}")
         return value
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(choices):
-            raise TaskError(f"{name} is {value!r}; it must be {len(choices)} numbers")
+            raise TaskError(f"{name} is {_SHOWN.repr(value)}; it must be {len(choices)} numbers, such as [0.9, 0.999]")
         return tuple(_typed(name, item, item_kind) for item, item_kind in zip(value, choices, strict=True))
     if NoneType in choices:
         if value is None:
             return None
         kind = next(choice for choice in choices if choice is not NoneType)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        # whatever FP64 does not hold is no setting either
+        value = float(value) if abs(value) < _LARGEST else math.inf * (1 if value > 0 else -1)
     if not isinstance(value, kind) or isinstance(value, bool):
         words = {int: "a whole number", float: "a number", str: "a text"}
-        raise TaskError(f"{name} is {value!r}; it must be {words[kind]}")
+        raise TaskError(f"{name} is {_quoted(value)}; it must be {words[kind]}")
     return value
+
+
+def _quoted(value: Any) -> str:
+    """Return a value as a message shows it: a text in quotes, and of anything long the ends.
+
+    >>> _quoted("many"), _quoted(3)
+    ('"many"', '3')
+    """
+    shown = _SHOWN.repr(value)
+    return f'"{shown[1:-1]}"' if isinstance(value, str) else shown

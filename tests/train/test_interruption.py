@@ -35,9 +35,9 @@ def test_the_first_signal_asks_and_is_noted(number):
         send(signal.SIGTERM)
     assert asked == [True]
     assert interruption.cause is number
-    further = {signal.SIGINT: "; Ctrl-C again stops at once, without saving", signal.SIGTERM: ""}[number]
+    further = {signal.SIGINT: "; Ctrl-C again stops at once, without saving"}.get(number, "")
     assert told == [f"stopping after this step{further}"]
-    assert interruption.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert interruption.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 

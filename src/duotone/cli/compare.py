@@ -4,12 +4,14 @@ Exit codes besides those of every verb: 1 if an arm failed, whatever the reason;
 """
 
 import sys
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duotone.cli.values import number, path_value, whole_number
 from duotone.errors import CompareError
 
 if TYPE_CHECKING:
@@ -47,14 +49,23 @@ def compare_command(
     baseline: Annotated[
         str | None, typer.Option(help="The arm to compare with. (default: fp32, or else the first)")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Runs of each arm. (default: 3)")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each run, in place of --minutes.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Runs of each arm. (default: 3)", parser=whole_number, metavar="int")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps of each run, in place of --minutes.", parser=whole_number, metavar="int"),
+    ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="As many steps as fit into this time in all. (default: 8)")
+        float | None,
+        typer.Option(help="As many steps as fit into this time in all. (default: 8)", parser=number, metavar="float"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... (default: auto)")] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A YAML file of training settings, as duotone train has it.")
+        Path | None,
+        typer.Option(
+            help="A YAML file of training settings, as duotone train has it.", parser=path_value, metavar="FILE"
+        ),
     ] = None,
     margin: Annotated[
         str | None,
@@ -67,7 +78,10 @@ def compare_command(
         str | None, typer.Option(help="Of intervals and tests. (default: 95%)", metavar="FRACTION|N%")
     ] = None,
     max_slowdown: Annotated[
-        float | None, typer.Option(help="Do not train an arm that is this many times slower. (default: 10)")
+        float | None,
+        typer.Option(
+            help="Do not train an arm that is this many times slower. (default: 10)", parser=number, metavar="float"
+        ),
     ] = None,
     fit_memory: Annotated[
         str | None,
@@ -76,13 +90,21 @@ def compare_command(
     profile: Annotated[
         bool, typer.Option("--profile", metavar="", help="Write a profiler trace of one step of each arm.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="The comparison's folder. (default: comparisons/TASK-N)")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The comparison's folder. (default: comparisons/TASK-N)", parser=path_value, metavar="FOLDER"
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", metavar="", help="Go on with the comparison in --out, with more --seeds if you like."),
     ] = False,
     show: Annotated[
-        Path | None, typer.Option(help="Show a comparison that was made, and write its report anew.", metavar="FOLDER")
+        Path | None,
+        typer.Option(
+            help="Show a comparison that was made, and write its report anew.", parser=path_value, metavar="FOLDER"
+        ),
     ] = None,
     diff: Annotated[
         tuple[Path, Path] | None,
@@ -177,44 +199,40 @@ def _folder(path: Path) -> "ComparisonFolder":
 def _run(plan: "Plan", out: Path | None, *, resume: bool) -> None:
     import shlex
 
-    from rich.console import Console
-
     from duotone.cli.compare_report import show_report
     from duotone.cli.compare_view import open_view
-    from duotone.compare import compare, next_free_folder
+    from duotone.cli.output import Output
+    from duotone.compare import compare, made_folder
 
-    path = out or next_free_folder(_COMPARISONS, plan.task)
-    console = Console(highlight=False)
-    try:
-        with open_view(console) as view:
-            report = compare(plan, path, resume=resume, watcher=view)
-    except KeyboardInterrupt as interrupt:
-        typer.echo(
-            f"stopped; what was measured is kept, go on with: duotone compare --resume --out {shlex.quote(str(path))}"
-        )
-        # SIGTERM comes as this too, by its name
-        raise typer.Exit(143 if "SIGTERM" in interrupt.args else 130) from None
+    console = Output()
+    with made_folder(_COMPARISONS, plan.task) if out is None else nullcontext(out) as path:
+        try:
+            with open_view(console) as view:
+                report = compare(plan, path, resume=resume, watcher=view)
+        except KeyboardInterrupt as interrupt:
+            goes_on = f"what was measured is kept, go on with: duotone compare --resume --out {shlex.quote(str(path))}"
+            typer.echo(f"stopped; {goes_on if (path / 'plan.json').exists() else 'nothing was measured yet'}")
+            # other signals come as this too, by their names
+            raise typer.Exit({"SIGTERM": 143, "SIGHUP": 129}.get(str(interrupt), 130)) from None
     show_report(report, path, console)
     _exit(report)
 
 
 def _show(path: Path) -> None:
-    from rich.console import Console
-
     from duotone.cli.compare_report import show_report
+    from duotone.cli.output import Output
     from duotone.compare import publish
 
-    show_report(publish(_folder(path)), path, Console(highlight=False))
+    show_report(publish(_folder(path)), path, Output())
 
 
 def _diff(first: Path, second: Path) -> None:
-    from rich.console import Console
-
     from duotone.cli.compare_report import show_difference
+    from duotone.cli.output import Output
     from duotone.compare import assemble, difference
 
     before, after = assemble(_folder(first)), assemble(_folder(second))
-    show_difference(difference(before, after), (str(first), str(second)), Console(highlight=False))
+    show_difference(difference(before, after), (str(first), str(second)), Output())
 
 
 def _exit(report: "Report") -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from duotone.cli.settings_flags import with_settings
+from duotone.cli.values import whole_number
 from duotone.errors import TaskError
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ def explain_command(
     given: dict[str, Any],
     modules: Annotated[
         int | None,
-        typer.Option(metavar="DEPTH", help="How deep to show modules: 2 shows blocks.0. (default: all)", min=0),
+        typer.Option(
+            metavar="DEPTH", help="How deep to show modules: 2 shows blocks.0. (default: all)", parser=whole_number
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", metavar="", help="Print everything as JSON, nothing left out.")
@@ -31,23 +34,24 @@ def explain_command(
     """Show the precision of a task's model: dtypes, casts, bytes saved for backward, and what stands out."""
     import torch
 
-    from duotone.train import find_device, find_task, resolve_settings
+    from duotone.train import find_device, find_task, guarded, resolve_settings
 
+    if modules is not None and modules < 0:
+        raise TaskError(f"--modules is {modules}; it must be at least 0")
     # whatever the task does not decide is checked before its data are read
     early = resolve_settings(given)
     find_device(early.device)
     torch.manual_seed(early.seed)
-    task = find_task(early.task)
+    task = guarded(find_task(early.task))
     settings = resolve_settings(dict(task.settings), given)
     explanation = _explain(task, settings, find_device(settings.device))
     if as_json:
         typer.echo(explanation.to_json())
         return
-    from rich.console import Console
-
     from duotone.cli.explain_view import show
+    from duotone.cli.output import Output
 
-    show(explanation, task.name, Console(highlight=False), depth=modules)
+    show(explanation, task.name, Output(), depth=modules)
 
 
 def _explain(task: "Task", settings: "RunSettings", device: "torch.device") -> "Explanation":

@@ -5,18 +5,33 @@ from typing import Annotated
 
 import typer
 
+from duotone.cli.values import path_value, whole_number
 from duotone.errors import CheckpointError
 
 
 def export_command(
-    run: Annotated[Path, typer.Argument(help="Folder of the run, or of one checkpoint.", show_default=False)],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the run, or of one checkpoint.", show_default=False, parser=path_value, metavar="RUN"
+        ),
+    ],
     out: Annotated[
-        Path, typer.Option(help="The file: .safetensors, or .pt, .pth, .bin, .ckpt for torch.save.", show_default=False)
+        Path,
+        typer.Option(
+            help="The file: .safetensors, or .pt, .pth, .bin, .ckpt for torch.save.",
+            show_default=False,
+            parser=path_value,
+            metavar="FILE",
+        ),
     ],
     dtype: Annotated[
         str, typer.Option(help="Of the weights; buffers keep theirs.", metavar="float32|bfloat16|float16")
     ] = "float32",
-    step: Annotated[int | None, typer.Option(help="The checkpoint after this step. (default: the last)")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(help="The checkpoint after this step. (default: the last)", parser=whole_number, metavar="int"),
+    ] = None,
 ) -> None:
     """Write a run's weights to a file: FP32 masters, or rounded to 16 bits."""
     from duotone.torch.exporting import export_checkpoint

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from duotone.cli.output import Output
 from duotone.formats import FORMATS, Format
 
 
@@ -23,7 +23,7 @@ def formats_command(
         rows = {format.name: _properties(format) for format in FORMATS.values()}
         typer.echo(json.dumps(rows, indent=2, allow_nan=False))
         return
-    console = Console(highlight=False)
+    console = Output()
     console.print(_numbers_table())
     console.print("bits: sign+exponent+significand; digits: decimal; memory: FP32 is 1", style="dim")
     console.print()

@@ -5,10 +5,10 @@ from difflib import get_close_matches
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
+from duotone.cli.output import Output
 from duotone.errors import OperationError
 from duotone.operations import MEANINGS
 
@@ -35,7 +35,7 @@ def ops_command(
     if as_json:
         typer.echo(json.dumps(kinds, indent=2))
         return
-    console = Console(highlight=False)
+    console = Output()
     for kind, meaning in MEANINGS.items():
         names = [name for name, its in kinds.items() if its == kind]
         if names or (kind == "as_given" and operation is None):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from duotone.policy import Policy
-from duotone.run_settings import RunSettings
+from duotone.run_settings import RunSettings, value_of_text
 
 Command = Callable[..., None]
 
@@ -33,8 +33,10 @@ def with_settings(*names: str) -> Callable[[Command], Command]:
 
     def decorate(command: Command) -> Command:
         def run(**arguments: Any) -> None:
-            values = {field.name: arguments.pop(field.name, None) for field in chosen}
-            given = {name: None if value == "none" else value for name, value in values.items() if value is not None}
+            texts = {field.name: arguments.pop(field.name, None) for field in chosen}
+            given = {
+                field.name: _value(texts[field.name], field.type) for field in chosen if texts[field.name] is not None
+            }
             command(given, **arguments)
 
         _, *own = inspect.signature(command, eval_str=True).parameters.values()
@@ -57,28 +59,38 @@ def _texts() -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
+def _value(given: Any, kind: Any) -> Any:
+    """Return a setting's value for what Typer gives, texts: `RunSettings` says what is wrong with one, in one voice."""
+    if isinstance(given, tuple):
+        return tuple(value_of_text(text, each) for text, each in zip(given, get_args(kind), strict=True))
+    return value_of_text(given, kind) if isinstance(given, str) else given
+
+
 def _parameter(field: Field[Any], text: str, panel: str | None) -> inspect.Parameter:
-    kind: Any = field.type
     default: Any = field.default
-    shown: dict[str, Any] = {}
-    if get_origin(kind) is Literal:
-        # `RunSettings` names the nearest choice, which Typer would not
-        kind, shown = str, {"metavar": "|".join(get_args(kind))}
-    elif kind is Policy:
-        kind, shown, default = str, {"metavar": "policy"}, default.name
-    elif NoneType in get_args(kind):
-        kind, shown = Any, {"metavar": "float|none", "parser": _number_or_none}
-    elif isinstance(default, tuple):
-        default = " ".join(map(str, default))
+    taken: Any = str
+    if isinstance(default, tuple):
+        taken, default = tuple[str, str], " ".join(map(str, default))
+    elif field.type is Policy:
+        default = default.name
     text = f"{text} (default: {default})"
     if field.name == "task":
-        option = typer.Argument(help=text, show_default=False)
+        option = typer.Argument(help=text, show_default=False, metavar="TASK")
     else:
         flags = (f"--{field.name.replace('_', '-')}", *_SHORT_FLAGS.get(field.name, ()))
-        option: Any = typer.Option(*flags, help=text, rich_help_panel=panel, **shown)
-    annotation = Annotated[kind | None, option]
+        option: Any = typer.Option(*flags, help=text, rich_help_panel=panel, metavar=_metavar(field.type))
+    annotation = Annotated[taken | None, option]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _number_or_none(text: str) -> float | str:
-    return "none" if text == "none" else float(text)
+def _metavar(kind: Any) -> str:
+    """Return how help shows a setting's type.
+
+    >>> _metavar(Literal["ddp", "fsdp"]), _metavar(float | None), _metavar(tuple[float, float])
+    ('ddp|fsdp', 'float|none', 'float float')
+    """
+    names = {int: "int", float: "float", str: "text", Policy: "policy", NoneType: "none"}
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    between = " " if get_origin(kind) is tuple else "|"
+    return between.join(names[each] for each in get_args(kind) or (kind,))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from duotone.cli.output import Output
 from duotone.train import Metrics, Summary, Task, Trainer
 
 
@@ -27,7 +28,7 @@ class View(Protocol):
 @contextmanager
 def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View]:
     """Print what is about to run, and open the view that fits the console."""
-    console = console or Console(highlight=False)
+    console = console or Output()
     settings, task = trainer.settings, trainer.task
     count = sum(param.numel() for param in trainer.model.parameters())
     console.print(f"[bold]{task.name}[/bold] under [bold]{settings.policy.name}[/bold] on {_place(trainer)}")

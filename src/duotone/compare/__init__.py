@@ -3,7 +3,7 @@
 from duotone.compare.arms.catalogue import CATALOGUE, DEFAULT_ARMS, Arm, find_arms, own_arm
 from duotone.compare.comparison import compare
 from duotone.compare.fit.byte_size import parse_size
-from duotone.compare.folder import ComparisonFolder, next_free_folder
+from duotone.compare.folder import ComparisonFolder, made_folder, next_free_folder
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Failure, Fit, Phases, Run, Trial
 from duotone.compare.report.assembly import assemble
@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "difference",
     "find_arms",
+    "made_folder",
     "next_free_folder",
     "own_arm",
     "parse_size",

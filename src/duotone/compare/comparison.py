@@ -33,6 +33,7 @@ from duotone.compare.report.report import Report
 from duotone.compare.subject import Subject
 from duotone.compare.watcher import SilentWatcher, Watcher
 from duotone.errors import CompareError
+from duotone.own_folder import locked
 from duotone.train import stop_on_signal
 
 # what no measurement depends on
@@ -62,7 +63,8 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
             cannot be written to.
         TaskError: the task or its settings cannot be used, whichever arm trains it. A new comparison leaves no folder
             then, unless it comes out in training.
-        KeyboardInterrupt: at Ctrl-C and at SIGTERM, with the signal's name; what has ended is kept, `resume` goes
+        FolderError: another process compares in the folder, or it cannot be written to.
+        KeyboardInterrupt: at Ctrl-C, SIGTERM and SIGHUP, with the signal's name; what has ended is kept, `resume` goes
             on.
 
     >>> import tempfile
@@ -78,11 +80,13 @@ def compare(plan: Plan, path: Path, *, resume: bool = False, watcher: Watcher | 
         comparison = _Comparison(plan, folder, watcher or SilentWatcher())
         if resume:
             _check_goes_on(plan, folder)
-            folder.write(plan)
         else:
             folder.check_free()
-        comparison.run(resume)
-    return publish(folder)
+        with locked(path):
+            if resume:
+                folder.write(plan)
+            comparison.run(resume)
+            return publish(folder)
 
 
 class _Comparison:
@@ -227,7 +231,7 @@ def _shown(value: Any) -> str:
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt at Ctrl-C or the first SIGTERM in the block, so that processes are ended."""
+    """Raise KeyboardInterrupt at Ctrl-C or the first SIGTERM or SIGHUP in the block, so that processes are ended."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt(interruption.cause.name if interruption.cause is not None else "")

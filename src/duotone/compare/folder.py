@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from duotone import durable_files
+from duotone import durable_files, own_folder
 from duotone.compare.plan import Pace, Plan
 from duotone.compare.records import Fit, Run, Trial
 from duotone.compare.subject import Subject
@@ -48,7 +48,7 @@ class ComparisonFolder:
         Raises:
             CompareError: something is there already.
         """
-        obstacle = durable_files.obstacle(self.path, _PLAN, "comparison")
+        obstacle = own_folder.obstacle(self.path, _PLAN, "comparison")
         if obstacle is not None:
             raise CompareError(obstacle)
 
@@ -185,11 +185,25 @@ def _file(arm: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]", "_", arm)
 
 
+@contextmanager
+def made_folder(root: Path, task: str) -> Iterator[Path]:
+    """Make the folder that `next_free_folder` returns, which no other process then gets; removed if it stays empty.
+
+    Raises:
+        FolderError: it cannot be made.
+    """
+    with own_folder.made_next(root, _stem(task)) as path:
+        yield path
+
+
 def next_free_folder(root: Path, task: str) -> Path:
     """Return `root/<task>-<n>` with the lowest n that is free.
 
     >>> next_free_folder(Path("comparisons"), "examples/own_task.py").as_posix()
     'comparisons/own_task-1'
     """
-    stem = Path(task).stem if task.endswith(".py") else _file(task).replace("_", "-")
-    return durable_files.next_free_folder(root, stem)
+    return own_folder.next_free_folder(root, _stem(task))
+
+
+def _stem(task: str) -> str:
+    return Path(task).stem if task.endswith(".py") else _file(task).replace("_", "-")

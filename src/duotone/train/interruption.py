@@ -1,8 +1,9 @@
-"""Signals that ask a run to stop: SIGTERM, and SIGINT, which is Ctrl-C.
+"""Signals that ask a run to stop: SIGTERM; SIGHUP, which a terminal that closes sends; SIGINT, which is Ctrl-C.
 
 During a run the first of them only asks it to stop, which it does after the current step; a line says so at once, for a
 step may be long. A second Ctrl-C raises KeyboardInterrupt, as usual. Schedulers and shells send
-SIGTERM more than once: that changes nothing. A signal that the process was started to ignore stays ignored.
+SIGTERM more than once: that changes nothing. A signal that the process was started to ignore, as `nohup` does it, stays
+ignored.
 """
 
 import os
@@ -12,7 +13,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Windows has no SIGHUP
+_NAMES = ("SIGTERM", "SIGINT", "SIGHUP")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__)
 # the file descriptor of sys.stderr
 _ERRORS = 2
 
@@ -29,13 +32,13 @@ class Interruption:
 
     @property
     def exit_code(self) -> int:
-        """By convention 128 and the signal's number: 130 for Ctrl-C, 143 for SIGTERM; 0 for none."""
+        """By convention 128 and the signal's number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP; 0 for none."""
         return 0 if self.cause is None else 128 + self.cause
 
 
 @contextmanager
 def stop_on_signal(stop: Callable[[], None], tell: Callable[[str], None] = lambda line: None) -> Iterator[Interruption]:
-    """Call `stop` on SIGTERM and Ctrl-C for the length of a block; the handlers that were there come back after it.
+    """Call `stop` on SIGTERM, SIGHUP and Ctrl-C for the length of a block, and put the handlers back that were there.
 
     Python allows this in the main thread only. Both functions run between two instructions of whatever runs then.
 

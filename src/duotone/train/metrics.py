@@ -1,5 +1,6 @@
 """What a run reports: a line of metrics for each logged step, and a summary at the end."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -58,5 +59,6 @@ class Summary:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """Return a summary as JSON values, bytes per parameter included."""
-    return {**asdict(summary), "bytes_per_parameter": summary.memory.bytes_per_parameter}
+    """Return a summary as JSON values, bytes per parameter included; a figure that is Inf or NaN is None."""
+    evaluation = {name: value if math.isfinite(value) else None for name, value in summary.evaluation.items()}
+    return {**asdict(summary), "evaluation": evaluation, "bytes_per_parameter": summary.memory.bytes_per_parameter}

@@ -1,20 +1,22 @@
 """A run's folder: `settings.yaml`, `metrics.jsonl`, `checkpoints/step-00000100/`, and `summary.json` at the end.
 
-A folder belongs to one run: another run never writes into it, and the same run goes on in it only when asked to resume.
+A folder belongs to one run: another run never writes into it, and the same run goes on in it only when asked to resume,
+in one process at a time.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import duotone.torch as dt
-from duotone import durable_files
+from duotone import own_folder
+from duotone.config_file import read_config
 from duotone.durable_files import append_line, flush, make_folder, replace_text
 from duotone.errors import CheckpointError, TaskError
-from duotone.run_settings import RunSettings, read_config, resolve_settings
+from duotone.run_settings import RunSettings, resolve_settings
 
 _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
 _CHECKPOINT = re.compile(r"step-\d+")
@@ -38,7 +40,7 @@ class RunFolder:
         Raises:
             TaskError: something is there already, or it cannot be read.
         """
-        obstacle = durable_files.obstacle(self.path, _SETTINGS, "run")
+        obstacle = own_folder.obstacle(self.path, _SETTINGS, "run")
         if obstacle is not None:
             raise TaskError(obstacle)
 
@@ -214,13 +216,33 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+@contextmanager
+def held_folder(path: Path | None, root: Path, settings: RunSettings) -> Iterator[RunFolder]:
+    """Hold a run's folder for the length of a block, in which no other process can; it is made if it is not there.
+
+    Args:
+        path: where it is; None for the next free one, which is `next_free_folder`'s.
+        root: as of `next_free_folder`.
+        settings: as of `next_free_folder`.
+
+    Raises:
+        FolderError: another process holds it, or it cannot be written to.
+    """
+    made = own_folder.made_next(root, _stem(settings)) if path is None else nullcontext(path)
+    with made as place, own_folder.locked(place) as folder:
+        yield RunFolder(folder)
+
+
 def next_free_folder(root: Path, settings: RunSettings) -> Path:
     """Return `root/<task>-<policy>-<n>` with the lowest n that is free.
 
     >>> next_free_folder(Path("runs"), RunSettings(task="digits:convnet", policy="fp16,loss_scale=8")).name
     'digits-convnet-fp16-loss_scale-8-1'
     """
+    return own_folder.next_free_folder(root, _stem(settings))
+
+
+def _stem(settings: RunSettings) -> str:
     task = Path(settings.task).stem if settings.task.endswith(".py") else settings.task
     text = f"{task}-{settings.policy.name}"
-    stem = "-".join("".join(char if char.isalnum() or char == "_" else " " for char in text).split())
-    return durable_files.next_free_folder(root, stem)
+    return "-".join("".join(char if char.isalnum() or char == "_" else " " for char in text).split())

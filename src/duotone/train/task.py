@@ -6,10 +6,11 @@ processes and prefetching, which a task's `batches` may do by itself.
 """
 
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -110,6 +111,9 @@ class Task:
             )
             self._require(fits, name, f"a mapping from strings to {kinds}")
         self._require(isinstance(self.model, nn.Module), "model", "a torch.nn.Module")
+        self._require(
+            any(each.requires_grad for each in self.model.parameters()), "model", "a model with a parameter to train"
+        )
         for name, parameter in self.model.named_parameters():
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 dtype = str(parameter.dtype).removeprefix("torch.")
@@ -176,24 +180,53 @@ def check_loss(task: Task, loss: object) -> None:
     """Raise unless what a task's `loss` returned can be trained on.
 
     Raises:
-        TaskError: it is no tensor of one element.
+        TaskError: it is no tensor of one number, or has no gradient.
     """
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise TaskError(f"the loss of task {task.name!r} is {got}; it must be a tensor of one element")
+    if not loss.is_floating_point():
+        dtype = str(loss.dtype).removeprefix("torch.")
+        raise TaskError(f"the loss of task {task.name!r} is {dtype}; it must be a floating-point number")
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise TaskError(
+            f"the loss of task {task.name!r} has no gradient: it depends on no parameter that is trained; return what "
+            "the model computed, without detach(), item() or no_grad()"
+        )
 
 
-def check_evaluation(task: Task, figures: Mapping[str, float]) -> None:
-    """Raise unless what a task's `evaluate` returned holds its quality.
+def figures_of(task: Task, evaluation: object) -> dict[str, float]:
+    """Return what a task's `evaluate` returned, as plain numbers by name.
 
     Raises:
-        TaskError: it does not.
+        TaskError: it is no mapping from names to numbers, or its quality is not among them.
+
+    >>> task = Task("mine", nn.Linear(1, 1), lambda *_: torch.ones(()), lambda _: [], lambda _: {})
+    >>> figures_of(task, {"loss": torch.tensor(0.5)})
+    {'loss': 0.5}
     """
+    if not isinstance(evaluation, Mapping):
+        got = f"{evaluation!r:.60}"
+        raise TaskError(
+            f"evaluate of task {task.name!r} returned {got}; it must return a mapping from names to numbers"
+        )
+    figures = {str(name): _number(task, name, value) for name, value in evaluation.items()}
     if task.quality not in figures:
         raise TaskError(
             f"task {task.name!r} evaluates {', '.join(figures) or 'nothing'}, but its quality is {task.quality!r}; "
             "return that figure too, or name another as `quality`"
         )
+    return figures
+
+
+def _number(task: Task, name: object, value: Any) -> float:
+    try:
+        # a text may be read as a number, and is none
+        return float("" if isinstance(value, str | bytes) else value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TaskError(
+            f"evaluate of task {task.name!r} returned {value!r:.60} as {name!r:.60}; it must be a number"
+        ) from None
 
 
 def load_task_file(path: str | Path) -> Task:
@@ -205,7 +238,7 @@ def load_task_file(path: str | Path) -> Task:
         TaskError: if the file is missing or raises, or `task` is missing or returns anything but a `Task`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TaskError(f"there is no file {path}; give a file that defines task(), or a built-in task")
     spec = importlib.util.spec_from_file_location(TASK_FILE_MODULE, path)
     if spec is None or spec.loader is None:
@@ -219,11 +252,15 @@ def load_task_file(path: str | Path) -> Task:
         spec.loader.exec_module(module)
         define_task = getattr(module, "task", None)
         task = define_task() if callable(define_task) else None
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    # sys.exit too
+    except BaseException as error:
         raise TaskError(f"{location_of(error, path)}: {type(error).__name__}: {first_line(error)}") from error
     finally:
-        sys.path.remove(folder)
-        del sys.modules[TASK_FILE_MODULE]
+        with suppress(ValueError):
+            sys.path.remove(folder)
+        sys.modules.pop(TASK_FILE_MODULE, None)
     if not callable(define_task):
         raise TaskError(f"{path} defines no task(); define one that takes nothing and returns a Task")
     if not isinstance(task, Task):
@@ -231,7 +268,7 @@ def load_task_file(path: str | Path) -> Task:
     return task
 
 
-def location_of(error: Exception, path: Path) -> str:
+def location_of(error: BaseException, path: Path) -> str:
     """Name `path` and the last of its lines that the error passed through, or the one that does not parse."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
@@ -240,6 +277,10 @@ def location_of(error: Exception, path: Path) -> str:
     return f"{path}, line {lines[-1]}" if lines else str(path)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or nothing if it has none."""
-    return next(iter(str(error).splitlines()), "")
+    try:
+        return next(iter(str(error).splitlines()), "")
+    except Exception:
+        # an error of a user's class may not even have a message
+        return ""

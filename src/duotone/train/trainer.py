@@ -27,7 +27,7 @@ from duotone.train.optimizer import optimizer_of
 from duotone.train.run_folder import RunFolder, step_of
 from duotone.train.schedule import SavedSchedule, cosine_schedule
 from duotone.train.spread import spread
-from duotone.train.task import Batch, Task, check_evaluation, check_loss, on_device
+from duotone.train.task import Batch, Task, check_loss, figures_of, on_device
 
 
 class Trainer:
@@ -247,11 +247,9 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, float]:
-        own = {name: float(value) for name, value in self._spread.evaluate(self.task.evaluate).items()}
+        own = figures_of(self.task, self._spread.evaluate(self.task.evaluate))
         # all ranks use the same data, but rounding may depend on the machine
-        figures = self.ranks.gather(own)[0]
-        check_evaluation(self.task, figures)
-        return figures
+        return self.ranks.gather(own)[0]
 
     def _restore_losses(self, losses: Tensor, added: list[int]) -> None:
         """Take up the sums since the last line of metrics: each rank its own, or rank 0 all those of another number."""
@@ -275,8 +273,9 @@ class Trainer:
             epoch = iter(self.task.batches(generator))
             # drawing what was used up before must not move the random states that the checkpoint restored
             with torch.random.fork_rng(devices=[]):
-                for _ in range(self._batches_taken):
-                    next(epoch, None)
+                # the range first: where it ends, no batch is drawn
+                for _ in zip(range(self._batches_taken), epoch, strict=False):
+                    pass
             for batch in epoch:
                 self._batches_taken += 1
                 yield batch

@@ -25,7 +25,7 @@ from duotone.compare.measuring.turn import Step, Turn
 from duotone.compare.records import Failure
 from duotone.errors import TaskError
 from duotone.train import RunSettings, Task
-from duotone.train.task import check_evaluation, check_loss, on_device
+from duotone.train.task import check_loss, figures_of, on_device
 
 
 class ArmTrainer:
@@ -95,12 +95,10 @@ class ArmTrainer:
         """Return the task's figures of the model as it is.
 
         Raises:
-            TaskError: the figure that stands for quality is not among them.
+            TaskError: they are no numbers by name, or the figure that stands for quality is not among them.
         """
         with self.stepper.evaluating():
-            figures = {name: float(value) for name, value in self.task.evaluate(self.stepper.model).items()}
-        check_evaluation(self.task, figures)
-        return figures
+            return figures_of(self.task, self.task.evaluate(self.stepper.model))
 
     def batch(self) -> Any:
         """Draw a micro-batch and return it on the device."""
