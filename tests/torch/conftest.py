@@ -1,7 +1,9 @@
 """What the tests of duotone.torch share."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,31 @@ def same_bits() -> Callable[[Tensor, Tensor], bool]:
         return first.dtype == second.dtype and torch.equal(first.detach().view(integer), second.detach().view(integer))
 
     return compare
+
+
+@pytest.fixture
+def calls_in() -> Callable[[Callable[[], object]], int]:
+    """Return a function that counts the calls, of functions in Python and in C, that Python code makes in a function.
+
+    Unlike time, that is the same on every machine; it is not the same for every version of torch and Python.
+    """
+
+    def count(function: Callable[[], object]) -> int:
+        calls = 0
+
+        def note(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        before = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            function()
+        finally:
+            sys.setprofile(before)
+        return calls
+
+    return count
 
 
 @pytest.fixture

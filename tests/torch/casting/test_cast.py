@@ -330,3 +330,13 @@ def test_what_is_frozen_after_the_cast_keeps_its_master():
     dt.cast(model, "bf16").requires_grad_(False)
     dt.cast(model, "bf16").requires_grad_(True)
     assert torch.equal(dt.master_weights(dt.cast(model, "bf16"))["weight"], before)
+
+
+def test_the_cost_of_a_cast_grows_slowly(calls_in):
+    def cast(layers: int) -> int:
+        model = nn.Sequential(*(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(layers)))
+        return calls_in(lambda: dt.cast(model, "bf16"))
+
+    cast(1)
+    # 10 modules, 12 parameters, 8 of them with a tail: 3,200 with torch 2.13; 7,500 when each module had its own policy
+    assert cast(3) - cast(2) < 3600

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from duotone.torch.kernels.checksums import CELL, FACTOR, changed_cells, elements_of, sums_of_cells, unknown
+from duotone.torch.kernels import checksums
+from duotone.torch.kernels.checksums import (
+    CELL,
+    FACTOR,
+    changed_cells,
+    elements_of,
+    sums_of_cells,
+    sums_of_each,
+    unknown,
+)
 from duotone.torch.kernels.cpu import machine_code
 
 
@@ -29,6 +38,18 @@ def test_they_are_the_sums_that_the_module_says(numel, dtype):
     ]
     assert [total % 2**32 for total in sums_of_cells(weight).tolist()] == expected
     assert unknown(weight).shape == (len(expected) + 1,)
+
+
+@pytest.mark.parametrize("at_a_time", [CELL, 3 * CELL, 1 << 20])
+def test_weights_that_are_read_together_or_in_pieces_have_the_same_sums(monkeypatch, at_a_time):
+    weights = [bits(numel, seed=numel) for numel in (700, 0, 512, 1, 2000, 5, 3 * CELL)]
+    # the sum of a cell with nothing but zeros in it
+    weights.append(torch.zeros(CELL + 1, dtype=torch.float16))
+    expected = [sums_of_cells(weight) for weight in weights]
+    monkeypatch.setattr(checksums, "AT_A_TIME", at_a_time)
+    found = [*map(sums_of_cells, weights), *sums_of_each(weights)]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected * 2, strict=True))
+    assert list(sums_of_each([])) == []
 
 
 def test_no_change_of_one_element_and_no_exchange_of_two_is_missed():

@@ -6,7 +6,6 @@ after as before. What was in them is kept aside meanwhile: 4 bytes per parameter
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +109,7 @@ def _give_back(kept: _Kept) -> None:
         record(param)
     else:
         # another one, so that nobody takes this for a change of somebody else's
-        set_storage(param, replace(storage_of(param)))
+        set_storage(param, storage_of(param).changed())
 
 
 def _refuser(ids: frozenset[int]) -> Any:

@@ -6,6 +6,7 @@ how each parameter is stored, `cast_forward` is what happens in a forward pass. 
 stay as they are.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -22,7 +23,6 @@ from duotone.torch.casting.own_methods import OwnMethods, remove_forward
 from duotone.torch.casting.storage_plan import (
     ApplyWhenShaped,
     apply,
-    apply_all,
     in_float32,
     is_castable,
     is_lazy,
@@ -73,22 +73,24 @@ def cast(model: Module, policy: Policy | str) -> Module:
     _check_not_parallel(model, "cast")
     policy = with_marks(model, Policy.parse(policy))
     policies = resolve(model, policy)
-    planned = plan(model, policies)
+    modules = dict(model.named_modules())
+    planned = plan(modules, policies)
     if not planned and any(param.dtype == torch.float64 for param in model.parameters()):
         warn(f"no parameter of this {type(model).__name__} was cast, for they are FP64; call model.float() first")
-    _remove_forwards(model)
-    apply_all(planned, {param: name for name, param in model.named_parameters()})
-    for order, (name, param) in enumerate(model.named_parameters()):
-        set_storage(param, replace(storage_of(param), loss_scale=policy.loss_scale, name=name, order=order))
+    _remove_forwards(modules.values())
+    names = {param: name for name, param in model.named_parameters()}
+    apply(planned, names)
+    for order, (param, name) in enumerate(names.items()):
+        set_storage(param, storage_of(param).changed(loss_scale=policy.loss_scale, name=name, order=order))
     watch_plain_steps()
     watch_foreign_averages()
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         forward = forward_for(module, path, policy, policies[path])
         if forward is not None:
             forward.install()
         if forward is not None or parameters_of(module):
             OwnMethods(module).install()
-    _flatten_recurrent_weights(model)
+    _flatten_recurrent_weights(modules.values())
     computes_in_half = any(each.effective.compute == "float16" for each in policies.values())
     if computes_in_half and any(param.device.type == "cpu" for param in model.parameters()):
         say_once_how_half_runs_on_cpu()
@@ -110,11 +112,9 @@ def uncast(model: Module) -> Module:
     for param in model.parameters():
         check_not_in_block(param, "uncast")
     if any(cast_forward_of(module) is not None for module in model.modules()):
-        _remove_forwards(model)
-        for param in model.parameters():
-            if is_castable(param):
-                apply(param, in_float32(param))
-        _flatten_recurrent_weights(model)
+        _remove_forwards(model.modules())
+        apply({param: in_float32(param) for param in model.parameters() if is_castable(param)}, {})
+        _flatten_recurrent_weights(model.modules())
     return model
 
 
@@ -171,14 +171,14 @@ def _check_not_parallel(model: nn.Module, verb: str) -> None:
             )
 
 
-def _remove_forwards(model: nn.Module) -> None:
-    for module in model.modules():
+def _remove_forwards(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
         remove_forward(module)
 
 
-def _flatten_recurrent_weights(model: nn.Module) -> None:
+def _flatten_recurrent_weights(modules: Iterable[nn.Module]) -> None:
     # cuDNN wants the weights of a recurrent layer in one piece; elsewhere this does nothing
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
 

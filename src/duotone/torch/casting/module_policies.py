@@ -4,6 +4,7 @@ Everything that a cast does, and what `explain` shows, reads the result. Resolvi
 so it is done once for each module.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -43,8 +44,10 @@ def resolve(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
     >>> policies[""].effective.output, policies["0"].effective.output, policies["0"].sets_output
     ('float32', 'float32', True)
     """
-    _check_rules(model, policy, _classes(model))
-    return resolve_changed(model, policy)
+    modules = dict(model.named_modules())
+    classes = _classes(modules)
+    _check_rules(modules, policy, classes)
+    return _resolve(policy, classes)
 
 
 def resolve_changed(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
@@ -53,26 +56,33 @@ def resolve_changed(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]
     Raises:
         PolicyError: roles do not fit each other in a module.
     """
-    classes = _classes(model)
+    return _resolve(policy, _classes(dict(model.named_modules())))
+
+
+def _resolve(policy: Policy, classes: ClassNames) -> dict[str, ModulePolicy]:
     modules: dict[str, ModulePolicy] = {}
+    # making a policy takes long, and most modules have the same one
+    made: dict[tuple[Rule, ...], Policy] = {}
     for path in classes:
-        effective = policy.for_module(path, classes)
+        holding = tuple([rule for rule in policy.rules if rule.holds_for(path, classes)])
+        effective = made.get(holding)
+        if effective is None:
+            effective = made[holding] = policy.for_module(path, classes)
         if effective.compute.startswith("float8"):
             raise PolicyError(f"compute={effective.compute} is not available in torch yet; use bfloat16 or float16")
         modules[path] = ModulePolicy(
             effective,
             modules[path.rpartition(".")[0]].effective if path else effective,
-            any(rule.matches(path, classes) for rule in policy.rules if "param" in dict(rule.roles)),
-            any(rule.holds_for(path, classes) for rule in policy.rules if "output" in dict(rule.roles)),
+            any(rule.matches(path, classes) for rule in holding if "param" in dict(rule.roles)),
+            any("output" in dict(rule.roles) for rule in holding),
         )
     return modules
 
 
-def _classes(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    return {
-        path: tuple(kind.__name__ for kind in type(module).__mro__ if issubclass(kind, nn.Module))
-        for path, module in model.named_modules()
-    }
+def _classes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
+    kinds = {type(module) for module in modules.values()}
+    names = {kind: tuple([each.__name__ for each in kind.__mro__ if issubclass(each, nn.Module)]) for kind in kinds}
+    return {path: names[type(module)] for path, module in modules.items()}
 
 
 def with_marks(model: nn.Module, policy: Policy) -> Policy:
@@ -91,9 +101,9 @@ def with_marks(model: nn.Module, policy: Policy) -> Policy:
     return replace(policy, rules=policy.rules + tuple(rule for rule in added if rule not in policy.rules))
 
 
-def _check_rules(model: nn.Module, policy: Policy, classes: ClassNames) -> None:
-    name = type(model).__name__
-    for path, module in model.named_modules():
+def _check_rules(modules: Mapping[str, nn.Module], policy: Policy, classes: ClassNames) -> None:
+    name = type(modules[""]).__name__
+    for path, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise PolicyError(
                 f'module "{path}" of this {name} is TorchScript, whose forward cannot be put into a policy; cast the '

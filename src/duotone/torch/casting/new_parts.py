@@ -4,7 +4,6 @@ A parameter that has taken another one's place is stored as that one was.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import nn
 
@@ -64,12 +63,12 @@ class Parts:
             return own
         before = self._records.get(name, NO_STORAGE)
         if before.param is not None:
-            return replace(before.without_tail(), ranks=None, in_full_precision=False)
+            return before.without_tail().changed(ranks=None, in_full_precision=False)
         for root, policy, policies in self._roots():
             for path, each in root.named_modules():
                 if each is module:
                     fields = planned_fields(module, policies[path])
-                    planned = replace(own, name=name, loss_scale=policy.loss_scale, **fields)
+                    planned = own.changed(name=name, loss_scale=policy.loss_scale, **fields)
                     return as_frozen(param, [module], planned)
         return None
 

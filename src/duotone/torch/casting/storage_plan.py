@@ -6,11 +6,11 @@ lose first. A rule that sets `param` for a norm itself, by its path or its type,
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
@@ -28,14 +28,18 @@ NORMS = (*BATCH_NORMS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _CASTABLE = (torch.float32, *SPLIT_DTYPES)
 
 
-def plan(model: nn.Module, policies: Mapping[str, ModulePolicy]) -> dict[nn.Parameter, Storage]:
+def plan(modules: Mapping[str, nn.Module], policies: Mapping[str, ModulePolicy]) -> dict[nn.Parameter, Storage]:
     """Return how every parameter that a policy concerns is to be stored. Tails are made when the plan is applied.
+
+    Args:
+        modules: all modules of a model, by path.
+        policies: theirs, by path.
 
     Raises:
         PolicyError: rules disagree on a tied parameter, or a weight is too large for FP16.
     """
     plans: dict[nn.Parameter, tuple[str, Storage, list[nn.Module]]] = {}
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         for full_name, param, storage in _planned(module, path, planned_fields(module, policies[path])):
             other_name, other, owners = plans.setdefault(param, (full_name, storage, []))
             if other != storage:
@@ -54,21 +58,29 @@ def plan(model: nn.Module, policies: Mapping[str, ModulePolicy]) -> dict[nn.Para
 
 def in_float32(param: nn.Parameter) -> Storage:
     """Return how a parameter is stored as an FP32 weight."""
-    return replace(storage_of(param), **FLOAT32, loss_scale=None)
+    return storage_of(param).changed(**FLOAT32, loss_scale=None)
 
 
-def apply_all(planned: Mapping[nn.Parameter, Storage], names: Mapping[nn.Parameter, str]) -> None:
-    """Store parameters as planned, and warn, once, if frozen ones lost bits."""
-    rounded = [param for param, storage in planned.items() if apply(param, storage)]
+def apply(planned: Mapping[nn.Parameter, Storage], names: Mapping[nn.Parameter, str]) -> None:
+    """Store parameters as planned, in place; warn, once, if frozen ones lost bits."""
+    say_if_written(planned)
+    stored, rounded = [], []
+    for param, storage in planned.items():
+        is_stored_anew, is_rounded = _store(param, storage)
+        if is_stored_anew:
+            stored.append(param)
+        if is_rounded:
+            rounded.append(param)
+    record(*stored)
     if rounded:
         warn_of_rounding([names[param] for param in rounded], sum(param.numel() for param in rounded))
 
 
-def apply(param: nn.Parameter, storage: Storage) -> bool:
-    """Store a parameter as planned, in place; its FP32 master stays what it is, bit for bit, if it has one.
+def _store(param: nn.Parameter, storage: Storage) -> tuple[bool, bool]:
+    """Store a parameter as planned; its FP32 master stays what it is, bit for bit, if it has one.
 
     Returns:
-        Whether it is to have no tail, and lost bits by that.
+        Whether its weight or its tail is another tensor now; whether it is to have no tail, and lost bits by that.
     """
     assert storage.param is not None
     before = storage_of(param)
@@ -81,8 +93,7 @@ def apply(param: nn.Parameter, storage: Storage) -> bool:
     is_stored_anew = param.dtype != storage.param or has_tail != (tail is not None)
     is_rounded = False
     if is_stored_anew:
-        say_if_written((param,))
-        weight, tail = read_master(param), None
+        weight, tail = _master(param), None
         if storage.param in SPLIT_DTYPES:
             weight, tail = encode(weight, storage.param)
             is_rounded = is_split and not (has_tail or param.is_meta) and bool(tail.any())
@@ -91,10 +102,14 @@ def apply(param: nn.Parameter, storage: Storage) -> bool:
     param.grad = None if grad is None else grad.to(storage.grad)
     if is_stored_anew:
         set_tail(param, tail if has_tail else None, storage)
-        record(param)
     else:
         set_storage(param, storage)
-    return is_rounded
+    return is_stored_anew, is_rounded
+
+
+def _master(param: nn.Parameter) -> Tensor:
+    """Return a parameter's FP32 master, in its own memory if it is one."""
+    return param.detach() if param.dtype == torch.float32 else read_master(param)
 
 
 def set_grad_dtype(param: nn.Parameter, dtype: torch.dtype) -> None:
@@ -116,7 +131,7 @@ class ApplyWhenShaped:
         for full_name, param, storage in _planned(module, self.path, self.fields):
             planned[param], names[param] = as_frozen(param, [module], storage), full_name
             _check_range(full_name, param, planned[param])
-        apply_all(planned, names)
+        apply(planned, names)
 
 
 def is_lazy(module: nn.Module) -> bool:
@@ -145,11 +160,12 @@ def _planned(module: nn.Module, path: str, planned: Mapping[str, Any]) -> Iterat
             storage = storage_of(param)
             if storage.in_full_precision:
                 check_not_in_block(param, "cast")
-            yield f"{path}.{name}" if path else name, param, replace(storage, **planned)
+            yield f"{path}.{name}" if path else name, param, storage.changed(**planned)
 
 
 def _check_range(name: str, param: nn.Parameter, storage: Storage) -> None:
-    largest = beyond_range(read_master(param), storage.param)
+    # the one format that is asked about; a master is a copy
+    largest = beyond_range(_master(param), storage.param) if storage.param == torch.float16 else None
     if largest is not None:
         raise PolicyError(
             f'parameter "{name}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or keep '

@@ -7,7 +7,6 @@ on all ranks already; the ranks in their `Storage` agree on what is not, losses 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -155,7 +154,7 @@ class Agreement:
 
 def set_ranks(param: Tensor, group: Any, wrapper: Any = None) -> None:
     """Set on a parameter which process group holds copies of it, and what keeps them the same."""
-    set_storage(param, replace(storage_of(param), ranks=SharedBy(group, wrapper)))
+    set_storage(param, storage_of(param).changed(ranks=SharedBy(group, wrapper)))
 
 
 def _exchanged(group: Any, parts: Tensor, copies: Tensor, flags: Tensor) -> tuple[Tensor, Tensor, Tensor]:

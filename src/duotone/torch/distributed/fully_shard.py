@@ -10,7 +10,6 @@ the meta device, since a DTensor's record does not survive its materialisation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -124,7 +123,7 @@ def _shard(module: Any, slots: list[_Slot], dtypes: _Dtypes | None, options: dic
         set_tail(new, cut_tails.get(param))
         # the successor has the tail
         set_tail(param, None)
-        set_storage(param, replace(storage_of(param), is_replaced=True))
+        set_storage(param, storage_of(param).changed(is_replaced=True))
 
 
 def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Tensor]:

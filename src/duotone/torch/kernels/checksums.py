@@ -9,12 +9,16 @@ Checksums of a parameter are one int32 tensor: those of its cells, and behind th
 found a cell changed (`Edits.mark`).
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 
 CELL = 512
 # 2^16 divided by the golden ratio, so that the factors of neighbours have little in common
 FACTOR = 40503
+# elements that are read at a time, a multiple of CELL: what is made of them stays in a CPU's cache
+AT_A_TIME = 1 << 20
 
 
 def unknown(weight: Tensor) -> Tensor:
@@ -35,6 +39,8 @@ def sums_of_cells(weight: Tensor) -> Tensor:
     >>> sums_of_cells(torch.tensor([0.0, 1.0], dtype=torch.bfloat16)), sums_of_cells(torch.zeros(0).half())
     (tensor([-155456128], dtype=torch.int32), tensor([], dtype=torch.int32))
     """
+    if weight.is_cpu and weight.numel() > AT_A_TIME:
+        return torch.cat(list(map(sums_of_cells, weight.split(AT_A_TIME))))
     bits = weight.view(torch.int16)
     whole = bits.numel() // CELL * CELL
     factors = _factors(weight.device)
@@ -43,6 +49,23 @@ def sums_of_cells(weight: Tensor) -> Tensor:
         parts.append(_dot(bits[None, whole:], factors[: bits.numel() - whole]))
     sums = parts[0] if len(parts) == 1 else torch.cat(parts)
     return sums.masked_fill_(sums == 0, 1)
+
+
+def sums_of_each(weights: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield what `sums_of_cells` returns for each of some weights; small ones on one device are read together.
+
+    >>> [sums.tolist() for sums in sums_of_each([torch.tensor([0.0, 1.0]).bfloat16(), torch.zeros(0).half()])]
+    [[-155456128], []]
+    """
+    batch: list[Tensor] = []
+    numel = 0
+    for weight in weights:
+        if batch and (numel + weight.numel() > AT_A_TIME or weight.device != batch[0].device):
+            yield from _sums_together(batch)
+            batch, numel = [], 0
+        batch.append(weight)
+        numel += weight.numel()
+    yield from _sums_together(batch)
 
 
 def changed_cells(weight: Tensor, checksums: Tensor) -> Tensor:
@@ -54,6 +77,19 @@ def changed_cells(weight: Tensor, checksums: Tensor) -> Tensor:
 def elements_of(cells: Tensor, numel: int) -> Tensor:
     """Return what is given for each cell for each of its elements, of which there are `numel` in all."""
     return cells.repeat_interleave(CELL)[:numel]
+
+
+def _sums_together(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    if len(weights) < 2:
+        return list(map(sums_of_cells, weights))
+    # zeros add nothing to a checksum
+    zeros = torch.zeros(CELL, dtype=torch.int16, device=weights[0].device)
+    padded, counts = [], []
+    for weight in weights:
+        cells = -(-weight.numel() // CELL)
+        padded += (weight.view(torch.int16), zeros[: cells * CELL - weight.numel()])
+        counts.append(cells)
+    return sums_of_cells(torch.cat(padded)).split(counts)
 
 
 def _dot(bits: Tensor, factors: Tensor) -> Tensor:

@@ -39,6 +39,9 @@ class Gathering:
         self._held: dict[torch.device, tuple[list[int], list[kernels.Operand], dict[str, Any]]] = {}
         # as long as memory is not given back, an address means the same tensor
         self._memory: list[torch.UntypedStorage] = []
+        # the states by their parameters' ids, and the ids of both: a tensor's hash is a call of a function in Python
+        self._states: dict[int, dict[str, Any]] = {}
+        self._states_look: Any = None
 
     def operands(
         self,
@@ -55,7 +58,7 @@ class Gathering:
             names_of: returns the names of those tensors in a group's states that are part of an operand, tails apart.
             gather: makes the operands anew.
         """
-        grads, _, looks = _looks(groups, states, names_of, bool(self.shards))
+        grads, _, looks = _looks(groups, self._by_id(states), names_of, bool(self.shards))
         if not looks or looks != self._looks:
             gathered = gather()
             every = [param for group in groups for param in group["params"]]
@@ -66,7 +69,7 @@ class Gathering:
                 self._looks, self._held, self._memory = [], {}, []
                 return dict(gathered)
             # gathering has made states and tails that were not there before
-            grads, held, self._looks = _looks(groups, states, names_of, bool(self.shards))
+            grads, held, self._looks = _looks(groups, self._by_id(states), names_of, bool(self.shards))
             self._memory = [tensor.untyped_storage() for tensor in held]
             self._hold(gathered, len(every))
         return {
@@ -75,6 +78,12 @@ class Gathering:
             )
             for device, (positions, operands, cache) in self._held.items()
         }
+
+    def _by_id(self, states: dict[Tensor, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        look = list(map(id, states)), list(map(id, states.values()))
+        if look != self._states_look:
+            self._states, self._states_look = {id(param): state for param, state in states.items()}, look
+        return self._states
 
     def _hold(self, gathered: Gathered, count: int) -> None:
         # gradients are not held, for their memory is to be free between two steps
@@ -104,13 +113,14 @@ def numbered(index: int, count: int, param: Tensor) -> int:
 
 def _looks(
     groups: Sequence[dict[str, Any]],
-    states: dict[Tensor, dict[str, Any]],
+    states: dict[int, dict[str, Any]],
     names_of: Callable[[dict[str, Any]], tuple[str, ...]],
     has_shards: bool,
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """Return gradients, the states' tensors, and what operands depend on, as values to compare.
 
-    Of DTensors, where it is said that there are any, all is that of this rank's parts. The last is empty if a state is
+    States are given by the `id` of their parameter. Of DTensors, where it is said that there are any, all is that of
+    this rank's parts. The last is empty if a state is
     not there yet, or a gradient is sparse.
     """
     all_grads: list[Tensor] = []
@@ -121,7 +131,7 @@ def _looks(
         of_every = list(map(_grad_of, every))
         params = [param for param, grad in zip(every, of_every, strict=True) if grad is not None]
         grads = [grad for grad in of_every if grad is not None]
-        own, parts = list(map(states.get, params)), params
+        own, parts = list(map(states.get, map(id, params))), params
         if has_shards:
             grads, parts = list(map(gradient_part, params)), list(map(local, params))
         all_grads += grads

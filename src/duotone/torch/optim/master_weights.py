@@ -160,8 +160,7 @@ class MasterWeights(MasterOptimizer):
             else:
                 # the stand-ins' gradients carry no scale any more
                 fused_step(self.optimizer, None, found_inf)
-        for param, index in params.items():
-            self._write(param, stand_ins[param].detach(), index, found_inf)
+        self._write(params, stand_ins, found_inf)
         self._begun.update(params)
         self._edits.after_step([param for param in params if storage_of(param).tail is not None])
         return loss
@@ -173,8 +172,7 @@ class MasterWeights(MasterOptimizer):
         stand_ins = {param: self._stand_in(param, None) for param in params}
         with self._represented_by(stand_ins):
             result = getattr(type(self.optimizer), name)(self.optimizer, *args, **kwargs)
-        for param, index in params.items():
-            self._write(param, stand_ins[param].detach(), index, None)
+        self._write(params, stand_ins, None)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,7 +302,14 @@ class MasterWeights(MasterOptimizer):
         self.state.clear()
         self.state.update(items)
 
-    def _write(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
+    def _write(
+        self, params: Mapping[Tensor, int], stand_ins: Mapping[Tensor, Tensor], found_inf: Tensor | None
+    ) -> None:
+        for param, index in params.items():
+            self._write_one(param, stand_ins[param].detach(), index, found_inf)
+        record(*params, unless=found_inf)
+
+    def _write_one(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
         resident, master, tail = shards.local(param), shards.local(master), storage_of(param).tail
         if param.dtype == torch.float32:
             # it was not dense, or the optimizer put a new tensor in its place
@@ -320,7 +325,6 @@ class MasterWeights(MasterOptimizer):
         else:
             weight = master.to(param.dtype)
         _write_unless(found_inf, resident, weight)
-        record(param, unless=found_inf)
         if resident is not param:
             increment_version(param)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import Edits
-from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_cells, unknown
+from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_each, unknown
 from duotone.torch.kernels.layout import dense
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.storage import CHECKSUMS, storage_of
@@ -35,39 +35,39 @@ def checksums_of(param: Tensor, tail: Tensor) -> Tensor:
 
     If there are none for the parameter as it lies in memory now, they are made, unknown.
     """
-    weight = shards.local(param)
-    held = _held(weight, tail)
-    if held is None:
-        # what is made in inference mode no step could write to
-        with torch.inference_mode(False):
-            held = unknown(weight)
-        setattr(tail, CHECKSUMS, (held, *_look(weight)))
-    return held
+    return _checksums(shards.local(param), tail)
 
 
-def record(param: Tensor, unless: Tensor | None = None) -> None:
-    """Take note that a parameter's weight and tail, as they are now, belong together.
+def record(*params: Tensor, unless: Tensor | None = None) -> None:
+    """Take note that the weights and tails of parameters, as they are now, belong together.
 
     Args:
-        param: a parameter, with a tail or without.
-        unless: bool, 0-d, on its device; if true, nothing happens.
+        params: parameters, with tails or without.
+        unless: bool, 0-d, on their device; if true, nothing happens.
     """
-    tail = storage_of(param).tail
-    if tail is None or tail.is_meta:
-        return
-    weight = shards.local(param.detach())
-    cells, sums = checksums_of(param, tail)[:-1], sums_of_cells(_flat(weight))
-    cells.copy_(sums if unless is None else torch.where(unless, cells, sums))
-    setattr(tail, _RECORDS, records_of(tail) + 1)
-    recorded[0] += 1
-    note_versions(param)
+    found = []
+    for param in params:
+        tail = storage_of(param).tail
+        if tail is not None and not tail.is_meta:
+            found.append((param, tail, shards.local(param.detach())))
+    every = sums_of_each(_flat(weight) for _, _, weight in found)
+    for (param, tail, weight), sums in zip(found, every, strict=True):
+        cells = _checksums(weight, tail)[:-1]
+        cells.copy_(sums if unless is None else torch.where(unless, cells, sums))
+        setattr(tail, _RECORDS, records_of(tail) + 1)
+        setattr(tail, _LOOK, _look_at(param))
+        recorded[0] += 1
 
 
 def note_versions(param: Tensor) -> None:
     """Take note that whatever was written into a parameter so far was written by Duotone, or is no matter."""
     tail = storage_of(param).tail
     if tail is not None:
-        setattr(tail, _LOOK, (id(param), versions_of(param), passes[0], steps[0]))
+        setattr(tail, _LOOK, _look_at(param))
+
+
+def _look_at(param: Tensor) -> tuple[int, ...]:
+    return id(param), versions_of(param), passes[0], steps[0]
 
 
 def writes_since(param: Tensor) -> int:
@@ -142,6 +142,16 @@ def follow(param: Tensor) -> None:
     if tail is not None and part is not None and not tail.is_meta:
         shards.local(tail).copy_(part)
         record(param)
+
+
+def _checksums(weight: Tensor, tail: Tensor) -> Tensor:
+    held = _held(weight, tail)
+    if held is None:
+        # what is made in inference mode no step could write to
+        with torch.inference_mode(False):
+            held = unknown(weight)
+        setattr(tail, CHECKSUMS, (held, *_look(weight)))
+    return held
 
 
 def _held(weight: Tensor, tail: Tensor) -> Tensor | None:

@@ -6,7 +6,6 @@ gradient of before and the hooks of `DistributedDataParallel` are not touched, a
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class Widened:
         # has the 16-bit memory, the gradient and the hooks from here on
         self._before = nn.Parameter(read_master(param), requires_grad=param.requires_grad)
         exchange(param, self._before)
-        set_storage(param, replace(self.storage.without_tail(), in_full_precision=True))
+        set_storage(param, self.storage.without_tail().changed(in_full_precision=True))
 
     @property
     def largest_beyond_range(self) -> float | None:

@@ -10,7 +10,7 @@ the weight has others, so that the new values are the master for whoever asks.
 
 import copy
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import count
 from typing import Any
 
@@ -53,7 +53,7 @@ class Storage:
             there are on their own: it is false in theirs.
 
     >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    >>> set_storage(weight, replace(storage_of(weight), name="weight"))
+    >>> set_storage(weight, storage_of(weight).changed(name="weight"))
     >>> storage_of(weight).name, storage_of(weight).state
     ('weight', torch.float32)
     """
@@ -76,13 +76,20 @@ class Storage:
 
     def without_tail(self) -> "Storage":
         """Return the record of the same parameter without a tail."""
-        return replace(self, tail=None, weight_dtype=None, weight_shape=None)
+        return self.changed(tail=None, weight_dtype=None, weight_shape=None)
+
+    def changed(self, **values: Any) -> "Storage":
+        """Return the record with other values in some fields: `dataclasses.replace` at a tenth of its calls."""
+        changed = object.__new__(Storage)
+        changed.__dict__.update(self.__dict__, **values)
+        assert len(changed.__dict__) == len(self.__dict__), values
+        return changed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Storage":
         # nothing of the rest can change
         if self.tail is None and self.ranks is None and not self.in_full_precision:
             return self
-        return replace(self, tail=copy.deepcopy(self.tail, memo), ranks=None, in_full_precision=False)
+        return self.changed(tail=copy.deepcopy(self.tail, memo), ranks=None, in_full_precision=False)
 
     def __reduce__(self) -> Any:
         # plain values: a saved parameter loads with weights_only=True, where Duotone is not installed, and in a
@@ -146,7 +153,7 @@ def set_tail(param: Tensor, tail: Tensor | None, storage: Storage | None = None)
         vars(tail).pop(CHECKSUMS, None)
     dtype, shape = (None, None) if tail is None else (param.dtype, param.shape)
     storage = storage_of(param) if storage is None else storage
-    set_storage(param, replace(storage, tail=tail, weight_dtype=dtype, weight_shape=shape))
+    set_storage(param, storage.changed(tail=tail, weight_dtype=dtype, weight_shape=shape))
 
 
 def storage_changes() -> int:

@@ -28,10 +28,11 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, 
     count = sum(len(table.chunks) for table in tables)
     # without gradients the sum is the one zero that is always there
     sums = array("d", bytes(8 * (1 + count)))
+    sums_address = _address(sums)
     for table in tables:
         lengths = table.chunks[:, 1]
-        _run_over_chunks(_squares_entry(table.dtype), lengths, table.chunks.ctypes.data, _address(sums))
-    job = array("q", (0, 0, 0, 0, _address(sums), count))
+        _run_over_chunks(_squares_entry(table.dtype), lengths, table.chunks.ctypes.data, sums_address)
+    job = array("q", (0, 0, 0, 0, sums_address, count))
     _total_entry()(_address(job))
     # Python's floats are FP64, and one operation of torch takes longer than these
     inverse = inverse_scale.item()
@@ -61,6 +62,7 @@ def update(
         settings_table.extend((*map(float, group[:-1]), 0.0))
     # the low 64 bits of a seed are its key
     seed_table = array("Q", [int(group.seed) & 0xFFFF_FFFF_FFFF_FFFF for group in settings])
+    of_groups = _address(settings_table), _address(seed_table)
     marks = (0, 0) if edits is None else (edits.seen.data_ptr(), edits.mark)
     for table in tables_of(operands):
         # compiled before anything is written, so that a compiler's failure leaves everything as it was
@@ -70,7 +72,7 @@ def update(
         coefficients = array("f", bytes(4 * (1 + len(definition.coefficient_names._fields)) * count))
         draws = array("q", bytes(16 * count))
         rows = _address(coefficients), _address(draws)
-        job = array("q", (_address(settings_table), _address(seed_table), parameters, *rows, count, columns))
+        job = array("q", (*of_groups, parameters, *rows, count, columns))
         _coefficients_entry(definition)(_address(job))
         _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns, *marks)
 
@@ -88,9 +90,9 @@ def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:
 
 def _run_over_chunks(entry: Entry, lengths: np.ndarray, *words: int) -> None:
     """Run a kernel over chunks of these lengths on threads, its job being these words behind those of the pieces."""
-    bounds, count = _pieces(lengths.tobytes())
+    _, bounds, count = _pieces(lengths.tobytes())
     counter = array("q", (0,))
-    job = array("q", (_address(counter), _address(bounds), count, *words))
+    job = array("q", (_address(counter), bounds, count, *words))
     run_on_threads(entry, _address(job), count)
 
 
@@ -100,9 +102,10 @@ def _address(numbers: array) -> int:
 
 
 @lru_cache(maxsize=64)
-def _pieces(lengths: bytes) -> tuple[array, int]:
+def _pieces(lengths: bytes) -> tuple[array, int, int]:
+    """Return where pieces begin, the address of that, and how many there are."""
     bounds = array("q", pieces_of(np.frombuffer(lengths, dtype=np.int64)).tolist())
-    return bounds, len(bounds) - 1
+    return bounds, _address(bounds), len(bounds) - 1
 
 
 @cache
