@@ -204,3 +204,43 @@ def test_export_inside_is_an_export_of_the_averages():
     plain = small(None, seed=1)
     plain.load_state_dict(exported if isinstance(exported, dict) else exported.state_dict())
     assert all(torch.equal(value, expected[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1", "fp32", None])
+@pytest.mark.parametrize("average_buffers", [True, False])
+def test_a_block_may_stand_between_a_forward_and_its_backward_pass(policy, average_buffers):
+    gradients = []
+    for is_between in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+        if policy is not None:
+            dt.cast(model, policy)
+        model[1].eval()
+        average = dt.Average(model, average_buffers=average_buffers, backend="reference")
+        for value in average.state_dict()["averages"].values():
+            value.mul_(2.0)
+        loss = model(torch.ones(3, 4)).square().mean()
+        if is_between:
+            with average.applied(model), torch.no_grad():
+                assert model(torch.ones(3, 4)).square().mean() != loss
+        loss.backward()
+        gradients.append([param.grad for param in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_what_is_computed_inside_does_not_go_backward_outside():
+    model = dt.cast(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)), "bf16")
+    optimizer = dt.AdamW(model.parameters(), backend="reference")
+    average = dt.Average(model, backend="reference")
+    with average.applied(model):
+        losses = [model(torch.ones(3, 4)).square().mean()]
+    with average.applied(model):
+        losses.append(model(torch.ones(3, 4)).square().mean())
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            losses[0].backward(retain_graph=True)
+    for _ in range(3):
+        for loss in losses:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward(retain_graph=True)
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()

@@ -73,6 +73,20 @@ increment_version: Callable[[Tensor | list[Tensor]], None] = find(
     "torch.autograd.graph:increment_version", _write_nothing
 )
 
+# sets how often tensors were written to; without it, a backward pass after average.applied, of a forward pass before
+# it, is refused as one of changed weights
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/autograd/init.cpp
+_set_versions: Callable[[tuple[Tensor, ...], tuple[int, ...]], None] = find(
+    "torch._C._autograd:_unsafe_set_version_counter", lambda tensors, versions: None
+)
+
+
+def set_version(tensor: Tensor, version: int) -> None:
+    """Have a tensor be one that was written to so often; nothing happens to those made in inference mode."""
+    if not tensor.is_inference():
+        _set_versions((tensor,), (version,))
+
+
 # the level of the transform of torch.func that is under way, or None
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/functorch/init.cpp
 _transform_level: Callable[[], int | None] | None = find("torch._C._functorch:maybe_current_level")
