@@ -170,6 +170,7 @@ ALLOWED = {
         "duotone.policy",
         "duotone.torch.near_misses",
         "duotone.torch.parameters.plain_steps",
+        "duotone.torch.parameters.scaled_losses",
         "duotone.torch.scaling.device_scale",
         "duotone.torch.scaling.loop_check",
         "duotone.torch.scaling.losses",

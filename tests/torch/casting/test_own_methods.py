@@ -298,3 +298,17 @@ def sharded(way: str) -> list[str]:
 @pytest.mark.parametrize("way", ["float", "half"])
 def test_a_sharded_model_is_converted_with_its_masters(ranks: Any, way: str) -> None:
     assert ranks.run(2, sharded, way) == [[], []]
+
+
+@pytest.mark.parametrize(
+    "policy", ["fp32", "bf16; 0: param=float32,compute=float32", "bf16; 1: param=float32,compute=float32"]
+)
+@pytest.mark.parametrize("convert", [nn.Module.half, nn.Module.bfloat16])
+def test_a_part_that_computes_in_float32_says_why_it_does_not_run_with_16_bit_weights(policy, convert):
+    model = dt.cast(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1)), policy)
+    convert(model)
+    with pytest.raises(PolicyError, match=r"computes in float32 here, but .* since the model was converted by half"):
+        model(torch.ones(2, 3))
+    model.float()(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.ones(2, 5))

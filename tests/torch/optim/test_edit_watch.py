@@ -135,6 +135,17 @@ def test_changes_now_and_then_are_followed_without_a_word(every):
     train(lambda weight, number: None if number % every else weight.copy_(weight.roll(1, -1)))
 
 
+def test_a_state_dict_that_is_loaded_in_every_step_is_no_matter():
+    model = dt.cast(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 1, bias=False)), "bf16")
+    optimizer = dt.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3 * WINDOW):
+            model(torch.ones(1, 8)).sum().backward()
+            model.load_state_dict(model.state_dict())
+            optimizer.step()
+
+
 def test_weights_that_are_exchanged_and_put_back_are_no_matter():
     def exchange(weight: Tensor, number: int) -> None:
         before = weight.detach().clone()

@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning
@@ -297,3 +298,44 @@ def test_tensors_without_memory_are_passed_over():
     train(model, optimizer, lambda: None, foreign_averages._SCANS[0])
     train(model, optimizer, let_go, 8)
     assert inside[0].shape == weight.shape
+
+
+AVERAGED = {
+    "ema": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+    "swa": {"multi_avg_fn": get_swa_multi_avg_fn()},
+    "one by one": {"avg_fn": get_ema_avg_fn(0.9)},
+    "with buffers": {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True},
+    "by itself": {},
+}
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1", "bf16-mixed"])
+@pytest.mark.parametrize("kind", AVERAGED)
+def test_torchs_averaged_model_of_before_the_cast_averages_masters(policy, kind):
+    model, _ = made(None)
+    model.register_buffer("count", torch.zeros(1))
+    averaged = AveragedModel(model, **AVERAGED[kind])
+    by_hand = AveragedModel(model, **AVERAGED[kind])
+    dt.cast(model, policy)
+    optimizer = dt.AdamW(model.parameters(), lr=1e-3, backend="reference")
+
+    def update() -> None:
+        averaged.update_parameters(model)
+        by_hand.update_parameters(dt.uncast(copy.deepcopy(model)))
+
+    train(model, optimizer, update, 5)
+    assert averaged.module[0].weight.dtype == torch.float32
+    assert all(map(torch.equal, averaged.parameters(), by_hand.parameters()))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_gives_its_own_parameters(copied):
+    model, _ = made()
+    twin = copied(model)
+    twin[0] = nn.Linear(8, 16)
+    assert next(twin.parameters()) is twin[0].weight
+    assert all(param is model.get_parameter(name) for name, param in model.named_parameters())
+    assert next(model.parameters()) is model[0].weight
+    assert len(list(model.parameters(recurse=False))) == 0
+    dt.uncast(model)
+    assert "parameters" not in vars(model)

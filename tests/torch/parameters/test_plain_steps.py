@@ -15,7 +15,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import duotone.torch as dt
 from duotone.errors import DuotoneWarning, OptimizerError
 from duotone.torch.parameters import plain_steps
-from duotone.torch.parameters.plain_steps import scaled_losses
 
 X = torch.linspace(-1, 1, 12).view(4, 3)
 LOST = "and not their FP32 masters"
@@ -57,6 +56,29 @@ def test_masters_that_an_optimizer_does_not_see_are_named_once(kind, policy, sai
     (message,) = said()
     assert LOST in message
     assert "duotone.torch.prepare(model, optimizer, policy)" in message
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "fused", "subclass"])
+def test_gradients_in_another_dtype_than_weights_are_refused_in_a_sentence(kind, said):
+    model = dt.cast(net(), "bf16,grad=float32")
+    if kind == "subclass":
+        # what it makes of them, it knows; torch's step, in this one
+        with pytest.raises(RuntimeError, match="dtype"):
+            train(model, FOREIGN[kind](model.parameters()))
+        assert LOST in said()[0]
+        return
+    with pytest.raises(
+        OptimizerError, match=r'"0.weight" is in torch.bfloat16 and its gradient in torch.float32.*prepare'
+    ):
+        train(model, FOREIGN[kind](model.parameters()))
+
+
+def test_gradients_in_another_dtype_that_a_step_takes_are_warned_of(said):
+    train(dt.cast(net(), "bf16,grad=float32"), FOREIGN["SGD"](net().parameters()))
+    model = dt.cast(net(), "bf16,grad=float32")
+    train(model, FOREIGN["SGD"](model.parameters()))
+    (message,) = said()
+    assert LOST in message
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -191,91 +213,6 @@ def test_a_scaler_that_is_switched_off_will_not_do(said):
     scaler.step(torch.optim.AdamW(model.parameters()))
     (message,) = said()
     assert UNSCALED in message
-
-
-@pytest.mark.parametrize("make", [dt.AdamW, torch.optim.AdamW])
-@pytest.mark.parametrize("policy", ["fp16-mixed", None])
-@pytest.mark.parametrize("scaler", [dt.LossScaler("fp16"), dt.GradScaler("cpu")])
-def test_scaled_gradients_are_not_applied(make, policy, scaler):
-    model = net() if policy is None else dt.cast(net(), policy)
-    before = copy.deepcopy(model.state_dict())
-    optimizer, other = make(model.parameters()), make(net().parameters())
-    loss = model(X).square().mean()
-    scaler.scale(loss).backward()
-    # of other weights
-    other.step()
-    for _ in range(2):
-        with pytest.raises(OptimizerError, match="carry the loss scale, and its own step would apply them"):
-            optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    scaler.unscale_(optimizer)
-    optimizer.step()
-    scaler.step(optimizer)
-
-
-@pytest.mark.parametrize("scaler", [dt.LossScaler("fp16"), dt.GradScaler("cpu")])
-def test_gradients_that_were_divided_by_hand_are_applied(scaler, said):
-    model = net()
-    optimizer, scale = torch.optim.SGD(model.parameters(), lr=0.1), 2.0**16
-    expected = model[0].bias.detach() - 0.1 * torch.autograd.grad(model(X).sum(), model[0].bias)[0]
-    loss = model(X).sum()
-    scaler.scale(loss).backward()
-    for param in model.parameters():
-        param.grad.div_(scale)
-    for _ in range(2):
-        optimizer.step()
-        assert torch.allclose(model[0].bias, expected)
-        optimizer.zero_grad(set_to_none=False)
-    (message,) = said()
-    assert "may carry the loss scale" in message
-
-
-@pytest.mark.parametrize("policy", ["fp16", None])
-@pytest.mark.parametrize("steps", [0, 2])
-def test_scaled_gradients_are_known_though_nobody_holds_the_loss(policy, steps):
-    scaler = dt.LossScaler("fp16")
-    model = net() if policy is None else dt.cast(net(), policy)
-    optimizer = dt.SGD(model.parameters(), lr=0.0)
-    for _ in range(steps):
-        scaler.backward(model(X).square().mean())
-        scaler.step(optimizer)
-    for _ in range(2):
-        # the second is added to the first
-        scaler.backward(model(X).square().mean())
-        with pytest.raises(OptimizerError, match="carry the loss scale"):
-            optimizer.step()
-    scaler.step(optimizer)
-    assert id(scaler) not in scaled_losses
-
-
-def test_what_a_scaled_loss_has_nothing_to_do_with_is_stepped(said):
-    scaler, model, other = dt.LossScaler("fp16"), net(), net()
-    optimizer, by_hand = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, other))
-    for _ in range(3):
-        scaler.backward(model(X).sum())
-        other(X).sum().backward()
-        by_hand.step()
-        scaler.step(optimizer)
-    # gradients that were let go of, and come from another loss
-    held = model(X).sum()
-    scaler.backward(held)
-    optimizer.zero_grad()
-    optimizer.step()
-    model(X).sum().backward()
-    optimizer.step()
-    scaler.backward(model(X).sum())
-    scaler.unscale_(optimizer)
-    optimizer.step()
-    assert said() == []
-
-
-def test_a_scaled_loss_that_is_gone_is_named(said):
-    scaler, model = dt.LossScaler("fp16"), dt.cast(net(), "fp16")
-    optimizer = dt.SGD(model.parameters(), lr=0.0)
-    scaler.scale(model(X).sum()).backward()
-    optimizer.step()
-    (message,) = said()
-    assert "a loss was scaled since the last step, and its scale was not taken out" in message
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")

@@ -19,7 +19,7 @@ from duotone.errors import AverageError
 from duotone.torch.internals.autograd import increment_version, set_version, version_of
 from duotone.torch.kernels import decode
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.edits import read_tail, record
+from duotone.torch.parameters.edits import note_versions, read_tail, record
 from duotone.torch.parameters.masters import write_master
 from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
@@ -102,6 +102,8 @@ def holding(model: nn.Module, averages: Mapping[Tensor, Tensor], buffers: Mappin
         ahead = next(_blocks)
         for version in (*(each.version for each in kept), *(version for _, _, version in buffers_before)):
             version.go_ahead(ahead)
+        for each in kept:
+            note_versions(each.param)
         yield
     finally:
         with torch.no_grad():

@@ -89,7 +89,7 @@ def cast(model: Module, policy: Policy | str) -> Module:
         if forward is not None:
             forward.install()
         if forward is not None or parameters_of(module):
-            OwnMethods(module).install()
+            OwnMethods(module).install(is_root=module is model)
     _flatten_recurrent_weights(modules.values())
     computes_in_half = any(each.effective.compute == "float16" for each in policies.values())
     if computes_in_half and any(param.device.type == "cpu" for param in model.parameters()):

@@ -24,6 +24,7 @@ from duotone.torch.casting.region import Region
 from duotone.torch.internals.autograd import in_backward
 from duotone.torch.internals.dispatch import past_modes
 from duotone.torch.internals.training import active_ddp
+from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.nested import cast_floating
 from duotone.torch.parameters.foreign_averages import say_if_copied_for_average
 from duotone.torch.parameters.foreign_writes import PassWatch
@@ -99,7 +100,11 @@ class CastForward:
             args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
             kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs
         with self._region.on(_device_type(self._module, args)):
-            result = self._forward(*args, **kwargs)
+            try:
+                result = self._forward(*args, **kwargs)
+            except RuntimeError as error:
+                _check_float32_weights(self._module, self.effective, error)
+                raise
         return result if output is None else cast_floating(result, output)
 
     @property
@@ -193,6 +198,26 @@ def _say_if_masters_differ(module: nn.Module) -> bool:
             stacklevel=3,
         )
     return True
+
+
+def _check_float32_weights(module: nn.Module, policy: Policy, error: RuntimeError) -> None:
+    """Raise if a part that computes in FP32 has failed for its weights were made 16-bit since the cast.
+
+    Raises:
+        PolicyError: it has.
+    """
+    if policy.compute != "float32" or "type" not in str(error):
+        return
+    for part in module.modules():
+        forward = cast_forward_of(part)
+        own = part.named_parameters(recurse=False) if forward is None or forward.effective.compute == "float32" else ()
+        for name, param in own:
+            if param.dtype in SPLIT_DTYPES and storage_of(param).param == torch.float32:
+                raise PolicyError(
+                    f'the policy computes in float32 here, but "{name}" of this {type(part).__name__} is in '
+                    f"{param.dtype} since the model was converted by half(), bfloat16() or the like; call float(), or "
+                    "cast the model to a policy that computes in 16 bits"
+                ) from error
 
 
 def check_module(model: object, verb: str) -> None:

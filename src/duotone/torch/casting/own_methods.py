@@ -11,7 +11,7 @@ stand on the instance. Left out: `weight.data = ...` written by others, which `s
 
 import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from duotone.torch.internals.training import (
 )
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.edits import note_versions, recorded
+from duotone.torch.parameters.foreign_averages import given_to_average
 from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.full_precision import encode_new
 from duotone.torch.parameters.masters import (
@@ -52,6 +53,8 @@ _WIDE = (torch.float32, torch.float64)
 _FLOATING = (torch.float32, *SPLIT_DTYPES)
 _REDUCE = "__reduce_ex__"
 _NAMES = (CONVERT, REPLICATE, LOAD, SAVE, _REDUCE)
+# of the whole model alone
+_OF_ROOT = "parameters"
 
 
 class OwnMethods:
@@ -66,9 +69,11 @@ class OwnMethods:
         # whether it was said that `save_pretrained` rounds
         self._has_warned = False
 
-    def install(self) -> None:
+    def install(self, *, is_root: bool = False) -> None:
         """Put the methods on the module."""
         vars(self._module).update(self.by_name())
+        if is_root and type(self._module).parameters is nn.Module.parameters:
+            vars(self._module)[_OF_ROOT] = self.parameters
 
     def by_name(self) -> dict[str, Callable[..., Any]]:
         """Return the methods by the names that they stand under."""
@@ -97,6 +102,14 @@ class OwnMethods:
             # no policy computes in FP64: it is as after `uncast`
             remove_forward(module)
         return result
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Return the module's parameters one by one, or, if torch's `AveragedModel` in FP32 asks, their masters."""
+        params = nn.Module.parameters(self._module, recurse)
+        if torch.compiler.is_compiling():
+            return params
+        given: Any = given_to_average(params, sys._getframe(1))
+        return given
 
     def load(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load the module's own part of a state dict as torch does; FP32 values are the new masters.
@@ -245,7 +258,10 @@ def _holds_all(param: Tensor, before: Tensor) -> bool:
 def _rebound(attributes: dict[str, Any], module: nn.Module) -> dict[str, Any]:
     """Return a shallow copy's attributes of Duotone's, bound to itself."""
     forward = attributes.get("forward")
-    own: dict[str, Any] = OwnMethods(module).by_name()
+    methods = OwnMethods(module)
+    own: dict[str, Any] = methods.by_name()
+    if isinstance(getattr(attributes.get(_OF_ROOT), "__self__", None), OwnMethods):
+        own[_OF_ROOT] = methods.parameters
     if isinstance(forward, CastForward | CheckpointedForward):
         own["forward"] = forward.of_copy(module)
     return own
@@ -257,7 +273,7 @@ def _itself(copied: nn.Module) -> nn.Module:
 
 def remove_forward(module: nn.Module) -> None:
     """Give a module the forward and the methods back that it had before it was cast."""
-    for name in _NAMES:
+    for name in (*_NAMES, _OF_ROOT):
         vars(module).pop(name, None)
     forward = cast_forward_of(module)
     if forward is not None:

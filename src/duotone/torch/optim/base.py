@@ -16,6 +16,7 @@ from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import SPLIT_DTYPES, Backend
 from duotone.torch.parameters.edits import is_edited, tail_to_save
 from duotone.torch.parameters.masters import check_in_place, check_not_flattened, ensure_tail
+from duotone.torch.parameters.scaled_losses import forget_zeroed, scaled_losses
 from duotone.torch.parameters.storage import storage_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -74,6 +75,8 @@ class MasterOptimizer(torch.optim.Optimizer, ABC):
         """Let go of the gradients, or fill them with zeros, as torch's optimizers do."""
         if not set_to_none:
             super().zero_grad(set_to_none=False)
+            if scaled_losses:
+                forget_zeroed(param for param, _ in self._parameters())
             return
         for group in self.param_groups:
             for param in group["params"]:

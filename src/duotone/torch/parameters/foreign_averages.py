@@ -11,19 +11,22 @@ once then, if there is such a tensor at all. Left out: averages of sharded weigh
 
 import gc
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain, count, pairwise
+from types import FrameType
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.swa_utils import AveragedModel
 
 from duotone.torch.call_site import warn
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.edits import records_of
+from duotone.torch.parameters.masters import read_master
 from duotone.torch.parameters.shards import is_shard
 from duotone.torch.parameters.storage import storage_of
 
@@ -71,6 +74,24 @@ def say_if_copied_for_average(module: nn.Module) -> None:
             warn(f"{name} copies a cast model to average its 16-bit weights in 16 bits, {_WAY_OUT}", between)
             return
         frame = frame.f_back
+
+
+def given_to_average(params: Iterable[nn.Parameter], frame: FrameType) -> Iterable[Tensor]:
+    """Return a cast model's parameters as an average is to see them: torch's, made before the cast, their masters.
+
+    Such an average is in FP32, and torch's kernels take no 16-bit weights beside it.
+
+    Args:
+        params: those of the model.
+        frame: what has asked the model for them.
+    """
+    if frame.f_code.co_name != "update_parameters" or frame.f_globals.get("__name__") != AveragedModel.__module__:
+        return params
+    averaged: Any = frame.f_locals.get("self")
+    if not isinstance(averaged, AveragedModel):
+        return params
+    pairs = zip(params, averaged.module.parameters(), strict=False)
+    return (read_master(own) if _is_rounded(own) and kept.dtype == torch.float32 else own for own, kept in pairs)
 
 
 class _Record:

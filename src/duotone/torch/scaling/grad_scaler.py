@@ -22,7 +22,8 @@ from duotone.torch.internals.dispatch import has_no_cuda
 from duotone.torch.internals.training import OptState, check_grad_scaler, new_optimizer_state, update_scale
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.optim.foreign import fused_step, hides_masters, loses_float16_updates, skips_on_device, takes_scaler
-from duotone.torch.parameters.plain_steps import say_if_updates_are_rounded, scaled_losses, watch_plain_steps
+from duotone.torch.parameters.plain_steps import say_if_updates_are_rounded, watch_plain_steps
+from duotone.torch.parameters.scaled_losses import Scaled, scaled_losses
 from duotone.torch.parameters.shards import local
 from duotone.torch.scaling.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
 from duotone.torch.scaling.unscale import narrow, unscale_, unscale_and_check_
@@ -118,7 +119,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):
-            scaled_losses[id(self)] = ref(outputs), None
+            scaled_losses[id(self)] = Scaled(ref(outputs), None, ref(self))
             return _at_least_float32(outputs) * self._scale_on(outputs.device)
         # some of the losses may go backward when the scale has moved on
         copies: dict[torch.device, Tensor] = {}

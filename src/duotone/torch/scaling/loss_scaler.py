@@ -19,7 +19,8 @@ from duotone.loss_scale import LossScale, LossScaleState
 from duotone.policy import Policy
 from duotone.torch.internals.autograd import VERSION
 from duotone.torch.near_misses import OF_SCALER, missing
-from duotone.torch.parameters.plain_steps import gradient_of, scaled_losses, watch_plain_steps
+from duotone.torch.parameters.plain_steps import watch_plain_steps
+from duotone.torch.parameters.scaled_losses import Scaled, gradient_of, scaled_losses
 from duotone.torch.scaling.device_scale import DeviceScale, initial_scale
 from duotone.torch.scaling.loop_check import FEWEST, LoopCheck
 from duotone.torch.scaling.losses import Losses
@@ -145,7 +146,7 @@ class LossScaler:
         self._scaled(loss).backward(**kwargs)
         if self._scales and not torch.compiler.is_compiling():
             # an optimizer's own step is known by it for one with scaled gradients
-            scaled_losses[id(self)] = ref(loss), gradient_of(loss)
+            scaled_losses[id(self)] = Scaled(ref(loss), gradient_of(loss), ref(self))
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimizer's gradients true, in place, to look at them or change them before the step.
@@ -311,7 +312,7 @@ class LossScaler:
         # times 1 would be an operation there and one on the way back
         if not self._scales:
             return loss.float()
-        scaled_losses[id(self)] = ref(loss), None
+        scaled_losses[id(self)] = Scaled(ref(loss), None, ref(self))
         return loss.float() * self._scale.state.scale
 
     def _check_scaled(self) -> None:
