@@ -1,7 +1,7 @@
 """Loss scaling: the transition against torch.amp's, the same in every array library, and its bounds."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -30,9 +30,14 @@ def any_settings(draw):
     )
 
 
-def trajectory(loss_scale, steps):
+def settled(loss_scale):
+    """Return the state before the first step of a scale that is not searched for."""
+    return replace(init_state(loss_scale), search=0)
+
+
+def trajectory(loss_scale, steps, start=init_state):
     """Return the states after each step, in Python numbers."""
-    states = [init_state(loss_scale)]
+    states = [start(loss_scale)]
     for found_inf in steps:
         states.append(update(loss_scale, states[-1], found_inf))
     return states[1:]
@@ -63,7 +68,7 @@ def test_at_hysteresis_one_the_trajectory_is_torch_amp_s(steps, interval, growth
     # 60 steps by a factor of 4 stay inside bounds this wide; torch has none
     loss_scale = LossScale(2.0**4, growth, backoff, interval, min_scale=2.0**-126, max_scale=2.0**127)
     scale, tracker = torch.tensor(2.0**4), torch.tensor(0, dtype=torch.int32)
-    for found_inf, state in zip(steps, trajectory(loss_scale, steps), strict=True):
+    for found_inf, state in zip(steps, trajectory(loss_scale, steps, settled), strict=True):
         torch.ops.aten._amp_update_scale_(scale, tracker, torch.tensor(float(found_inf)), growth, backoff, interval)
         assert (state.scale, state.growth_tracker) == (scale.item(), tracker.item())
 
@@ -114,14 +119,14 @@ def test_every_kind_of_flag_is_an_overflow_in_torch_scalars(flag):
 )
 def test_hysteresis(hysteresis, steps, powers):
     loss_scale = LossScale(2.0**8, growth_interval=3, hysteresis=hysteresis, max_scale=2.0**9)
-    states = trajectory(loss_scale, [step == "o" for step in steps])
+    states = trajectory(loss_scale, [step == "o" for step in steps], settled)
     assert [math.log2(state.scale) for state in states] == powers
 
 
 @settings(deadline=None)
 @given(any_settings(), STEPS)
 def test_after_a_clean_window_the_tolerance_is_as_new(loss_scale, steps):
-    *_, state = trajectory(loss_scale, [*steps, *[False] * loss_scale.growth_interval])
+    *_, state = trajectory(loss_scale, [*steps, *[False] * loss_scale.growth_interval], settled)
     fresh = init_state(loss_scale)
     assert state.hysteresis_tracker == fresh.hysteresis_tracker
     for _ in range(loss_scale.hysteresis - 1):
@@ -169,6 +174,9 @@ def step_in(library, loss_scale, state, found_inf, loss_is_finite):
         # finite gradients of such a loss are a clean step like any other, which may fill the window
         ((8.0, 0, 0, 5, 5), False, (8.0, 1, 0, 5, 0)),
         ((8.0, 2, 0, 5, 0), False, (16.0, 0, 1, 5, 0)),
+        # nor does an overflow end a search, or begin one
+        ((8.0, 0, 0, 0, 0, 2), True, (8.0, 0, 0, 1, 1, 2)),
+        ((4.0, 0, 0, 1, 0, 1), True, (4.0, 0, 0, 2, 1, 1)),
     ],
 )
 def test_a_loss_that_is_not_finite_leaves_the_scale_alone(library, before, found_inf, after):
@@ -196,7 +204,7 @@ def test_a_scale_that_stands_still_counts_whatever_the_loss_is(library, loss_sca
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(("yes", "no"), [(True, False), (1, 0), (1.0, 0.0)])
 def test_whether_a_loss_is_finite_is_said_by_any_kind_of_number(library, yes, no):
-    state = init_state(LossScale())
+    state = settled(LossScale())
     assert step_in(library, LossScale(), state, True, no).scale == 2.0**16
     assert step_in(library, LossScale(), state, True, yes).scale == 2.0**15
 
@@ -210,6 +218,67 @@ def test_each_of_many_scales_has_its_own_loss(library):
     assert after.scale.tolist() == [4.0, 8.0, 8.0, 8.0]
     assert after.growth_tracker.tolist() == [0, 0, 1, 1]
     assert after.skipped.tolist() == [1, 1, 0, 0]
+
+
+def found(start, right, **changes):
+    """Return the states of a run whose gradients overflow at scales above 2**right, from a scale of 2**start."""
+    loss_scale = LossScale(2.0**start, max_scale=2.0**127, **changes)
+    states = [init_state(loss_scale)]
+    for _ in range(80):
+        states.append(update(loss_scale, states[-1], states[-1].scale > 2.0**right))
+    return states
+
+
+@pytest.mark.parametrize("floor", [0, 4])
+def test_from_any_start_to_any_scale_at_most_two_steps_are_skipped(floor):
+    for start in range(floor, 128):
+        for right in range(floor, start + 3):
+            states = found(start, right, min_scale=2.0**floor)
+            first_clean = next(state for state in states[1:] if state.skipped_in_a_row == 0)
+            assert first_clean.skipped == (right < start)
+            # the second is what ends the search, where the scale that overflowed first is not next to the right one
+            assert states[-1].skipped <= 2
+            assert min(right, start) - 1 <= math.log2(states[-1].scale) <= min(right, start)
+            # two powers for each clean step, and one at the end
+            steps = next(number for number, state in enumerate(states) if state.search == 0)
+            assert steps <= 3 + (start - floor + 1) // 2
+
+
+def test_a_search_is_cut_short_by_nothing_but_its_end():
+    loss_scale = LossScale(2.0**10, growth_interval=1, max_scale=2.0**12)
+    # one batch overflows at any scale, another leaves nothing to say
+    powers = [math.log2(state.scale) for state in trajectory(loss_scale, [step == "o" for step in "ooo......"])]
+    assert powers == [0, 0, 0, 2, 4, 6, 8, 9, 10]
+    # below 1 the search goes on to the floor
+    loss_scale = LossScale(2.0**10, min_scale=2.0**-5)
+    powers = [math.log2(state.scale) for state in trajectory(loss_scale, [step == "o" for step in "oooooo..o.."])]
+    assert powers == [0, -2, -4, -5, -5, -5, -3, -1, -3, -3, -3]
+
+
+@pytest.mark.parametrize("changes", [{"growth_factor": 1.0}, {"backoff_factor": 1.0}])
+def test_a_scale_that_moves_one_way_is_not_searched_for(changes):
+    assert init_state(LossScale(**changes)).search == 0
+
+
+def test_an_overflow_that_is_tolerated_begins_no_search():
+    states = trajectory(LossScale(2.0**10, hysteresis=2), [True, True, False, True, False])
+    assert [(state.scale, state.search) for state in states] == [(1024, 2), (1, 1), (4, 1), (1, 0), (1, 0)]
+
+
+def test_states_without_a_search_are_settled_and_stay_so():
+    # as earlier versions saved them
+    state = LossScaleState(8.0, 0, 0, 0, 0)
+    for _ in range(3):
+        state = update(LossScale(8.0), state, True)
+    assert state == LossScaleState(1.0, 0, 0, 3, 3, 0)
+
+
+def test_a_search_that_is_known_to_be_over_costs_arrays_nothing():
+    settings, state = LossScale(8.0), LossScaleState(torch.tensor(8.0), *[torch.tensor(0)] * 4)
+    after = update(settings, state, torch.tensor(True), where=torch.where)
+    assert after.search == 0
+    assert type(after.search) is int
+    assert after.scale == 4.0
 
 
 def test_a_window_shortened_on_resume_closes_at_the_next_clean_step():

@@ -2,7 +2,10 @@
 
 FP16 gradients underflow, so the loss is multiplied by a scale (scaled = true * scale) that is found by trial:
 the largest power of two whose gradients stay finite (Micikevicius et al., arXiv:1710.03740, section 3.2).
-`update` states the equations. Applying the scale, looking for Inf and NaN, and giving up at the floor are
+Halving it at every overflow costs a batch each time, so where the very first step overflows the scale is searched for
+from below: it falls to 1 at once, and is multiplied by 4 after each clean step, until it is next to a scale that
+overflows. That takes two skipped steps at most, and ends at half the right scale or above. `update` states the
+equations. Applying the scale, looking for Inf and NaN, and giving up at the floor are
 left to the callers.
 """
 
@@ -27,7 +30,7 @@ class LossScale:
     """The settings of a loss scale: dynamic by default; static and none are the same thing standing still.
 
     Attributes:
-        init_scale: the first scale.
+        init_scale: the first scale. If the first step overflows at it, the right one is searched for below it.
         growth_factor: what the scale is multiplied by after a clean window; 1 or more.
         backoff_factor: what it is multiplied by when it backs off; above 0, at most 1.
         growth_interval: the length of a clean window: steps in a row without overflow.
@@ -128,6 +131,8 @@ class LossScaleState:
         hysteresis_tracker: overflows that will still be tolerated before one backs off.
         skipped: steps skipped in all.
         skipped_in_a_row: steps skipped since the last clean one.
+        search: 2 until the first step, 1 while the scale is searched for from below, 0 from then on. The Python
+            number 0 may stand beside arrays: it is known then that there is no search, and none is computed.
     """
 
     scale: Number
@@ -135,6 +140,11 @@ class LossScaleState:
     hysteresis_tracker: Number
     skipped: Number
     skipped_in_a_row: Number
+    search: Number = 0
+
+
+# what the scale is multiplied by after each clean step of a search, and where one starts, if settings allow it
+_STRIDE, _START = 4.0, 1.0
 
 
 def init_state(settings: LossScale) -> LossScaleState:
@@ -143,7 +153,8 @@ def init_state(settings: LossScale) -> LossScaleState:
     >>> init_state(LossScale(hysteresis=2)).hysteresis_tracker
     1
     """
-    return LossScaleState(settings.init_scale, 0, settings.hysteresis - 1, 0, 0)
+    moves_both_ways = settings.growth_factor != 1 and settings.backoff_factor != 1
+    return LossScaleState(settings.init_scale, 0, settings.hysteresis - 1, 0, 0, 2 if moves_both_ways else 0)
 
 
 def select(condition: Any, if_true: Any, if_false: Any) -> Any:
@@ -174,6 +185,13 @@ def update(
     its trackers stay as they are. So does all but the counts of skipped steps where the loss itself was Inf or
     NaN, for no scale can help there.
 
+    That is the rule once the scale is settled: search r = 0. Before, with start = min(max(1, min_scale), init_scale):
+
+        r = 2, overflow, h = 0:  r' = 1,  s' = start
+        r = 2, clean:            r' = 0,  and as above
+        r = 1, overflow, h = 0:  r' = 1 if the step before was skipped too, else 0;  s' = max(s / 4, min_scale)
+        r = 1, clean:            r' = 1,  s' = min(4 s, init_scale / 2), if 2 s < init_scale;  else r' = 0, and as above
+
     There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where) nothing
     waits for a device, many scales can share one array, and dtypes are kept.
 
@@ -186,9 +204,12 @@ def update(
         where: the framework's element-wise choice; the default is for Python numbers.
 
     >>> settings = LossScale()
-    >>> after = update(settings, init_state(settings), True)
-    >>> after.scale, after.skipped
-    (32768.0, 1)
+    >>> state, scales = init_state(settings), []
+    >>> for _ in range(10):  # gradients overflow from 2**11 on
+    ...     state = update(settings, state, state.scale >= 2**11)
+    ...     scales.append(int(state.scale))
+    >>> scales, state.skipped
+    ([1, 4, 16, 64, 256, 1024, 4096, 1024, 1024, 1024], 2)
     """
     overflow = found_inf != 0
     skipped = state.skipped + overflow
@@ -202,7 +223,7 @@ def update(
         moved = update(settings, state, found_inf, where=where)
         kept = {
             name: where(says_something, getattr(moved, name), getattr(state, name))
-            for name in ("scale", "growth_tracker", "hysteresis_tracker")
+            for name in ("scale", "growth_tracker", "hysteresis_tracker", "search")
         }
         return replace(moved, **kept)
 
@@ -215,12 +236,11 @@ def update(
     highest = settings.max_scale / settings.growth_factor
     grown = where(state.scale > highest, highest, state.scale) * settings.growth_factor
 
+    after_clean, search = where(window_is_full, grown, state.scale), state.search
+    if type(search) is not int or search:
+        shrunk, after_clean, search = _search(settings, state, overflow, tolerated, shrunk, after_clean, where)
     return LossScaleState(
-        scale=where(
-            overflow,
-            where(tolerated, state.scale, shrunk),
-            where(window_is_full, grown, state.scale),
-        ),
+        scale=where(overflow, where(tolerated, state.scale, shrunk), after_clean),
         growth_tracker=where(overflow | window_is_full, 0, state.growth_tracker + 1),
         hysteresis_tracker=where(
             overflow,
@@ -229,6 +249,36 @@ def update(
         ),
         skipped=skipped,
         skipped_in_a_row=skipped_in_a_row,
+        search=search,
+    )
+
+
+def _search(
+    settings: LossScale,
+    state: LossScaleState,
+    overflow: Number,
+    tolerated: Number,
+    shrunk: Number,
+    after_clean: Number,
+    where: Callable[[Any, Any, Any], Any],
+) -> tuple[Number, Number, Number]:
+    """Return the scale after an overflow and after a clean step, given those of the settled rule, and the search."""
+    start = min(max(_START, settings.min_scale), settings.init_scale)
+    begins, climbs = state.search == 2, state.search == 1
+    stride_back = state.scale / _STRIDE
+    stride_back = where(stride_back < settings.min_scale, settings.min_scale, stride_back)
+    after_overflow = where(climbs, stride_back, where(begins, start, shrunk))
+    # next to a scale that overflows there is none to try
+    goes_on = climbs & (state.scale * 2 < settings.init_scale)
+    highest = settings.init_scale / (2 * _STRIDE)
+    climbed = where(state.scale > highest, highest, state.scale) * _STRIDE
+    # before the first clean step one batch alone may be at fault, or the right scale is below 1
+    is_searched_for = where(overflow, begins | (climbs & (state.skipped_in_a_row > 0)), goes_on)
+    search = where(is_searched_for, where(begins, 1, state.search), 0)
+    return (
+        after_overflow,
+        where(goes_on, climbed, after_clean),
+        where(overflow & tolerated, state.search, search),
     )
 
 

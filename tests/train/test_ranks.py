@@ -116,9 +116,11 @@ def test_two_ranks_do_what_one_process_does_with_twice_the_micro_batches(cases, 
         assert got["lines"] == other["lines"]
         assert largest_difference(got, other) == 0
         micro = 2 * case["micro_batches"]
-        # two gradients have one sum in whatever order; of four, the order shows in FP32's last places, and in 16 bits
-        # each rank rounds its own sum before they meet: a thousandth of the largest weight at most
-        allowed = 0 if micro == 2 else 64 if case["policy"] == "fp32" else 2**13
+        # two gradients have one sum in whatever order, but for the subnormal numbers of FP16's small scales at the
+        # beginning, which are rounded once more where the sum is halved. Of four, the order shows in FP32's last
+        # places, and in 16 bits each rank rounds its own sum before they meet: a thousandth of the largest weight
+        small = 64 if case["policy"] == "fp16" else 0
+        allowed = small if micro == 2 else 64 if case["policy"] == "fp32" else 2**13
         assert largest_difference(got, want) <= allowed, case
         for line, wanted in zip(got["lines"], want["lines"], strict=True):
             assert line[:3] == pytest.approx(wanted[:3], rel=1e-6 if micro == 2 else 2e-2)

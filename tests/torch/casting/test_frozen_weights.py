@@ -80,9 +80,9 @@ def test_what_each_choice_keeps(model, policy, choice):
         (warning,) = (each for each in caught if "frozen" in str(each.message))
         assert warning.filename == __file__
         assert str(warning.message) == (
-            "frozen weights were rounded to 16 bits and have no masters (body.weight, body.bias): uncast, exports and a "
-            "training that unfreezes them later start from the rounding; products read the same. To keep every bit write "
-            "frozen=tail in the policy, or in a rule, for 144 bytes more, or frozen=float32"
+            "frozen weights were rounded to 16 bits and have no masters (body.weight, body.bias): uncast, exports and "
+            "a training that unfreezes them later start from the rounding; products read the same. To keep every bit "
+            "write frozen=tail in the policy, or in a rule, for 144 bytes more, or frozen=float32"
         )
     else:
         assert not any("frozen" in str(each.message) for each in caught)

@@ -30,13 +30,13 @@ def test_on_a_device_it_is_in_tensors(on_device):
     assert not scale.on_host
     assert scale.to(CPU) is scale
     leaves = vars(scale.state)
-    assert [leaf.dtype for leaf in leaves.values()] == [torch.float32] + [torch.int32] * 4
+    assert [leaf.dtype for leaf in leaves.values()] == [torch.float32] + [torch.int32] * 5
     assert scale.numbers() == host.numbers() == vars(host.state)
     flag = torch.tensor(True)
     assert scale.leaves([flag])[0] is flag
 
 
-@pytest.mark.parametrize("steps", ["..", "oo", "o..o", "..n", "nno"])
+@pytest.mark.parametrize("steps", ["..", "oo", "o..o", "..n", "nno", "oo..o.."])
 @pytest.mark.parametrize("method", ["after_step", "after_overflow"])
 def test_both_move_alike(on_device, steps, method):
     host = initial_scale(SETTINGS)
@@ -49,6 +49,16 @@ def test_both_move_alike(on_device, steps, method):
         assert device.numbers() == host.numbers()
         if method == "after_overflow" and not found_inf:
             assert host == before
+
+
+@pytest.mark.parametrize("method", ["after_step", "after_overflow"])
+def test_once_it_is_settled_nothing_of_a_search_is_on_a_device(on_device, method):
+    scale = initial_scale(SETTINGS).settled().to(CPU)
+    for found_inf in (True, False, True):
+        scale = getattr(scale, method)(torch.tensor(found_inf), True)
+        assert scale.state.search == 0
+        assert type(scale.state.search) is int
+    assert scale.tensor("search").dtype == torch.int32
 
 
 def test_a_scale_that_was_moved_in_inference_mode_is_a_normal_tensor(on_device):

@@ -13,6 +13,8 @@ from duotone.errors import DuotoneWarning, LossScaleCollapse, LossScaleError, No
 from duotone.loss_scale import LossScale, LossScaleState
 from duotone.torch.scaling import device_scale
 
+from .settled import settled
+
 
 @pytest.fixture(params=["host", "device"])
 def delay(request, monkeypatch):
@@ -50,14 +52,14 @@ def grouped(model):
 def test_a_collapse_names_the_module_and_its_rule_mends_it(policy, delay):
     model = dt.cast(steep_model(), policy)
     optimizer, scaler = dt.SGD(grouped(model), lr=0.0), dt.LossScaler(policy)
-    # from 2^16 to 1 it takes 16 steps
-    for _ in range(16 + delay):
+    # at 2^16, and at 1, where one batch alone may be at fault
+    for _ in range(2 + delay):
         assert one_step(scaler, optimizer, model).skipped.item()
     with pytest.raises(LossScaleCollapse) as caught:
         one_step(scaler, optimizer, model)
     text = str(caught.value)
     assert text.startswith(
-        "17 steps in a row were skipped, the last at loss scale 1, its floor: 6 of 8 gradients are not finite "
+        "3 steps in a row were skipped, the last at loss scale 1, its floor: 6 of 8 gradients are not finite "
         '(0.weight, 0.bias, ..., 1.1.bias); the backward pass met the first in "1.1": '
     )
     rule = text.split('by a rule, "')[1].split('"', maxsplit=1)[0]
@@ -79,7 +81,7 @@ def test_a_scale_that_stands_still_ends_with_patience(policy, at, delay):
 
 def test_a_calibration_is_no_alarm(delay):
     parameter = nn.Parameter(torch.zeros(1))
-    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler(LossScale(init_scale=2.0**32))
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), settled(dt.LossScaler(LossScale(init_scale=2.0**32)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # 32 overflows on the way to the floor, where the first clean step comes at last
@@ -93,7 +95,7 @@ def test_a_calibration_is_no_alarm(delay):
 
 def test_patience_counts_steps_in_a_row(delay):
     parameter = nn.Parameter(torch.zeros(1))
-    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16", patience=3)
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), settled(dt.LossScaler("fp16", patience=3))
     for value in [math.inf, math.inf, 1.0] * 3 + [math.nan, math.inf, math.inf][: 2 + delay]:
         scaler.scale(torch.ones(()))
         parameter.grad = torch.full((1,), value)
@@ -172,7 +174,7 @@ def test_a_large_finite_loss_that_overflows_when_it_is_scaled_backs_off(delay):
         scaler.backward(parameter.sum() * 3e38)
         assert scaler.step(optimizer).skipped.item()
         scaler.drain()
-    assert scaler.loss_scale.item() == 2.0**15
+    assert scaler.loss_scale.item() == 1.0
 
 
 def test_inside_of_torch_s_function_transforms_a_loss_is_scaled_and_not_checked(delay):
@@ -219,7 +221,8 @@ def test_of_two_that_take_turns_the_one_that_only_skips_ends_the_run(delay, pati
     models = steep_model(), nn.Linear(4, 2)
     steep, other = (dt.SGD(dt.cast(model, "fp16").parameters(), lr=0.0) for model in models)
     scaler = dt.LossScaler("fp16", patience=patience)
-    steps = min(patience, 17)
+    # at 2^16, at 4, to which the other's step has led, and twice at the floor
+    steps = min(patience, 4)
     for _ in range(steps - 1 + delay):
         assert one_step(scaler, steep, models[0]).skipped.item()
         assert not one_step(scaler, other, models[1]).skipped.item()

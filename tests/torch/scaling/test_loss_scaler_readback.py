@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import duotone.torch as dt
 from duotone.torch.scaling import device_scale
 
+from .settled import settled
+
 # each letter is a step: o overflows, n has a loss that is not finite, e has no gradient at all
 RUNS = ["....", "o..o", "oo.o.o..", "n.", ".nn..o", "e.e", "oe.", ".oeo..", "ono.n.."]
 
@@ -104,7 +106,7 @@ def test_saving_drains_the_last_step(pretend):
 
 def test_a_state_moves_between_host_and_device(pretend):
     parameter = nn.Parameter(torch.zeros(1))
-    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16")
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), settled(dt.LossScaler("fp16"))
     for on_device in (False, True, False, True):
         pretend(on_device)
         scaler.backward(parameter.sum() * 3e38)

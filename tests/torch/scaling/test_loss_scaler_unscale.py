@@ -12,6 +12,8 @@ import duotone.torch as dt
 from duotone.errors import LossScaleError, OptimizerError
 from duotone.torch.scaling import device_scale
 
+from .settled import settled
+
 pytestmark = pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
 
 
@@ -21,7 +23,7 @@ def parameter_of(*values, dtype=torch.float32):
 
 def scaled(values, *, dtype=torch.float32, kind=dt.SGD, scale=2.0**10):
     """Return a scaler, an optimizer and its parameter, whose true gradient has these values."""
-    scaler = dt.LossScaler("fp16", init_scale=scale)
+    scaler = settled(dt.LossScaler("fp16", init_scale=scale))
     parameter, true = parameter_of(*values, dtype=dtype)
     scaler.backward((parameter.float() * true).sum())
     return scaler, kind([parameter], lr=1.0), parameter

@@ -165,7 +165,8 @@ def test_when_a_run_ends(on_device, patience, settings, details, error):
     monitor, optimizers = StepMonitor(patience), [optimizer_with(math.inf)]
     monitor.check(settings, optimizers, None)
     if details["in_a_row"] > 1:
-        record(monitor, outcome(8, on_device=False, in_a_row=details["in_a_row"] - 1, each=[True]), None, optimizers)
+        before = {"in_a_row": details["in_a_row"] - 1, "scale": details.get("scale", 8.0)}
+        record(monitor, outcome(8, on_device=False, each=[True], **before), None, optimizers)
         with suppress(LossScaleCollapse):
             monitor.check(settings, optimizers, None)
     record(monitor, outcome(9, on_device=on_device, each=[details["in_a_row"] > 0], **details), None, optimizers)
@@ -180,6 +181,17 @@ def test_when_a_run_ends(on_device, patience, settings, details, error):
             monitor.check(settings, optimizers, None)
         # a run that goes on in spite of it is stopped by the next step, not by this one again
         monitor.check(settings, optimizers, None)
+
+
+def test_the_step_that_led_to_the_floor_is_no_overflow_at_it():
+    # a search for the scale goes there at once
+    monitor, optimizers = StepMonitor(50), [optimizer_with(math.inf)]
+    for step, scale in enumerate((8.0, 4.0, 4.0), 1):
+        record(monitor, outcome(step, on_device=False, in_a_row=step, each=[True], scale=scale), None, optimizers)
+        if step < 3:
+            monitor.check(FLOOR, optimizers, None)
+    with pytest.raises(LossScaleCollapse, match=r"^3 steps in a row were skipped"):
+        monitor.check(FLOOR, optimizers, None)
 
 
 @pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")

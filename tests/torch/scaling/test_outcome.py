@@ -7,12 +7,12 @@ import torch
 
 from duotone.torch.scaling.outcome import Outcome
 
-HOST = Outcome(7, 2.0**16, 3, 2, True, [True, False])
+HOST = Outcome(7, 2.0**16, 3, 2, True, [True, False], 1)
 
 
 def on_device(outcome):
-    *values, each = outcome[1:]
-    return Outcome(outcome.step, *map(torch.tensor, values), list(map(torch.tensor, each)))
+    *values, each, search = outcome[1:]
+    return Outcome(outcome.step, *map(torch.tensor, values), list(map(torch.tensor, each)), torch.tensor(search))
 
 
 @pytest.mark.parametrize(

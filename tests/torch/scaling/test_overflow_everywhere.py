@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
-from duotone.loss_scale import LossScale, LossScaleState, update
+from duotone.loss_scale import LossScale, LossScaleState, init_state, update
 from duotone.torch.scaling.step import StepReport
 
 from ..optim.bits import bits_of, everything_of
@@ -121,7 +121,7 @@ def held(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
 
 def trajectory(bad_step: int) -> list[float]:
     """Return the scale before each step, and after the last."""
-    state, scales = LossScaleState(SETTINGS.init_scale, 0, 0, 0, 0), []
+    state, scales = init_state(SETTINGS), []
     for step in range(STEPS):
         scales.append(state.scale)
         state = update(SETTINGS, state, step == bad_step)

@@ -9,13 +9,15 @@ from torch import nn
 import duotone.torch as dt
 from duotone.errors import OptimizerError
 
+from .settled import settled
+
 BIG = 2.0**16
 
 
 @pytest.fixture
 def scaler():
     """Return a scaler at 2^16 for which a loss was scaled, as if its gradients were there."""
-    made = dt.LossScaler("fp16")
+    made = settled(dt.LossScaler("fp16"))
     made.scale(torch.ones(()))
     return made
 

@@ -5,7 +5,7 @@ in 0-d tensors. `duotone.loss_scale` has the transition for both.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ class DeviceScale:
 
     Attributes:
         settings: how it moves.
-        state: leaves are Python numbers on the host, 0-d tensors on another device, FP32 and int32.
+        state: leaves are Python numbers on the host, 0-d tensors on another device, FP32 and int32; the search of the
+            scale is a Python number there too once the host knows that it is over.
 
     >>> scale = initial_scale(LossScale()).after_step(True, True)
     >>> scale.tensor("scale"), scale.tensor("skipped")
-    (tensor(32768.), tensor(1, dtype=torch.int32))
+    (tensor(1.), tensor(1, dtype=torch.int32))
     """
 
     settings: LossScale
@@ -50,7 +51,12 @@ class DeviceScale:
                 name: torch.as_tensor(value, dtype=_DTYPES.get(name, torch.int32), device=device)
                 for name, value in vars(self.state).items()
             }
-        return DeviceScale(self.settings, LossScaleState(**leaves))
+        moved = DeviceScale(self.settings, LossScaleState(**leaves))
+        return moved.settled() if not isinstance(self.state.search, Tensor) and self.state.search == 0 else moved
+
+    def settled(self) -> "DeviceScale":
+        """Return the same scale, for which no search is computed from now on."""
+        return DeviceScale(self.settings, replace(self.state, search=0))
 
     def leaves(self, scalars: Iterable[Tensor]) -> list[Any]:
         """Return 0-d tensors on the state's device in the form of the state's leaves."""
@@ -77,7 +83,11 @@ class DeviceScale:
         """Return the scale that has reacted to an overflow, if there was one: what is finite is no clean step here."""
         where = torch.where if isinstance(self.state.scale, Tensor) else select
         after = vars(self.after_step(found_inf, loss_is_finite).state)
-        leaves = {name: where(found_inf, after[name], value) for name, value in vars(self.state).items()}
+        before = vars(self.state)
+        leaves = {
+            name: value if after[name] is value else where(found_inf, after[name], value)
+            for name, value in before.items()
+        }
         return DeviceScale(self.settings, LossScaleState(**leaves))
 
 

@@ -65,8 +65,8 @@ def collapse_error(
         scale: the loss scale that the gradients carried.
         settings: the loss scale's.
 
-    >>> print(collapse_error(["a.weight", "b.weight"], 6, 17, 1.0, LossScale()))
-    17 steps in a row were skipped, the last at loss scale 1, its floor: 2 of 6 gradients are not finite (a.weight,
+    >>> print(collapse_error(["a.weight", "b.weight"], 6, 3, 1.0, LossScale()))
+    3 steps in a row were skipped, the last at loss scale 1, its floor: 2 of 6 gradients are not finite (a.weight,
     b.weight); the backward pass met the first in "b": keep that in FP32 by a rule, "b:
     param=float32,compute=float32,output=float32", ...
     """

@@ -30,7 +30,7 @@ from duotone.torch.scaling.schedulers import Schedule, schedules_of
 from duotone.torch.scaling.step import Step, StepReport, check_arguments
 from duotone.torch.scaling.unscale import narrow, unscale_
 
-# calibration from 2^16 to the floor takes 16 skipped steps, and a growth into overflow one; this many is no accident
+# from 2^32 to the floor it takes 32 skipped steps, and a growth into overflow one; this many is no accident
 PATIENCE = 50
 
 
@@ -43,7 +43,7 @@ class LossScaler:
     Args:
         policy: a policy or its text, whose `loss_scale` is taken; or `LossScale` settings.
         patience: how many steps in a row may be skipped; the last of them raises. None to skip for ever. A dynamic
-            scale whose floor overflows too, right after another overflow, is given up at once.
+            scale at whose floor two steps in a row overflow is given up at once.
         process_group: the ranks that agree on every step, where parameters do not tell: those of `fully_shard` and
             `data_parallel` do.
         overrides: settings of `LossScale` to change, such as `init_scale=2**10` or `hysteresis=2`.
@@ -334,6 +334,8 @@ class LossScaler:
         self._monitor.drain()
         self._scale = self._scale.to(step.device)
         if not self._scale.on_host:
+            if self._monitor.is_settled:
+                self._scale = self._scale.settled()
             self._monitor.check(self._scale.settings, step.optimizers, step.agreement)
 
     def _end(self, step: Step, non_finite_loss: Tensor | None, schedules: Sequence[Schedule]) -> None:
@@ -354,8 +356,9 @@ class LossScaler:
         loss_is_finite = any_non_finite == 0 if step.agreement.is_known else True
         self._scale = self._scale.after_step(reduce(or_, skipped_each), loss_is_finite)
         self._steps += 1
-        in_a_row = self._scale.state.skipped_in_a_row
-        outcome = Outcome(self._steps, loss_scale, in_a_row, first, any_non_finite, skipped_each)
+        state = self._scale.state
+        in_a_row, search = state.skipped_in_a_row, state.search
+        outcome = Outcome(self._steps, loss_scale, in_a_row, first, any_non_finite, skipped_each, search)
         self._forget_losses()
         self._monitor.record(outcome, schedules, step.optimizers)
         if on_host:

@@ -5,6 +5,7 @@ updates: the device has more work queued by then, so it never stands still, and 
 all the same.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ class _History:
 
     Attributes:
         last: the outcome of the last one.
+        scale_before: the loss scale of the one before it.
         skipped_in_a_row: how many were skipped up to the last one.
         overflows_in_a_row: the same, without those whose loss was not finite.
         is_checked: whether `check` has looked at the last one.
     """
 
     last: Outcome | None = None
+    scale_before: float = math.inf
     skipped_in_a_row: int = 0
     overflows_in_a_row: int = 0
     is_checked: bool = False
@@ -48,6 +51,7 @@ class _History:
             self.overflows_in_a_row = 0 if outcome.any_non_finite_loss else self.overflows_in_a_row + 1
         else:
             self.skipped_in_a_row = self.overflows_in_a_row = 0
+        self.scale_before = math.inf if self.last is None else self.last.loss_scale
         self.last, self.is_checked = outcome, False
 
 
@@ -56,9 +60,13 @@ class StepMonitor:
 
     Args:
         patience: how many steps in a row may be skipped, or None for any number.
+
+    Attributes:
+        is_settled: whether no search for the loss scale goes on, as far as the host knows.
     """
 
     def __init__(self, patience: int | None) -> None:
+        self.is_settled = False
         self._patience = patience
         self._readback = Readback()
         # the step that the host has yet to read: its outcome, schedules and history
@@ -102,7 +110,9 @@ class StepMonitor:
         last, in_a_row = history.last, history.skipped_in_a_row
         if not in_a_row:
             return
-        is_at_floor = settings.is_dynamic and last.loss_scale <= settings.min_scale and history.overflows_in_a_row > 1
+        # two in a row: a search for the scale begins there, and one batch alone may be at fault
+        largest = max(last.loss_scale, history.scale_before)
+        is_at_floor = settings.is_dynamic and largest <= settings.min_scale and history.overflows_in_a_row > 1
         if last.any_non_finite_loss:
             if in_a_row >= self._patience:
                 raise non_finite_loss_error(last.step, last.non_finite_loss or None, in_a_row)
@@ -122,6 +132,7 @@ class StepMonitor:
     def _act_on(self, outcome: Outcome, schedules: Sequence[Schedule], history: _History) -> None:
         was_finite = history.last is None or not history.last.any_non_finite_loss
         history.add(outcome)
+        self.is_settled = outcome.search == 0
         advance(schedules, outcome.skipped_each)
         if outcome.any_non_finite_loss and was_finite:
             consequence = ", the step was skipped" if outcome.skipped_in_a_row else ""

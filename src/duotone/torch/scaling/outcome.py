@@ -8,7 +8,13 @@ from torch import Tensor
 
 # the fields that a device computes, in the order of the tensor, and what they are on the host; the flags of the
 # optimizers come after them
-_SENT = {"loss_scale": float, "skipped_in_a_row": int, "non_finite_loss": int, "any_non_finite_loss": bool}
+_SENT = {
+    "loss_scale": float,
+    "skipped_in_a_row": int,
+    "search": int,
+    "non_finite_loss": int,
+    "any_non_finite_loss": bool,
+}
 
 
 class Outcome(NamedTuple):
@@ -21,6 +27,7 @@ class Outcome(NamedTuple):
         non_finite_loss: which of its losses, from 1 on, was the first that is Inf or NaN; 0 for none on this rank.
         any_non_finite_loss: whether a loss was Inf or NaN on any rank.
         skipped_each: for each optimizer, whether it skipped.
+        search: of the loss scale, as `LossScaleState` has it after the step.
     """
 
     step: int
@@ -29,6 +36,7 @@ class Outcome(NamedTuple):
     non_finite_loss: Any
     any_non_finite_loss: Any
     skipped_each: Sequence[Any]
+    search: Any = 0
 
     @property
     def is_on_device(self) -> bool:
@@ -46,7 +54,7 @@ class Outcome(NamedTuple):
 
         >>> outcome = Outcome(7, *map(torch.tensor, (8.0, 1, 0, False)), [torch.tensor(True)])
         >>> outcome.with_values(outcome.to_tensor().tolist())
-        Outcome(step=7, loss_scale=8.0, skipped_in_a_row=1, non_finite_loss=0, ..., skipped_each=[True])
+        Outcome(step=7, loss_scale=8.0, skipped_in_a_row=1, non_finite_loss=0, ..., skipped_each=[True], search=0)
         """
         fields = {name: kind(value) for (name, kind), value in zip(_SENT.items(), values, strict=False)}
         return Outcome(self.step, **fields, skipped_each=list(map(bool, values[len(_SENT) :])))
