@@ -6,7 +6,6 @@ kind promises, `float32_inside` and `half_on_cpu` have the handler.
 """
 
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -18,16 +17,18 @@ from torch.nn import functional as F
 
 from duotone.errors import OperationError
 from duotone.operations import Kind
+from duotone.torch.casting import numbers
 from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU, Handler, as_handler
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products, multiply_in_float32
 from duotone.torch.casting.operation_table import Function, functions_in, functions_named, kinds, same_operation
+from duotone.torch.internals.dispatch import PADDING
 from duotone.torch.nested import cast_floating
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = (torch.bfloat16, torch.float16)
 # sums that widen while they read, so that no widened copy is made
-_WITH_DTYPE = ("sum", "nansum", "prod", "linalg.vector_norm")
+_WITH_DTYPE = ("sum", "nansum", "prod", "linalg.vector_norm", "log_softmax", "special.log_softmax")
 # may write into an operand
 _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
 _made: dict[str, "Handlers"] = {}
@@ -73,8 +74,17 @@ def _make_handlers(compute: torch.dtype, device_type: str) -> Handlers:
     def put(handler: Handler, functions: Iterable[Function]) -> None:
         made.update(dict.fromkeys(functions, handler))
 
-    put(_write_into, functions_in("write"))
-    put(as_handler(_fill), functions_named("masked_fill", "masked_fill_"))
+    put(numbers.store, functions_in("write"))
+    put(numbers.store_value, functions_named("__setitem__", "scatter_"))
+    put(numbers.store_numbers, (*functions_in("fill"), *PADDING, torch.nested.to_padded_tensor))
+    put(numbers.copy_in_place, functions_named("copy_"))
+    put(_store_to_widest, functions_named("scatter"))
+    put(_where, functions_named("where"))
+    put(numbers.widen_beside_number, functions_in("number"))
+    put(numbers.add_in_place, functions_in("number_in_place"))
+    put(numbers.clamp, functions_in("bound"))
+    put(numbers.clamp_in_place, functions_in("bound_in_place"))
+    put(numbers.cast, functions_in("cast"))
     # a method in Python that asks for its super() cannot be traced in a mode
     made[Tensor.unflatten] = _unflatten
     put(_sum_to_float32, functions_named(*_WITH_DTYPE))
@@ -199,27 +209,23 @@ def _sum_to_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, 
     has_say = kwargs.get("dtype") is not None or kwargs.get("out") is not None
     if has_say or getattr(args[0] if args else kwargs.get("input"), "dtype", None) not in _NARROW:
         return func(*args, **kwargs)
-    return func(*args, **kwargs, dtype=torch.float32)
+    return func(*args, **{**kwargs, "dtype": torch.float32})
 
 
-def _write_into(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call with every operand in the dtype of the first, which is written into."""
-    dtype = getattr(args[0] if args else kwargs.get("input"), "dtype", None)
-    return _call_in(dtype, func, args, kwargs) if dtype in _FLOATS else func(*args, **kwargs)
+def _where(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return numbers.where(functools.partial(_called_to_widest, func), args, kwargs)
+
+
+def _store_to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return numbers.store_numbers(functools.partial(_called_to_widest, func), args, kwargs)
+
+
+def _called_to_widest(func: Function, *args: Any, **kwargs: Any) -> Any:
+    return _to_widest(func, args, kwargs)
 
 
 def _unflatten(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return torch.unflatten(*args, **kwargs) if torch.compiler.is_compiling() else func(*args, **kwargs)
-
-
-def _fill(func: Function, input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """Fill in a number, those beyond the range as its largest: -1e9 is how masks are written, and torch raises."""
-    if input.dtype in _NARROW and isinstance(value, Tensor):
-        value = saturated(value, input.dtype)
-    elif input.dtype in _NARROW and isinstance(value, int | float) and math.isfinite(value):
-        largest = torch.finfo(input.dtype).max
-        value = max(-largest, min(largest, value))
-    return func(input, mask, value)
 
 
 def _attend(
@@ -235,7 +241,7 @@ def _attend(
     """Call attention with what a mask has beyond the 16-bit range as its largest: -Inf would mask whole rows away."""
     if isinstance(query, Tensor) and isinstance(attn_mask, Tensor):
         narrow = torch.get_autocast_dtype(query.device.type)
-        attn_mask = saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
+        attn_mask = numbers.saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
     return multiply(func, (query, key, value, attn_mask, *rest), named)
 
 
@@ -243,19 +249,7 @@ def _attend_with_heads(
     dtype: torch.dtype, attend: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     masks = {name: kwargs[name] for name in ("attn_mask", "key_padding_mask") if isinstance(kwargs.get(name), Tensor)}
-    return attend(func, args, {**kwargs, **{name: saturated(mask, dtype) for name, mask in masks.items()}})
-
-
-def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a FP32 tensor to 16 bits, finite values beyond the range to the largest; any other tensor is left alone.
-
-    >>> saturated(torch.tensor([-1e9, -torch.inf]), torch.float16)
-    tensor([-65504.,    -inf], dtype=torch.float16)
-    """
-    if tensor.dtype != torch.float32:
-        return tensor
-    largest = torch.finfo(dtype).max
-    return torch.where(tensor.isinf(), tensor, tensor.clamp(-largest, largest)).to(dtype)
+    return attend(func, args, {**kwargs, **{name: numbers.saturated(mask, dtype) for name, mask in masks.items()}})
 
 
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
