@@ -188,6 +188,7 @@ ALLOWED = {
         "duotone.torch.distributed.agreement",
         "duotone.torch.optim",
         "duotone.torch.parameters",
+        "duotone.torch.scaling.loop_check",
         "duotone.torch.scaling.scale_alarm",
         "duotone.torch.scaling.unscale",
     ),

@@ -109,3 +109,35 @@ def test_the_ways_out_are_silent(tmp_path: Path) -> None:
 def test_uncast_takes_the_method_away() -> None:
     model = dt.uncast(dt.cast(Pretrained(), "bf16"))
     assert set(vars(model)) == set(vars(Pretrained()))
+
+
+class Configured(Pretrained):
+    """Has a config that says its dtype, as models of transformers have."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(param.dtype for param in self.parameters() if param.is_floating_point())
+
+    def save_pretrained(self, state_dict: Any = None, **kwargs: Any) -> Any:
+        self.config = str(self.dtype)
+        return super().save_pretrained(state_dict, **kwargs)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1", "bf16-mixed"])
+def test_the_config_says_the_dtype_of_the_weights_that_are_given(policy: str) -> None:
+    model = dt.cast(Configured(), policy)
+    own = str(model.head.weight.dtype)
+    for weights, expected in (
+        (dt.master_weights(model), "torch.float32"),
+        ({**model.state_dict(), **dt.master_weights(model)}, "torch.float32"),
+        (dt.export(model), "torch.float32"),
+        ({name: value.to(model.head.weight.dtype) for name, value in model.state_dict().items()}, own),
+        ({}, own),
+        (None, own),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.save_pretrained(state_dict=weights)
+        assert model.config == expected
+    assert str(model.dtype) == own
+    assert next(model.parameters()) is model.body[0].weight

@@ -312,3 +312,39 @@ def test_a_part_that_computes_in_float32_says_why_it_does_not_run_with_16_bit_we
     model.float()(torch.ones(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         model(torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1"])
+@pytest.mark.parametrize("is_edited", [True, False])
+def test_a_weight_that_is_moved_in_memory_keeps_its_master_and_is_followed(policy, is_edited):
+    # as by a move to another device, the memory is another one
+    model = dt.cast(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)), policy)
+    weight = model[0].weight
+    if is_edited:
+        weight.data.mul_(2.0)
+    expected = read_master(weight)
+    model.to(memory_format=torch.channels_last)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(read_master(weight), expected)
+    assert torch.equal(expected, weight.float()) == is_edited
+    # and changes after the move are noticed too
+    weight.data.neg_().mul_(2.0)
+    assert torch.equal(read_master(weight), weight.float())
+    optimizer = dt.SGD(model.parameters(), lr=0.0)
+    model(torch.ones(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    assert torch.equal(read_master(weight), weight.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["bf16", "fp16,loss_scale=1"])
+def test_a_weight_that_is_moved_to_a_device_keeps_its_master_and_is_followed(policy):
+    model = dt.cast(nn.Linear(40, 40), policy)
+    model.weight.data[0].mul_(2.0)
+    expected = read_master(model.weight)
+    model.cuda()
+    assert torch.equal(read_master(model.weight).cpu(), expected)
+    model.weight.data.neg_().mul_(2.0)
+    assert torch.equal(read_master(model.weight), model.weight.float())
+    model.cpu()
+    assert torch.equal(read_master(model.weight), model.weight.float())

@@ -151,3 +151,60 @@ def test_copies_of_a_scaler_look_anew(said):
     for each in (scaler, copy.deepcopy(scaler)):
         train(model, each, optimizer, steps=1)
     assert len(said()) == 2
+
+
+def train_with_grad_scaler(
+    scaler, optimizer, params, loss_of, *, clip, unscale=False, set_to_none=True, losses=1
+) -> None:
+    for _ in range(8):
+        for _ in range(losses):
+            scaler.scale(loss_of() / losses).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(params, clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=set_to_none)
+
+
+OPTIMIZERS = {
+    "AdamW": dt.AdamW,
+    "MasterWeights": lambda params: dt.MasterWeights(torch.optim.NAdam(params)),
+    "torch": torch.optim.AdamW,
+    "fused": lambda params: torch.optim.AdamW(params, fused=True),
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"set_to_none": False}, {"losses": 3}])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_clipping_before_unscaling_is_named_for_a_grad_scaler_too(settings, kind, said):
+    model = dt.cast(net(), "fp16,grad=float32" if kind in ("AdamW", "MasterWeights") else "fp16-mixed")
+    optimizer, params = OPTIMIZERS[kind](model.parameters()), list(model.parameters())
+    scaler = copy.deepcopy(dt.GradScaler("cpu", init_scale=2.0**8))
+    train_with_grad_scaler(
+        scaler, optimizer, params, lambda: model(torch.randn(4, 8)).square().mean(), clip=0.5, **settings
+    )
+    (message,) = said()
+    assert message.startswith(f"{CLIPPED} 0.5 in each of 3 steps")
+    assert "or call scaler.unscale_(optimizer) before you clip" in message
+
+
+@pytest.mark.parametrize(
+    "settings", [{"clip": 0.1, "unscale": True}, {"clip": None}, {"clip": None, "set_to_none": False}]
+)
+def test_what_is_no_clipping_is_not_named_for_a_grad_scaler(settings, said):
+    model = dt.cast(net(), "fp16")
+    scaler, optimizer = dt.GradScaler("cpu", init_scale=2.0**8), dt.AdamW(model.parameters())
+    params = list(model.parameters())
+    train_with_grad_scaler(scaler, optimizer, params, lambda: model(torch.randn(4, 8)).square().mean(), **settings)
+    disabled = dt.GradScaler("cpu", enabled=False)
+    plain = nn.Linear(8, 1)
+    train_with_grad_scaler(
+        disabled,
+        torch.optim.SGD(plain.parameters()),
+        list(plain.parameters()),
+        lambda: plain(torch.ones(1, 8)).sum(),
+        clip=0.1,
+    )
+    assert said() == []

@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
+from duotone.torch.call_site import warn
 from duotone.torch.casting.region import Region
 from duotone.torch.internals.autograd import in_backward
 from duotone.torch.internals.dispatch import past_modes
-from duotone.torch.internals.training import active_ddp
+from duotone.torch.internals.training import active_ddp, gathering_of
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.nested import cast_floating
 from duotone.torch.parameters.foreign_averages import say_if_copied_for_average
 from duotone.torch.parameters.foreign_writes import PassWatch
+from duotone.torch.parameters.masters import has_lost_tail
 from duotone.torch.parameters.plain_steps import watch_plain_steps
+from duotone.torch.parameters.shards import is_sharded
 from duotone.torch.parameters.storage import set_storage, storage_of
 
 
@@ -94,8 +97,8 @@ class CastForward:
             inputs, output = self._by_itself
         if not (self._has_asked_for_ranks or self._output is None or torch.compiler.is_compiling()):
             self._has_asked_for_ranks = _say_if_masters_differ(self._module)
-        if self.passes is not None:
-            self.passes.count(self._module)
+        if self.passes is not None and self.passes.count(self._module) and self.policy.master is not None:
+            _say_if_records_are_lost(self._module)
         if inputs is not None:
             args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
             kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs
@@ -198,6 +201,17 @@ def _say_if_masters_differ(module: nn.Module) -> bool:
             stacklevel=3,
         )
     return True
+
+
+def _say_if_records_are_lost(module: nn.Module) -> None:
+    """Warn if torch's own fully_shard has made new parameters of a cast model, which know nothing of their masters."""
+    sharded = [part for part in module.modules() if is_sharded(part)]
+    if any(has_lost_tail(each.sharded_param) for part in sharded for _, every in gathering_of(part) for each in every):
+        warn(
+            f"torch's fully_shard has made new parameters of this cast {type(module).__name__}, without the rest of "
+            "their FP32 masters, which is lost, and small updates will be; shard a cast model with "
+            "duotone.torch.fully_shard, which takes the same arguments"
+        )
 
 
 def _check_float32_weights(module: nn.Module, policy: Policy, error: RuntimeError) -> None:

@@ -6,18 +6,22 @@ state dict is seen by the functions that are under way.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from duotone.torch.call_site import warn
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.edits import read_tail
+from duotone.torch.parameters.masters import read_master
 from duotone.torch.parameters.storage import storage_of
 
 _SAVES = "save_pretrained"
+# how many functions lie between that and the parameters that it asks for
+_DEPTH = 3
 # packages whose save_pretrained may call another's
 _BETWEEN = ("transformers", "peft", "diffusers", "huggingface_hub", "safetensors", "accelerate")
 
@@ -48,6 +52,29 @@ def say_if_saved_rounded(module: nn.Module, params: Iterable[Tensor]) -> nn.Modu
         _BETWEEN,
     )
     return model
+
+
+def given_to_save(params: Iterator[nn.Parameter], frame: FrameType) -> Iterator[Any]:
+    """Return a cast model's parameters as a `save_pretrained` is to see them that was given FP32 weights: as masters.
+
+    transformers asks them for the dtype that it writes into the config, to which whoever loads the model rounds.
+
+    Args:
+        params: those of the model.
+        frame: what has asked the model for them.
+    """
+    # a property, and a generator in it
+    caller: FrameType | None = frame
+    for _ in range(_DEPTH):
+        if caller is None:
+            return params
+        if caller.f_code.co_name == _SAVES:
+            given = caller.f_locals.get("state_dict")
+            dtypes = {each.dtype for each in given.values() if isinstance(each, Tensor)} if given else set()
+            in_float32 = torch.float32 in dtypes and dtypes.isdisjoint(SPLIT_DTYPES)
+            return (read_master(each) if in_float32 and each.dtype in SPLIT_DTYPES else each for each in params)
+        caller = caller.f_back
+    return params
 
 
 def _saving_frame() -> FrameType | None:

@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedParameter
 from duotone.errors import PolicyError
 from duotone.torch.casting.activation_checkpointing import CheckpointedForward
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of
-from duotone.torch.casting.foreign_saves import say_if_saved_rounded
+from duotone.torch.casting.foreign_saves import given_to_save, say_if_saved_rounded
 from duotone.torch.casting.storage_plan import set_grad_dtype
 from duotone.torch.internals.training import (
     CONVERT,
@@ -34,7 +34,7 @@ from duotone.torch.internals.training import (
     parameters_of,
 )
 from duotone.torch.kernels import SPLIT_DTYPES
-from duotone.torch.parameters.edits import note_versions, recorded
+from duotone.torch.parameters.edits import carry, note_versions, recorded
 from duotone.torch.parameters.foreign_averages import given_to_average
 from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.full_precision import encode_new
@@ -104,12 +104,12 @@ class OwnMethods:
         return result
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Return the module's parameters one by one, or, if torch's `AveragedModel` in FP32 asks, their masters."""
-        params = nn.Module.parameters(self._module, recurse)
+        """Return the module's parameters one by one; their masters to who averages or writes those."""
+        params: Any = nn.Module.parameters(self._module, recurse)
         if torch.compiler.is_compiling():
             return params
-        given: Any = given_to_average(params, sys._getframe(1))
-        return given
+        frame = sys._getframe(1)
+        return given_to_average(given_to_save(params, frame), frame)
 
     def load(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Load the module's own part of a state dict as torch does; FP32 values are the new masters.
@@ -217,6 +217,8 @@ class _Weight:
         if param.is_meta and not before.is_meta:
             # its values are gone, and what comes later has nothing to do with them
             set_storage(param, storage.without_tail())
+        if param.dtype == before.dtype:
+            carry(before, param)
         if param.dtype == before.dtype or storage.param is None or not before.is_floating_point():
             self._restore_grad(param)
             return

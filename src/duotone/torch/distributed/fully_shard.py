@@ -20,7 +20,7 @@ from duotone.errors import PolicyError
 from duotone.torch.casting.cast_forward import check_module
 from duotone.torch.distributed.fitness import check_cast, check_one_dtype
 from duotone.torch.internals.training import parameters_of
-from duotone.torch.parameters.edits import follow
+from duotone.torch.parameters.edits import follow, record
 from duotone.torch.parameters.shards import is_sharded, like, local
 from duotone.torch.parameters.storage import set_storage, set_tail, storage_of
 
@@ -124,6 +124,8 @@ def _shard(module: Any, slots: list[_Slot], dtypes: _Dtypes | None, options: dic
         # the successor has the tail
         set_tail(param, None)
         set_storage(param, storage_of(param).changed(is_replaced=True))
+    # changes of theirs are noticed from here on
+    record(*[new for new in replaced.values() if new is not None])
 
 
 def _cut(tails: dict[nn.Parameter, Tensor], options: dict[str, Any]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from duotone.torch.kernels import Edits
 from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_each, unknown
 from duotone.torch.kernels.layout import dense
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.storage import CHECKSUMS, storage_of
+from duotone.torch.parameters.storage import CHECKSUMS, set_tail, storage_of
 
 # torch copies them with the tail
 _RECORDS, _LOOK = "_duotone_records", "_duotone_look"
@@ -133,6 +133,23 @@ def is_edited(param: Tensor) -> bool:
     tail, weight = storage_of(param).tail, shards.local(param.detach())
     held = None if tail is None else _held(weight, tail)
     return held is not None and bool(changed_cells(_flat(weight), held).any())
+
+
+def carry(before: Tensor, param: Tensor) -> None:
+    """Have a parameter that was moved, to another device or into another order in memory, keep its master.
+
+    Args:
+        before: as it was, in the memory of then, with its record.
+        param: as it is.
+    """
+    tail = storage_of(before).tail
+    weight = shards.local(param.detach())
+    if tail is None or tail.is_meta or weight.is_meta or _look(shards.local(before)) == _look(weight):
+        return
+    part = read_tail(before)
+    assert part is not None
+    set_tail(param, shards.like(torch.empty_like(weight, dtype=part.dtype).copy_(part), param))
+    record(param)
 
 
 def follow(param: Tensor) -> None:

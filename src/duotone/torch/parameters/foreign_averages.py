@@ -6,12 +6,12 @@ somebody writes in place between steps, again and again, and that comes near the
 times in a run such tensors are looked for among all objects, and followed for some steps.
 
 Writes are seen by values, for autograd's counts of versions leave out `tensor.data.lerp_`. The device is waited for
-once then, if there is such a tensor at all. Left out: averages of sharded weights.
+once then, if there is such a tensor at all. Of sharded weights each rank looks at its part.
 """
 
 import gc
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain, count, pairwise
 from types import FrameType
 from typing import Any
@@ -27,7 +27,7 @@ from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.edits import records_of
 from duotone.torch.parameters.masters import read_master
-from duotone.torch.parameters.shards import is_shard
+from duotone.torch.parameters.shards import local
 from duotone.torch.parameters.storage import storage_of
 
 # whose constructors copy a model to average into the copy, and in which modules they are
@@ -76,7 +76,7 @@ def say_if_copied_for_average(module: nn.Module) -> None:
         frame = frame.f_back
 
 
-def given_to_average(params: Iterable[nn.Parameter], frame: FrameType) -> Iterable[Tensor]:
+def given_to_average(params: Iterator[nn.Parameter], frame: FrameType) -> Iterator[Any]:
     """Return a cast model's parameters as an average is to see them: torch's, made before the cast, their masters.
 
     Such an average is in FP32, and torch's kernels take no 16-bit weights beside it.
@@ -179,13 +179,14 @@ def _look(optimizer: Optimizer, steps: int) -> None:
 def _candidates(optimizer: Optimizer) -> list[_Candidate]:
     """Return what looks like an average of the largest of an optimizer's 16-bit weights."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    rounded = [param for param in params if _is_rounded(param) and param.requires_grad and not is_shard(param)]
+    rounded = [param for param in params if _is_rounded(param) and param.requires_grad]
     if not rounded:
         return []
-    weight = max(rounded, key=Tensor.numel)
-    if _is_known(weight) or next(_scans) > _MOST_SCANS:
+    largest = max(rounded, key=Tensor.numel)
+    weight = local(largest)
+    if _is_known(largest) or not weight.numel() or next(_scans) > _MOST_SCANS:
         return []
-    own = {id(tensor) for param in params for tensor in (param, param.grad)}
+    own = {id(local(tensor)) for param in params for tensor in (param, param.grad) if tensor is not None}
     return [
         _Candidate(tensor, weight)
         for tensor in gc.get_objects()
@@ -227,4 +228,4 @@ def _is_trained(tensor: Tensor) -> bool:
     # not isinstance, which asks objects that stand for others what they are
     optimizers = [each for each in gc.get_objects() if issubclass(type(each), Optimizer)]
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
-    return any(param is tensor for group in groups for param in group["params"])
+    return any(local(param) is tensor for group in groups for param in group["params"])

@@ -11,6 +11,7 @@ Left out: writes through `weight.data` that change no bit, which nothing shows; 
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 from weakref import ref
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import in_transform
+from duotone.torch.internals.training import gathering_of
 from duotone.torch.kernels.checksums import sums_of_cells
 from duotone.torch.kernels.layout import dense
 from duotone.torch.parameters.edits import is_edited, note_versions, passes, steps, versions_of, writes_since
-from duotone.torch.parameters.shards import is_shard
+from duotone.torch.parameters.shards import is_sharded, local
 from duotone.torch.parameters.storage import storage_of
 
 # forward passes between two looks
@@ -87,14 +89,15 @@ class PassWatch:
         # a copy has weights of its own
         return PassWatch, ()
 
-    def count(self, model: nn.Module) -> None:
-        """Count a forward pass that is about to begin; nothing happens in one that is compiled."""
+    def count(self, model: nn.Module) -> bool:
+        """Count a forward pass that is about to begin, unless it is compiled, and return whether it is the first."""
         if torch.compiler.is_compiling():
-            return
+            return False
         passes[0] += 1
         self._passes += 1
         if not (self._passes % WINDOW or self._has_warned):
             self._look(model)
+        return self._passes == 1
 
     def _look(self, model: nn.Module) -> None:
         weight = None if self._weight is None else self._weight()
@@ -124,7 +127,8 @@ class PassWatch:
         tail = storage_of(weight).tail
         if tail is None or not is_edited(weight):
             return
-        flat = dense(weight.detach()).as_strided((weight.numel(),), (1,))
+        flat = dense(local(weight.detach()))
+        flat = flat.as_strided((flat.numel(),), (1,))
         self._sums = sums_of_cells(flat)
         if sums is None or torch.equal(sums, self._sums):
             return
@@ -141,12 +145,8 @@ class PassWatch:
 def _largest(model: nn.Module) -> Tensor | None:
     """Return the largest of a model's parameters with a tail, those apart that its own forward pass writes to."""
     own = {id(module.weight) for module in model.modules() if getattr(module, "max_norm", None) is not None}
-    return max(
-        (
-            param
-            for param in model.parameters()
-            if id(param) not in own and not is_shard(param) and not param.is_meta and storage_of(param).tail is not None
-        ),
-        key=Tensor.numel,
-        default=None,
-    )
+    # in a forward pass sharded modules hold what was gathered
+    sharded = chain.from_iterable(gathering_of(module) for module in model.modules() if is_sharded(module))
+    parts = (each.sharded_param for _, of_group in sharded for each in of_group)
+    params = (param for param in chain(model.parameters(), parts) if not param.is_meta and id(param) not in own)
+    return max((param for param in params if storage_of(param).tail is not None), key=Tensor.numel, default=None)

@@ -2,8 +2,8 @@
 
 What is right in torch is inherited from there, and `isinstance` still holds; what is wrong there is right here:
 FP32 losses, one decision of all ranks, a floor under the scale, a clean iteration without gradients, no lost updates of
-FP16 weights, no closure in any place. Left out: `clip_grad_norm_` before `unscale_` clips scaled gradients here as it
-does there, for neither sees it. `LossScaler` clips by itself, and does more.
+FP16 weights, no closure in any place. `clip_grad_norm_` before `unscale_` clips scaled gradients here as it does there,
+which is warned of. `LossScaler` clips by itself, and does more.
 """
 
 import warnings
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from duotone.errors import LossScaleError, OptimizerError
 from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.internals.autograd import version_of
 from duotone.torch.internals.dispatch import has_no_cuda
 from duotone.torch.internals.training import OptState, check_grad_scaler, new_optimizer_state, update_scale
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.optim.foreign import fused_step, hides_masters, loses_float16_updates, skips_on_device, takes_scaler
 from duotone.torch.parameters.plain_steps import say_if_updates_are_rounded, watch_plain_steps
 from duotone.torch.parameters.scaled_losses import Scaled, scaled_losses
-from duotone.torch.parameters.shards import local
+from duotone.torch.parameters.shards import is_shard, local
+from duotone.torch.scaling.loop_check import LoopCheck
 from duotone.torch.scaling.scale_alarm import CEILING, FLOOR, ScaleAlarm, check_scale
 from duotone.torch.scaling.unscale import narrow, unscale_, unscale_and_check_
 
@@ -92,6 +94,9 @@ class GradScaler(torch.amp.GradScaler):
         super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         check_grad_scaler(self)
         self._alarm = ScaleAlarm()
+        # how many losses were scaled since the last update, and what is seen of the loop around
+        self._losses, self._loop = 0, LoopCheck(looks_for_clipping=self._enabled)
+        self._looked_at: int | None = None
         watch_plain_steps()
 
     @overload
@@ -119,6 +124,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return outputs
         if isinstance(outputs, Tensor):
+            self._losses += 1
             scaled_losses[id(self)] = Scaled(ref(outputs), None, ref(self))
             return _at_least_float32(outputs) * self._scale_on(outputs.device)
         # some of the losses may go backward when the scale has moved on
@@ -181,6 +187,8 @@ class GradScaler(torch.amp.GradScaler):
         state = self._per_optimizer_states[id(optimizer)]
         if state["stage"] is OptState.STEPPED:
             raise RuntimeError("step() has already been called since the last update().")
+        if self._loop.looks_for_clipping and state["stage"] is OptState.READY:
+            self._look_for_clipping(optimizer)
 
         returned: Any = None
         if isinstance(optimizer, MasterOptimizer):
@@ -236,6 +244,7 @@ class GradScaler(torch.amp.GradScaler):
         if not self._enabled:
             return
         scale, growth_tracker = self._check_scale_growth_tracker("update")
+        self._losses = 0
         for state in self._per_optimizer_states.values():
             narrow(state.pop("widened", []))
         if new_scale is not None:
@@ -273,6 +282,20 @@ class GradScaler(torch.amp.GradScaler):
                 self._lazy_init_scale_growth_tracker(device)
         assert self._scale is not None
         return self._scale.to(device, non_blocking=True)
+
+    @torch.no_grad()
+    def _look_for_clipping(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the norm of the first optimizer's scaled gradients, if somebody has written into them."""
+        grads = [param.grad for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if self._looked_at is None:
+            self._looked_at = id(optimizer)
+        if self._looked_at != id(optimizer) or not grads or version_of(grads[0]) < max(self._losses, 1):
+            return
+        if all(
+            grad.layout is torch.strided and not is_shard(grad) and grad.device == grads[0].device for grad in grads
+        ):
+            norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad)).float() for grad in grads]
+            self._loop.look_for_clipping(torch.stack(norms).norm(), on_host=grads[0].is_cpu)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         found_infs = super()._check_inf_per_device(optimizer)
@@ -345,6 +368,10 @@ def _at_least_float32(loss: Tensor) -> Tensor:
 
 def _is_float16(param: Tensor) -> bool:
     return param.grad is not None and param.grad.dtype == torch.float16
+
+
+def _wide(grad: Tensor) -> torch.dtype:
+    return torch.promote_types(grad.dtype, torch.float32)
 
 
 def _sum(flags: Iterable[Tensor], device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,9 @@ class LoopCheck:
         self._looks = 0
         self._readback = Readback()
         self._many_said = False
+
+    def __reduce__(self) -> Any:
+        return partial(LoopCheck, looks_for_clipping=self.looks_for_clipping), ()
 
     def look_at(self, optimizers: Sequence[torch.optim.Optimizer], settings: LossScale) -> None:
         """Warn if the scale does not fit the policies that an optimizer's parameters were cast to."""
