@@ -104,6 +104,7 @@ ALLOWED = {
         "duotone.torch.casting",
         "duotone.torch.explanation",
         "duotone.torch.nested",
+        "duotone.torch.parameters",
         "duotone.torch.watching",
     ),
     "duotone.torch.optim": (

@@ -299,11 +299,12 @@ def test_json_is_an_object_of_roles_and_rules():
         "loss_scale": "none",
         "rules": [{"pattern": "head", "roles": {"param": FP32, "compute": FP32}}],
         "frozen": "rounded",
+        "residual": FP32,
     }
     assert Policy.from_json(policy.to_json()) == policy
 
 
-@pytest.mark.parametrize("role", ["frozen", "inputs"])
+@pytest.mark.parametrize("role", ["frozen", "inputs", "residual"])
 def test_json_of_earlier_versions_lacks_roles_and_is_read(role):
     policy = Policy.parse("bf16; head: param=fp32")
     content = json.loads(policy.to_json())

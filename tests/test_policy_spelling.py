@@ -22,6 +22,7 @@ CHOICES = {
     "rounding": st.sampled_from([None, "nearest", "stochastic"]),
     "frozen": st.sampled_from(["rounded", FP32, "tail"]),
     "inputs": st.sampled_from([None, FP32, BF16, FP16]),
+    "residual": st.sampled_from(["compute", FP32]),
 }
 
 
@@ -41,7 +42,7 @@ def policies(draw):
         )
     )
     names = [param, compute, output, grad, reduce]
-    others = ("master", "state", "frozen", "inputs")
+    others = ("master", "state", "frozen", "inputs", "residual")
     names += [value for rule in rules for role, value in rule.roles if role not in others]
     scales = st.one_of(st.just("dynamic"), st.integers(0, 32).map(lambda power: 2.0**power))
     loss_scale = draw(scales) if FP16 in names else "none"
@@ -49,6 +50,7 @@ def policies(draw):
         "frozen": draw(CHOICES["frozen"].filter(lambda value: master or value != "tail")),
         "inputs": draw(st.sampled_from([None, FP32, param, compute if compute in (BF16, FP16) else None])),
     }
+    later["residual"] = draw(CHOICES["residual"])
     return Policy(param, compute, output, grad, reduce, master, state, rounding, loss_scale, rules, **later)
 
 
@@ -125,6 +127,7 @@ def test_every_preset_can_be_used_and_every_alias_names_one():
         ("fp16,loss_scale=1024", "fp16,loss_scale=1024"),
         ("fp16,loss_scale=1", "fp16,loss_scale=1"),
         ("fp32,compute=e4m3", "fp32,compute=float8_e4m3fn"),
+        ("bf16,residual=fp32; head: residual=compute", "bf16; head: residual=compute"),
         ("bf16,inputs=bf16", "bf16,inputs=bfloat16"),
         ("bf16,inputs=none; stem: inputs=fp32", "bf16; stem: inputs=float32"),
         (
@@ -140,7 +143,7 @@ def test_what_texts_mean(text, name):
 def test_the_canonical_text():
     assert str(Policy.parse("fp16,loss_scale=8; head: output=fp16,master=none")) == (
         "param=float16,compute=float16,output=float32,grad=float16,reduce=float32,master=float32,state=float32,"
-        "rounding=none,frozen=rounded,inputs=none,loss_scale=8; head: output=float16,master=none"
+        "rounding=none,frozen=rounded,inputs=none,residual=float32,loss_scale=8; head: output=float16,master=none"
     )
 
 

@@ -104,6 +104,8 @@ class Policy:
             "tail", as weights that do. Rounded ones keep a tail where they are tables that are not large.
         inputs: what floating-point inputs are cast to where they enter the model: `compute` or float32; None to take
             them as they come, and have each product round what it needs.
+        residual: what a residual stream starts in, that is what embeddings give, and what class tokens and positions
+            are kept in: "float32", which additions then keep, or "compute", the format of the weights.
 
     Raises:
         PolicyError: a value does not exist, or the roles do not fit each other.
@@ -128,6 +130,7 @@ class Policy:
     # what was added later is given by name alone
     frozen: Literal["rounded", "float32", "tail"] = field(default="rounded", kw_only=True)
     inputs: str | None = field(default=None, kw_only=True)
+    residual: Literal["float32", "compute"] = field(default="float32", kw_only=True)
 
     def __post_init__(self) -> None:
         for role, value in _roles(self).items():

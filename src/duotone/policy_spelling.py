@@ -34,11 +34,12 @@ ROLES: Mapping[str, tuple[str | None, ...]] = MappingProxyType(
         "rounding": (None, "nearest", "stochastic"),
         "frozen": ("rounded", "float32", "tail"),
         "inputs": (None, *_TRAINING),
+        "residual": ("float32", "compute"),
     }
 )
 
 # roles that policies had not at first, with what one that lacks them means
-LATER: Mapping[str, str | None] = MappingProxyType({"frozen": "rounded", "inputs": None})
+LATER: Mapping[str, str | None] = MappingProxyType({"frozen": "rounded", "inputs": None, "residual": "float32"})
 
 # where a role's values are narrower than its neighbours', the reason
 _REASONS = {

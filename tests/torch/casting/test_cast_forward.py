@@ -89,7 +89,8 @@ def global_state() -> tuple[object, ...]:
 @pytest.mark.parametrize(("policy", "dtype"), PRECISIONS)
 @pytest.mark.parametrize("output", ["float32", None])
 def test_dtypes_inside_and_at_the_borders(policy, dtype, output):
-    model = make(f"{policy},inputs={policy}" if output else f"{policy},inputs={policy},output={policy}")
+    narrow = f"{policy},inputs={policy},residual=compute"
+    model = make(narrow if output else f"{narrow},output={policy}")
     result = model(TOKENS, shift=torch.ones(16, dtype=torch.float32))
     assert result["logits"].dtype == (torch.float32 if output else dtype)
     assert result["tokens"] is TOKENS
@@ -193,7 +194,7 @@ def test_float32_gradients_add_up_many_micro_batches():
 
 
 def test_a_part_under_a_rule_computes_and_returns_as_told(same_bits):
-    inner = "bf16,inputs=bf16; blocks.1: param=float32,compute=float32"
+    inner = "bf16,inputs=bf16,residual=compute; blocks.1: param=float32,compute=float32"
     model = make(inner)
     assert [seen_by(block, model) for block in model.blocks] == [torch.bfloat16, torch.float32]
     returned = []

@@ -69,7 +69,7 @@ def test_what_each_choice_keeps(model, policy, choice):
     before, narrow = bits_of(model), {"bf16": torch.bfloat16, "fp16": torch.float16}[policy]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DuotoneWarning)
-        dt.cast(model, f"{policy},frozen={choice}")
+        dt.cast(model, f"{policy},frozen={choice},residual=compute")
     frozen = {name: param for name, param in model.named_parameters() if not param.requires_grad}
     assert model.head.weight.dtype == narrow
     in_float32 = {name for name, param in frozen.items() if param.dtype == torch.float32}
@@ -120,7 +120,7 @@ def test_a_table_is_not_large_and_no_operand_of_a_product(model, monkeypatch):
     # an embedding that is the head's weight is an operand too
     model.tied = nn.Embedding(2, 8).requires_grad_(False)
     model.head.weight = model.tied.weight
-    dt.cast(model, "bf16")
+    dt.cast(model, "bf16,residual=compute")
     rounded = [name for name, param in model.named_parameters() if storage_of(param).tail is None]
     assert rounded == [
         "time.scale",
@@ -162,7 +162,7 @@ def test_a_fourier_embedding_tells_times_apart(model):
 @pytest.mark.filterwarnings("error")
 def test_rules_choose_and_the_json_says_so(model):
     before = bits_of(model)
-    dt.cast(model, "bf16,frozen=tail; table: frozen=float32; type=Linear: frozen=float32")
+    dt.cast(model, "bf16,frozen=tail,residual=compute; table: frozen=float32; type=Linear: frozen=float32")
     assert model.table.weight.dtype == model.body.weight.dtype == torch.float32
     assert storage_of(model.positions).tail is not None
     policy = dt.policy_of(model)

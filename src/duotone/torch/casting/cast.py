@@ -27,7 +27,6 @@ from duotone.torch.casting.storage_plan import (
     is_castable,
     is_lazy,
     plan,
-    planned_fields,
 )
 from duotone.torch.internals.training import parameters_of
 from duotone.torch.kernels import SPLIT_DTYPES
@@ -39,6 +38,8 @@ from duotone.torch.parameters.shards import is_shard, is_sharded
 from duotone.torch.parameters.storage import set_storage, storage_of
 
 Module = TypeVar("Module", bound=nn.Module)
+# a part in which one of these differs has a border of its own
+_OF_BORDERS = ("param", "compute", "output", "inputs", "residual")
 
 
 def cast(model: Module, policy: Policy | str) -> Module:
@@ -186,17 +187,20 @@ def _flatten_recurrent_weights(modules: Iterable[nn.Module]) -> None:
 def forward_for(module: nn.Module, path: str, policy: Policy, own: ModulePolicy) -> CastForward | None:
     """Return what is to stand in front of a module's forward; None for nothing."""
     effective, outer = own.effective, own.outer
-    pending = ApplyWhenShaped(path, planned_fields(module, own)) if is_lazy(module) else None
+    pending = ApplyWhenShaped(path, own) if is_lazy(module) else None
     inputs = input_dtype(effective)
     if path == "":
         output = torch_dtype(effective.output)
-        forward = CastForward(module, policy, effective, inputs=inputs, output=output, pending=pending)
+        forward = CastForward(module, policy, effective, inputs=inputs, output=output, is_border=True, pending=pending)
         forward.passes = PassWatch()
         return forward
-    if any(getattr(effective, role) != getattr(outer, role) for role in ("param", "compute", "output", "inputs")):
-        # a part returns what the module around it computes in, unless a rule says what it is to return
+    if any(getattr(effective, role) != getattr(outer, role) for role in _OF_BORDERS):
+        # a part returns what the module around it computes in, unless a rule says what it is to return, or it is in a
+        # residual stream in FP32
         output = torch_dtype(effective.output if own.sets_output else outer.compute)
-        return CastForward(module, effective, effective, inputs=inputs, output=output, pending=pending)
+        in_stream = not own.sets_output and outer.residual == "float32" != outer.compute
+        border = {"output": output, "is_border": True, "in_stream": in_stream}
+        return CastForward(module, effective, effective, inputs=inputs, **border, pending=pending)
     is_container = type(module).forward is nn.Module.forward
     if is_container or (effective.compute == "float32" and pending is None):
         return None

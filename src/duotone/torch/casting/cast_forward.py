@@ -26,7 +26,7 @@ from duotone.torch.internals.autograd import in_backward
 from duotone.torch.internals.dispatch import past_modes
 from duotone.torch.internals.training import active_ddp, gathering_of
 from duotone.torch.kernels import SPLIT_DTYPES
-from duotone.torch.nested import cast_floating
+from duotone.torch.nested import cast_floating, tensors_in
 from duotone.torch.parameters.foreign_averages import say_if_copied_for_average
 from duotone.torch.parameters.foreign_writes import PassWatch
 from duotone.torch.parameters.masters import has_lost_tail
@@ -43,7 +43,10 @@ class CastForward:
         policy: what `policy_of` is to return for the module.
         effective: the module's policy, rules applied.
         inputs: what inputs are cast to; None to take them as they come.
-        output: what the output is cast to; None inside a border.
+        output: what the output of a border is cast to.
+        is_border: whether the module is the root of a cast model, or a part that a rule treats differently.
+        in_stream: whether the output is left as it comes where the inputs came in FP32, or without a dtype: then a
+            residual stream in FP32 goes through the module, or starts there.
         pending: casts the parameters of a lazily shaped module at its first call, when they have a shape.
 
     Attributes:
@@ -64,6 +67,8 @@ class CastForward:
         *,
         inputs: torch.dtype | None = None,
         output: torch.dtype | None = None,
+        is_border: bool = False,
+        in_stream: bool = False,
         pending: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.policy = policy
@@ -72,15 +77,17 @@ class CastForward:
         self._forward = _innermost(module)
         self._inputs = inputs
         self._output = output
+        self._is_border = is_border
+        self._in_stream = in_stream
         self._pending = pending
         self._by_itself = input_dtype(effective), torch_dtype(effective.output)
-        self._region = Region(torch_dtype(effective.compute))
+        self._region = Region(torch_dtype(effective.compute), effective.residual)
         self._runs_without_mode = self._region.runs_without_mode(module)
         # its name and its signature; whatever else it carries is its own
         functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._output is None and self._pending is None:
+        if not self._is_border and self._pending is None:
             if self._runs_without_mode and len(args) == 1 and type(args[0]) is Tensor and self._region.is_only_mode():
                 # a mode takes longer to call a function than a small one takes to run
                 with past_modes():
@@ -93,12 +100,14 @@ class CastForward:
             self._pending = None
         inputs, output = self._inputs, self._output
         # neither inside of a border nor run again in a backward pass: a part that is called by itself is its own border
-        if output is None and (torch.compiler.is_compiling() or not in_backward()):
+        if not self._is_border and (torch.compiler.is_compiling() or not in_backward()):
             inputs, output = self._by_itself
-        if not (self._has_asked_for_ranks or self._output is None or torch.compiler.is_compiling()):
+        if self._is_border and not (self._has_asked_for_ranks or torch.compiler.is_compiling()):
             self._has_asked_for_ranks = _say_if_masters_differ(self._module)
         if self.passes is not None and self.passes.count(self._module) and self.policy.master is not None:
             _say_if_records_are_lost(self._module)
+        if self._in_stream and not _all_narrow((args, kwargs)):
+            output = None
         if inputs is not None:
             args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
             kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs
@@ -125,7 +134,7 @@ class CastForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> "CastForward":
         copied = object.__new__(CastForward)
         memo[id(self)] = copied
-        if self._output is not None:
+        if self._is_border:
             say_if_copied_for_average(self._module)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         # torch copies a parameter without its attributes; a module's parameters are copied before its forward
@@ -139,7 +148,7 @@ class CastForward:
 
     def __getstate__(self) -> dict[str, Any]:
         # torch pickles a parameter with its attributes, but without the dtype of its gradient
-        params = self._module.parameters() if self._output is not None else ()
+        params = self._module.parameters() if self._is_border else ()
         return {**self.__dict__, "grad_dtypes": [(p, p.grad_dtype) for p in params if p.is_floating_point()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -177,6 +186,12 @@ class CastForward:
             del self._module.forward
         else:
             self._module.forward = self._forward
+
+
+def _all_narrow(inputs: Any) -> bool:
+    """Return whether there are floating-point tensors, and all in 16 bits."""
+    dtypes = {tensor.dtype for tensor in tensors_in(inputs) if tensor.is_floating_point()}
+    return bool(dtypes) and dtypes <= {*SPLIT_DTYPES}
 
 
 def of_other(method: Callable[..., Any], module: nn.Module, other: nn.Module) -> Callable[..., Any]:

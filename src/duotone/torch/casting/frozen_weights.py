@@ -65,10 +65,21 @@ def warn_of_rounding(names: Sequence[str], elements: int) -> None:
     )
 
 
+def is_broadcast(module: nn.Module, param: nn.Parameter) -> bool:
+    """Return whether a parameter is added to every item of a batch: a class token, a position embedding.
+
+    It is of a module that is not torch's, and its first of several dimensions is 1: no product's operand is.
+
+    >>> is_broadcast(nn.Linear(2, 1), nn.Parameter(torch.ones(1, 2)))
+    False
+    """
+    return param.ndim > 1 and param.shape[0] == 1 and not _is_of_torch(module)
+
+
 def _is_table(module: nn.Module, param: nn.Parameter) -> bool:
     is_embedding = isinstance(module, nn.Embedding | nn.EmbeddingBag)
-    is_narrow = param.ndim <= 1 or param.shape[0] == 1
-    return param.numel() <= LARGEST_TABLE and (is_embedding or (is_narrow and not _is_of_torch(module)))
+    is_vector = param.ndim <= 1 and not _is_of_torch(module)
+    return param.numel() <= LARGEST_TABLE and (is_embedding or is_vector or is_broadcast(module, param))
 
 
 def _is_constant(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from duotone.errors import OperationError
 from duotone.operations import Kind
 from duotone.torch.casting import numbers
-from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU, Handler, as_handler
+from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU, TO_FLOAT32, Handler, as_handler
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products, multiply_in_float32
 from duotone.torch.casting.operation_table import Function, functions_in, functions_named, kinds, same_operation
@@ -58,17 +58,17 @@ class Handlers:
         return self.by_function.get(function)
 
 
-def handlers_for(compute: torch.dtype, device_type: str) -> Handlers:
-    """Return the handlers of a region where `compute` is the dtype of products."""
+def handlers_for(compute: torch.dtype, device_type: str, residual: str = "compute") -> Handlers:
+    """Return the handlers of a region: `compute` is the dtype of products, `residual` a policy's role."""
     # neither functools.cache, which torch.compile looks through, nor a dtype as the key, which it cannot name
-    key = f"{compute} {device_type}"
+    key = f"{compute} {device_type} {residual}"
     if key not in _made:
         same_operation()
-        _made[key] = _make_handlers(compute, device_type)
+        _made[key] = _make_handlers(compute, device_type, residual)
     return _made[key]
 
 
-def _make_handlers(compute: torch.dtype, device_type: str) -> Handlers:
+def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Handlers:
     made = {function: handler_of(kind, compute) for function, kind in kinds().items()}
 
     def put(handler: Handler, functions: Iterable[Function]) -> None:
@@ -101,6 +101,8 @@ def _make_handlers(compute: torch.dtype, device_type: str) -> Handlers:
         put(_widen_and_round, (*functions_in("average_pool"), *functions_in("random_activation")))
         made.update(FLOAT32_INSIDE_ON_CPU)
         emulated = compute == torch.float16 and not cpu_has_half_products()
+    if residual == "float32":
+        made.update(TO_FLOAT32)
     multiply = multiply_in_float32 if emulated else product
     put(multiply, (function for function, kind in kinds().items() if kind == "compute"))
     # made of several operations, each of which is to see autocast switched off

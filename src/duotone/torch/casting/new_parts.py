@@ -67,7 +67,7 @@ class Parts:
         for root, policy, policies in self._roots():
             for path, each in root.named_modules():
                 if each is module:
-                    fields = planned_fields(module, policies[path])
+                    fields = planned_fields(module, policies[path], param)
                     planned = own.changed(name=name, loss_scale=policy.loss_scale, **fields)
                     return as_frozen(param, [module], planned)
         return None

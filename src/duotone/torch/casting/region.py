@@ -37,21 +37,22 @@ class Region:
 
     Args:
         compute: BF16 or FP16; FP32 switches off the region that it is in.
+        residual: the policy's role: with `"float32"`, lookups give FP32.
 
     >>> with Region(torch.bfloat16).on("cpu"):
     ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype, torch.ones(2).bfloat16().exp().dtype
     (torch.bfloat16, torch.float32)
     """
 
-    def __init__(self, compute: torch.dtype) -> None:
-        self.compute = compute
+    def __init__(self, compute: torch.dtype, residual: str = "compute") -> None:
+        self.compute, self.residual = compute, residual
         # looked up here and not in a forward pass, where a tracer would follow
-        self._on_cpu, self._elsewhere = handlers_for(compute, "cpu"), handlers_for(compute, "cuda")
+        self._on_cpu, self._elsewhere = (handlers_for(compute, device, residual) for device in ("cpu", "cuda"))
         handlers_for(torch.float32, "cpu")
 
     def __reduce__(self) -> Any:
         # the handlers are found anew, in another process too
-        return Region, (self.compute,)
+        return Region, (self.compute, self.residual)
 
     def on(self, device_type: str) -> AbstractContextManager[Any]:
         """Return a context in which tensors on `"cpu"`, `"cuda"`, ... are in the region."""

@@ -2,7 +2,8 @@
 
 A plan is made for the whole model, and checked, before the first parameter changes. Parameters of torch's norms stay
 FP32: there are few of them, kernels take them beside 16-bit data, and small updates to numbers near 1 are what 16 bits
-lose first. A rule that sets `param` for a norm itself, by its path or its type, goes before that.
+lose first. So do parameters that start a residual stream where that is FP32: class tokens and position embeddings. A
+rule that sets `param` for a module itself, by its path or its type, goes before that.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from duotone.errors import PolicyError
-from duotone.torch.casting.frozen_weights import FLOAT32, as_frozen, warn_of_rounding
+from duotone.torch.casting.frozen_weights import FLOAT32, as_frozen, is_broadcast, warn_of_rounding
 from duotone.torch.casting.module_policies import ModulePolicy
 from duotone.torch.internals.training import BATCH_NORMS
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
@@ -40,7 +41,7 @@ def plan(modules: Mapping[str, nn.Module], policies: Mapping[str, ModulePolicy])
     """
     plans: dict[nn.Parameter, tuple[str, Storage, list[nn.Module]]] = {}
     for path, module in modules.items():
-        for full_name, param, storage in _planned(module, path, planned_fields(module, policies[path])):
+        for full_name, param, storage in _planned(module, path, policies[path]):
             other_name, other, owners = plans.setdefault(param, (full_name, storage, []))
             if other != storage:
                 kept = [f"{each.param}, frozen={each.frozen}" for each in (other, storage)]
@@ -124,11 +125,11 @@ class ApplyWhenShaped:
     """Stores the parameters of a lazily shaped module as planned once they have a shape."""
 
     path: str
-    fields: Mapping[str, Any]
+    own: ModulePolicy
 
     def __call__(self, module: nn.Module) -> None:
         planned, names = {}, {}
-        for full_name, param, storage in _planned(module, self.path, self.fields):
+        for full_name, param, storage in _planned(module, self.path, self.own):
             planned[param], names[param] = as_frozen(param, [module], storage), full_name
             _check_range(full_name, param, planned[param])
         apply(planned, names)
@@ -144,23 +145,27 @@ def is_castable(param: nn.Parameter) -> bool:
     return param.dtype in _CASTABLE and not isinstance(param, UninitializedParameter)
 
 
-def planned_fields(module: nn.Module, own: ModulePolicy) -> dict[str, Any]:
-    """Return what a module's policy says about the records of its own parameters, by field."""
+def planned_fields(module: nn.Module, own: ModulePolicy, param: nn.Parameter | None = None) -> dict[str, Any]:
+    """Return what a module's policy says about the records of its own parameters, or of one of them, by field."""
     policy = own.effective
     dtypes = {role: getattr(torch, getattr(policy, role)) for role in ("param", "grad", "reduce", "state")}
-    if isinstance(module, NORMS) and not own.sets_param:
+    starts_stream = param is not None and policy.residual == "float32" and is_broadcast(module, param)
+    if (starts_stream or isinstance(module, NORMS)) and not own.sets_param:
         return {**FLOAT32, "reduce": dtypes["reduce"], "state": dtypes["state"], "frozen": policy.frozen}
     has_no_master = policy.param != "float32" and policy.master is None
     return {**dtypes, "rounding": Rounding(policy.rounding) if has_no_master else None, "frozen": policy.frozen}
 
 
-def _planned(module: nn.Module, path: str, planned: Mapping[str, Any]) -> Iterator[tuple[str, nn.Parameter, Storage]]:
+def _planned(module: nn.Module, path: str, own: ModulePolicy) -> Iterator[tuple[str, nn.Parameter, Storage]]:
+    planned = planned_fields(module, own)
     for name, param in module.named_parameters(recurse=False):
         if is_castable(param):
             storage = storage_of(param)
             if storage.in_full_precision:
                 check_not_in_block(param, "cast")
-            yield f"{path}.{name}" if path else name, param, storage.changed(**planned)
+            # most parameters are as their module says
+            fields = planned_fields(module, own, param) if param.ndim > 1 and param.shape[0] == 1 else planned
+            yield f"{path}.{name}" if path else name, param, storage.changed(**fields)
 
 
 def _check_range(name: str, param: nn.Parameter, storage: Storage) -> None:

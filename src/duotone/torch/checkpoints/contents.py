@@ -266,6 +266,7 @@ def _check(path: Path, contents: Mapping[str, Any], model: nn.Module, given: Map
         check_not_in_block(param, "load_checkpoint")
     check_own_weights([*model.parameters()], "load a checkpoint")
     converting = _check_policy(path, _policy_in(contents), model, convert)
+    converting |= convert and _have_other_dtypes(contents["model"], model)
     _check_model(path, contents["model"], model, converting)
     _check_tails(model)
     if converting:
@@ -315,8 +316,12 @@ def _check_model(path: Path, saved: Mapping[str, Tensor], model: nn.Module, conv
         if got.shape != want.shape or (got.dtype != want.dtype and not converting):
             raise CheckpointError(
                 f'{path} does not fit the model: "{name}" is {got.dtype} {tuple(got.shape)} there '
-                f"and {want.dtype} {tuple(want.shape)} here"
+                f"and {want.dtype} {tuple(want.shape)} here{'; pass convert=True' if got.shape == want.shape else ''}"
             )
+
+
+def _have_other_dtypes(saved: Mapping[str, Tensor], model: nn.Module) -> bool:
+    return any(value.dtype != saved[name].dtype for name, value in _model_tensors(model).items() if name in saved)
 
 
 def _check_range(path: Path, contents: Mapping[str, Any], model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from duotone.policy import Policy
 from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.module_groups import paths_of_groups
-from duotone.torch.explanation.records import NO_HALF, OUTSIDE, Cast, Operation, RepeatedCast, Widening
+from duotone.torch.explanation.records import NO_HALF, OUTSIDE, Cast, ModuleDtypes, Operation, RepeatedCast, Widening
 from duotone.torch.explanation.wording import SIXTEEN_BITS, count, first_few, label, size
 
 _ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
@@ -27,17 +27,20 @@ Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-def findings_of(explanation: Explanation, policy: Policy | None, policies: Mapping[str, Policy]) -> tuple[str, ...]:
+def findings_of(
+    explanation: Explanation, policy: Policy | None, policies: Mapping[str, Policy], wide: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
     """Return the sentences about an explanation, the gravest first.
 
     Args:
         explanation: without findings.
         policy: that the model was cast to, or None.
         policies: of the modules that are under one, by path, rules applied.
+        wide: the modules whose FP32 parameters are meant.
     """
     if not explanation.operations:
         return ("no operation on floating-point numbers ran: call the model with a batch, or call it inside run",)
-    run = _Run(explanation, policy, policies)
+    run = _Run(explanation, policy, policies, wide)
     checks = (_without_policy, _repeated)
     if policy is not None:
         checks = (
@@ -63,6 +66,7 @@ class _Run:
     explanation: Explanation
     policy: Policy | None
     policies: Mapping[str, Policy]
+    wide: frozenset[str]
 
     @cached_property
     def group_paths(self) -> dict[str, str]:
@@ -87,6 +91,10 @@ class _Run:
     def is_narrow(self, path: str) -> bool:
         """Return whether a module's policy computes in 16 bits."""
         return path in self.policies and self.policies[path].compute in SIXTEEN_BITS
+
+    def has_wide_stream(self, path: str) -> bool:
+        """Return whether a module's policy asks for a residual stream in FP32."""
+        return path in self.policies and self.policies[path].residual == "float32"
 
     def is_large(self, number: int, share: float) -> bool:
         """Return whether bytes are worth a sentence: many, or at least a share of what is saved for backward."""
@@ -202,9 +210,8 @@ def _attention_in_float32(run: _Run) -> Iterator[str]:
 def _parameters_in_float32(run: _Run) -> Iterator[str]:
     wide = []
     for module in run.explanation.modules:
-        is_norm = "norm" in module.type.lower() or "norm" in module.path.rpartition(".")[2].lower()
         is_narrow = module.path in run.policies and run.policies[module.path].param in SIXTEEN_BITS
-        if is_narrow and not is_norm and "float32" in module.parameter_dtypes:
+        if is_narrow and not _is_norm(module) and module.path not in run.wide and "float32" in module.parameter_dtypes:
             wide.append(f"{run.group_paths[module.path] or 'the model'} ({module.type})")
     if wide:
         modules = "1 module that is no norm has" if len(wide) == 1 else f"{len(wide)} modules that are no norms have"
@@ -214,6 +221,10 @@ def _parameters_in_float32(run: _Run) -> Iterator[str]:
         )
 
 
+def _is_norm(module: ModuleDtypes) -> bool:
+    return "norm" in module.type.lower() or "norm" in module.path.rpartition(".")[2].lower()
+
+
 def _is_residual(each: Widening) -> bool:
     """Return whether a widening is two results being added, and not one and a buffer."""
     return each.operation == "add" and each.is_stream and each.name is None
@@ -221,7 +232,7 @@ def _is_residual(each: Widening) -> bool:
 
 def _first_widening(run: _Run) -> Iterator[str]:
     first = next((each for each in run.widenings if run.is_large(each.result_bytes, share=0.01)), None)
-    if first is None or _is_residual(first):
+    if first is None or _is_residual(first) or (first.operation == "add" and run.has_wide_stream(first.module)):
         return
     named, what = "", "the FP32 one"
     if first.name is not None:
@@ -234,7 +245,7 @@ def _first_widening(run: _Run) -> Iterator[str]:
 
 
 def _residual_in_float32(run: _Run) -> Iterator[str]:
-    additions = list(filter(_is_residual, run.widenings))
+    additions = [each for each in run.widenings if _is_residual(each) and not run.has_wide_stream(each.module)]
     if additions:
         yield (
             f"{count(sum(each.calls for each in additions), 'addition')} of a 16-bit and an FP32 tensor gave FP32 in "
@@ -274,6 +285,8 @@ def _saved_in_float32(run: _Run) -> Iterator[str]:
     for module in run.explanation.modules:
         # what a rule or keep_float32 asks for is meant, and what torch does by itself has been said
         is_meant = module.path in run.policies and run.policies[module.path].compute == "float32"
+        # as are the inputs of norms where the residual stream is in FP32
+        is_meant |= _is_norm(module) and run.has_wide_stream(module.path)
         if not is_meant and module.path not in run.widened_by_torch:
             wide_bytes = module.saved_bytes.get("float32", 0) - module.kept_float32_bytes
             shares[run.group_paths[module.path] or "the model"] += wide_bytes

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from duotone.errors import ExplainError
@@ -19,6 +20,7 @@ from duotone.torch.explanation.findings import findings_of
 from duotone.torch.explanation.records import ModuleDtypes, add_up, largest_first
 from duotone.torch.explanation.totals import Totals
 from duotone.torch.internals.compiler import original_of
+from duotone.torch.parameters.storage import storage_of
 from duotone.torch.watching import is_compiled, left_as_it_was, named_modules, watch
 from duotone.torch.watching.saved import dtype_name
 
@@ -79,7 +81,7 @@ def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None,
         outputs=tuple(totals.outputs.values()),
         saved_for_backward=totals.saved_for_backward(),
     )
-    return replace(explanation, findings=findings_of(explanation, policy, policies))
+    return replace(explanation, findings=findings_of(explanation, policy, policies, _wide_as_planned(model)))
 
 
 def _modules(model: nn.Module, policies: dict[str, Policy], totals: Totals) -> tuple[ModuleDtypes, ...]:
@@ -98,6 +100,17 @@ def _modules(model: nn.Module, policies: dict[str, Policy], totals: Totals) -> t
             kept_float32_bytes=totals.modules[path].kept_float32_bytes,
         )
         for path, module in named_modules(model)
+    )
+
+
+def _wide_as_planned(model: nn.Module) -> frozenset[str]:
+    """Return the modules whose own FP32 parameters are all so because the cast put them there."""
+    wide = {
+        path: [param for param in module.parameters(recurse=False) if param.dtype == torch.float32]
+        for path, module in named_modules(model)
+    }
+    return frozenset(
+        path for path, params in wide.items() if all(storage_of(param).param == torch.float32 for param in params)
     )
 
 

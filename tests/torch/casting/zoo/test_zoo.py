@@ -78,6 +78,8 @@ def test_every_parameter_learns_from_a_gradient_in_its_dtype(name, policy):
         for own, _ in module.named_parameters(recurse=False)
         if isinstance(module, NORMS)
     }
+    # where the residual stream starts
+    in_float32 |= {path for path in run.weights if path.endswith((".class_token", ".positions"))}
     for path, grad in run.gradients.items():
         assert grad is not None, path
         expected = torch.float32 if path in in_float32 else DTYPES[policy]
@@ -102,8 +104,15 @@ def test_products_multiply_what_the_policy_holds(name, policy):
 def test_layers_return_the_policys_dtype(name, policy):
     run = run_of(name, policy)
     assert run.outputs
+    lookups = {
+        f"{place}.{path}"
+        for place, model in enumerate(run.models)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    }
     for path, dtypes in run.outputs.items():
-        assert dtypes == {DTYPES[policy]}, path
+        # a residual stream starts in FP32
+        assert dtypes == {torch.float32 if path in lookups else DTYPES[policy]}, path
 
 
 @families

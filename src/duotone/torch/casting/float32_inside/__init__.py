@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duotone.torch.casting.float32_inside.embeddings import embedding_bag_in_float32, embedding_in_float32
+from duotone.torch.casting.float32_inside.embeddings import (
+    aten_embedding_to_float32,
+    embedding_bag_in_float32,
+    embedding_bag_to_float32,
+    embedding_in_float32,
+    embedding_to_float32,
+)
 from duotone.torch.casting.float32_inside.gathers import (
     gather_in_float32,
     index_select_in_float32,
@@ -61,6 +67,13 @@ FLOAT32_INSIDE: Mapping[Function, Handler] = {
         (take_in_float32, (torch.take, Tensor.take)),
     )
     for function in functions
+}
+
+# where a residual stream in FP32 starts, on any device
+TO_FLOAT32: Mapping[Function, Handler] = {
+    F.embedding: as_handler(embedding_to_float32),
+    torch.embedding: as_handler(aten_embedding_to_float32),
+    F.embedding_bag: as_handler(embedding_bag_to_float32),
 }
 
 # on CPUs only: CUDA's kernel adds the gradients of a row up in FP32 itself

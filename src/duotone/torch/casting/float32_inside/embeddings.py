@@ -2,9 +2,10 @@
 
 In BF16 a running sum of ones stalls at 256, so that on a CPU (torch 2.13) the gradient of a row that 1,000 tokens use
 comes out four times too small. Nothing of the table is widened: a lookup copies 16-bit rows, a bag sums FP32 copies of
-the rows that it holds and rounds once. The gradient is FP32 until it is rounded once to the table's dtype, or not at
-all where its `grad_dtype` says so. Left out: tables that are renormalized in place (`max_norm`) or get sparse
-gradients, which stay with torch, and forward-mode derivatives.
+the rows that it holds and rounds once; where a residual stream is to start in FP32, the rows looked up are widened, and
+a bag's sum is not rounded. The gradient is FP32 until it is rounded once to the table's dtype, or not at all where its
+`grad_dtype` says so. Left out: tables that are renormalized in place (`max_norm`) or get sparse gradients, which stay
+with torch, and forward-mode derivatives.
 """
 
 from collections.abc import Callable
@@ -82,6 +83,40 @@ def embedding_in_float32(
     return apply(_Lookup, weight, input, row, scale_grad_by_freq, weight.dtype)
 
 
+def embedding_to_float32(
+    func: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Call `F.embedding` where a residual stream in FP32 starts: as `embedding_in_float32`, its rows widened.
+
+    >>> from torch.nn import functional as F
+    >>> embedding_to_float32(F.embedding, torch.tensor([0]), torch.ones(1, 1).bfloat16()).dtype
+    torch.float32
+    """
+    row = _padding_row(weight, padding_idx)
+    is_plain = max_norm is None and not sparse and row is not None
+    if weight.dtype in _NARROW and weight.is_cpu and torch.is_grad_enabled() and is_plain:
+        return apply(_Lookup, weight, input, row, scale_grad_by_freq, torch.float32)
+    rows = func(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return rows.float() if rows.dtype in _NARROW else rows
+
+
+def aten_embedding_to_float32(func: Callable[..., Any], weight: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+    """Call `torch.embedding` as `embedding_to_float32`; its table comes first.
+
+    >>> aten_embedding_to_float32(torch.embedding, torch.ones(1, 1).bfloat16(), torch.tensor([0])).dtype
+    torch.float32
+    """
+    rows = func(weight, indices, *rest)
+    return rows.float() if rows.dtype in _NARROW else rows
+
+
 def embedding_bag_in_float32(
     func: Callable[..., Any],
     input: Tensor,
@@ -96,7 +131,7 @@ def embedding_bag_in_float32(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Call `F.embedding_bag` with FP32 inside.
+    """Call `F.embedding_bag` with FP32 inside, its result rounded once.
 
     Args:
         func: `F.embedding_bag`; its arguments follow. `per_sample_weights` may have another dtype than the table.
@@ -110,6 +145,38 @@ def embedding_bag_in_float32(
     >>> embedding_bag_in_float32(F.embedding_bag, bags, table, mode="sum", per_sample_weights=weights)
     tensor([[1.5000, 1.5000]], dtype=torch.bfloat16)
     """
+    rest = (scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+    return _sum_in_float32(func, input, weight, offsets, max_norm, norm_type, *rest).to(weight.dtype)
+
+
+def embedding_bag_to_float32(
+    func: Callable[..., Any], input: Tensor, weight: Tensor, *args: Any, **named: Any
+) -> Tensor:
+    """Call `F.embedding_bag` where a residual stream in FP32 starts: as `embedding_bag_in_float32`, not rounded.
+
+    >>> from torch.nn import functional as F
+    >>> embedding_bag_to_float32(F.embedding_bag, torch.tensor([[0, 0]]), torch.ones(1, 1).bfloat16()).dtype
+    torch.float32
+    """
+    summed = _sum_in_float32(func, input, weight, *args, **named)
+    return summed.float() if summed.dtype in _NARROW else summed
+
+
+def _sum_in_float32(
+    func: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Return the sums of bags in FP32, or in the table's dtype where they stay with torch."""
     row = _padding_row(weight, padding_idx)
     one_dtype = per_sample_weights is None or per_sample_weights.dtype == weight.dtype
     # other devices' kernels sum in FP32 themselves, but for the gradient of largest values
@@ -133,7 +200,7 @@ def embedding_bag_in_float32(
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.float()
     rest = (False, mode, False, per_sample_weights, include_last_offset, padding_idx)
-    return func(positions.view_as(input), rows, offsets, None, norm_type, *rest).to(weight.dtype)
+    return func(positions.view_as(input), rows, offsets, None, norm_type, *rest)
 
 
 def _padding_row(weight: Tensor, padding_idx: int | None) -> int | None:
