@@ -18,7 +18,7 @@ from duotone.policy import Policy, Rule
 from duotone.torch.call_site import warn
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, input_dtype, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
-from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_marks
+from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_implied_rules
 from duotone.torch.casting.own_methods import OwnMethods, remove_forward
 from duotone.torch.casting.storage_plan import (
     ApplyWhenShaped,
@@ -72,7 +72,7 @@ def cast(model: Module, policy: Policy | str) -> Module:
     """
     check_module(model, "cast")
     _check_not_parallel(model, "cast")
-    policy = with_marks(model, Policy.parse(policy))
+    policy = with_implied_rules(model, Policy.parse(policy))
     policies = resolve(model, policy)
     modules = dict(model.named_modules())
     planned = plan(modules, policies)

@@ -14,6 +14,7 @@ from torch import nn
 from duotone.errors import PolicyError
 from duotone.policy import ClassNames, Policy, Rule
 from duotone.torch.casting.keep_float32 import is_kept_in_float32
+from duotone.torch.casting.kept_by_class import classes_of, kept_parameters, with_kept_modules
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class ModulePolicy:
         outer: the effective policy of the module around it; of the model itself, its own.
         sets_param: whether a rule that sets `param` matches this very module.
         sets_output: whether a rule that sets `output` matches this module or one around it.
+        kept: those of its own parameters that classes keep in FP32, whatever the module is in.
     """
 
     effective: Policy
     outer: Policy
     sets_param: bool
     sets_output: bool
+    kept: frozenset[str] = frozenset()
 
 
 def resolve(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
@@ -45,9 +48,14 @@ def resolve(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
     ('float32', 'float32', True)
     """
     modules = dict(model.named_modules())
-    classes = _classes(modules)
+    classes = classes_of(modules)
     _check_rules(modules, policy, classes)
-    return _resolve(policy, classes)
+    policies = _resolve(policy, classes)
+    for name in kept_parameters(modules, policy):
+        path, _, own = name.rpartition(".")
+        if not any("param" in dict(rule.roles) and rule.holds_for(path, classes) for rule in policy.rules):
+            policies[path] = replace(policies[path], kept=policies[path].kept | {own})
+    return policies
 
 
 def resolve_changed(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]:
@@ -56,7 +64,7 @@ def resolve_changed(model: nn.Module, policy: Policy) -> dict[str, ModulePolicy]
     Raises:
         PolicyError: roles do not fit each other in a module.
     """
-    return _resolve(policy, _classes(dict(model.named_modules())))
+    return _resolve(policy, classes_of(dict(model.named_modules())))
 
 
 def _resolve(policy: Policy, classes: ClassNames) -> dict[str, ModulePolicy]:
@@ -79,10 +87,13 @@ def _resolve(policy: Policy, classes: ClassNames) -> dict[str, ModulePolicy]:
     return modules
 
 
-def _classes(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, ...]]:
-    kinds = {type(module) for module in modules.values()}
-    names = {kind: tuple([each.__name__ for each in kind.__mro__ if issubclass(each, nn.Module)]) for kind in kinds}
-    return {path: names[type(module)] for path, module in modules.items()}
+def with_implied_rules(model: nn.Module, policy: Policy) -> Policy:
+    """Return a policy with rules for what classes keep in FP32, before its own, and for what `keep_float32` has marked.
+
+    Raises:
+        PolicyError: the whole model is marked.
+    """
+    return with_marks(model, with_kept_modules(dict(model.named_modules()), policy))
 
 
 def with_marks(model: nn.Module, policy: Policy) -> Policy:

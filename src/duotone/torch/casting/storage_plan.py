@@ -165,6 +165,7 @@ def _planned(module: nn.Module, path: str, own: ModulePolicy) -> Iterator[tuple[
                 check_not_in_block(param, "cast")
             # most parameters are as their module says
             fields = planned_fields(module, own, param) if param.ndim > 1 and param.shape[0] == 1 else planned
+            fields = {**fields, **FLOAT32} if name in own.kept else fields
             yield f"{path}.{name}" if path else name, param, storage.changed(**fields)
 
 
