@@ -17,8 +17,8 @@ ALLOWED = {
     "duotone.config_file": ("duotone.errors",),
     "duotone.own_folder": ("duotone.durable_files", "duotone.errors"),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
-    "duotone.torch.internals": ("duotone.errors", "duotone.torch.internals"),
-    "duotone.torch.kernels": ("duotone.errors", "duotone.torch.kernels"),
+    "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
+    "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (
         "duotone.errors",
         "duotone.torch.call_site",
@@ -45,7 +45,12 @@ ALLOWED = {
         "duotone.errors",
         "duotone.torch.checkpoints.folder",
     ),
-    "duotone.torch.memory_use": ("duotone.torch.optim.slots", "duotone.torch.parameters"),
+    "duotone.torch.memory_use": (
+        "duotone.torch.explanation.wording",
+        "duotone.torch.notebook",
+        "duotone.torch.optim.slots",
+        "duotone.torch.parameters",
+    ),
     "duotone.torch.distributed": (
         "duotone.errors",
         "duotone.policy",
@@ -57,6 +62,7 @@ ALLOWED = {
     "duotone.torch.call_site": ("duotone.errors",),
     "duotone.torch.near_misses": ("duotone.errors",),
     "duotone.torch.nested": (),
+    "duotone.torch.notebook": (),
     "duotone.torch.casting": (
         "duotone.errors",
         "duotone.operations",
@@ -69,7 +75,7 @@ ALLOWED = {
     ),
     "duotone.torch.casting.operation_table": ("duotone.errors", "duotone.operations"),
     "duotone.torch.casting.float32_inside": ("duotone.torch.casting.float32_inside",),
-    "duotone.torch.casting.half_on_cpu": ("duotone.errors", "duotone.torch.nested"),
+    "duotone.torch.casting.half_on_cpu": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.nested"),
     "duotone.torch.casting.handlers": (
         "duotone.errors",
         "duotone.operations",
@@ -86,7 +92,11 @@ ALLOWED = {
         "duotone.torch.casting.recomputation",
         "duotone.torch.casting.tracing",
     ),
-    "duotone.torch.casting.recomputation": ("duotone.errors", "duotone.torch.casting.tracing"),
+    "duotone.torch.casting.recomputation": (
+        "duotone.errors",
+        "duotone.torch.call_site",
+        "duotone.torch.casting.tracing",
+    ),
     "duotone.torch.casting.tracing": (),
     "duotone.torch.casting.numbers": (),
     "duotone.torch.casting.autocast": (
@@ -104,6 +114,7 @@ ALLOWED = {
         "duotone.torch.casting",
         "duotone.torch.explanation",
         "duotone.torch.nested",
+        "duotone.torch.notebook",
         "duotone.torch.parameters",
         "duotone.torch.watching",
     ),
@@ -149,6 +160,7 @@ ALLOWED = {
     "duotone.torch.scaling.monitor": (
         "duotone.errors",
         "duotone.loss_scale",
+        "duotone.torch.call_site",
         "duotone.torch.distributed.agreement",
         "duotone.torch.scaling.diagnosis",
         "duotone.torch.scaling.outcome",
@@ -164,6 +176,7 @@ ALLOWED = {
     "duotone.torch.scaling.step": (
         "duotone.errors",
         "duotone.torch.distributed.agreement",
+        "duotone.torch.notebook",
         "duotone.torch.optim",
         "duotone.torch.parameters",
         "duotone.torch.scaling.optimizer_step",

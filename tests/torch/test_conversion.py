@@ -1,11 +1,14 @@
 """One call for an existing model and torch optimizer: what is taken over, what is kept, and what is refused whole."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import OptimizerError, PolicyError
+from duotone.torch.casting import half_on_cpu
 from duotone.torch.parameters.masters import read_master
 from duotone.torch.parameters.storage import storage_of
 
@@ -278,3 +281,17 @@ def converted_shards() -> list[bool]:
 
 def test_an_optimizer_of_sharded_weights_is_converted(ranks):
     assert ranks.run(2, converted_shards) == [[True] * 4] * 2
+
+
+def test_warnings_name_the_line_that_calls_prepare(monkeypatch):
+    monkeypatch.setattr(half_on_cpu, "cpu_has_half_products", lambda: False)
+    half_on_cpu.say_once_how_half_runs_on_cpu.cache_clear()
+    frozen, trained = nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dt.prepare(nn.Sequential(frozen, trained), torch.optim.NAdam(trained.parameters()), "fp16")
+        double = nn.Linear(2, 1).double()
+        dt.prepare(double, torch.optim.AdamW(nn.Linear(2, 1).parameters()), "bf16")
+    expected = ["frozen weights were rounded", "this CPU has no FP16 matrix products", "no parameter of this Linear"]
+    assert [text in str(each.message) for each, text in zip(caught, expected, strict=True)] == [True] * 3
+    assert {each.filename for each in caught} == {__file__}

@@ -61,7 +61,7 @@ def warn_of_rounding(names: Sequence[str], elements: int) -> None:
     warn(
         f"frozen weights were rounded to 16 bits and have no masters ({shown}): uncast, exports and a training that "
         "unfreezes them later start from the rounding; products read the same. To keep every bit write frozen=tail in "
-        f"the policy, or in a rule, for {_in_units(2 * elements)} more, or frozen=float32"
+        f"the policy, or in a rule, for {2 * elements:,} bytes more, or frozen=float32"
     )
 
 
@@ -94,12 +94,3 @@ def _is_constant(module: nn.Module) -> bool:
 
 def _is_of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
-
-
-def _in_units(size: int) -> str:
-    """Return a number of bytes in words.
-
-    >>> _in_units(300), _in_units(8_400_000)
-    ('300 bytes', '8.4 MB')
-    """
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size} bytes"

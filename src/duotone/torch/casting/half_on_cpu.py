@@ -10,7 +10,6 @@ which take the same numbers without the hooks.
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from duotone.errors import DuotoneWarning, OperationError
+from duotone.errors import OperationError
+from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import (
     can_hook_saved,
     in_transform,
@@ -42,11 +42,9 @@ def cpu_has_half_products() -> bool:
 def say_once_how_half_runs_on_cpu() -> None:
     """Warn, the first time, if FP16 products on this CPU run in FP32 arithmetic."""
     if not cpu_has_half_products():
-        warnings.warn(
+        warn(
             "this CPU has no FP16 matrix products: they run in FP32 arithmetic on FP16 values, at FP32's speed; "
             'policy "bf16" is the faster choice where the CPU has BF16',
-            DuotoneWarning,
-            stacklevel=3,
         )
 
 

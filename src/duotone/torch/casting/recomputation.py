@@ -11,7 +11,6 @@ reimplements checkpoint, and hooks of the user's own inside of the checkpointed 
 import functools
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -21,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from duotone.errors import DuotoneWarning
+from duotone.torch.call_site import warn
 from duotone.torch.casting.tracing import not_by_itself
 from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks
 from duotone.torch.internals.lookup import find, has_all
@@ -112,12 +111,10 @@ def say_once_what_is_not_followed() -> None:
     """Try both kinds of checkpoint, the first time, and warn of those whose second run a mode is not entered for."""
     failing = [kind for kind in (False, True) if not _is_followed(kind)]
     if failing:
-        warnings.warn(
+        warn(
             f"{_CHECKPOINT} of torch {torch.__version__} is not made as Duotone reads it (use_reentrant="
             f"{' and '.join(map(str, failing))}): functions that it runs again in the backward pass compute without "
             "the rules of a cast model, perhaps in another dtype; use duotone.torch.checkpoint_activations",
-            DuotoneWarning,
-            stacklevel=4,
         )
 
 

@@ -14,11 +14,14 @@ from duotone.torch.explanation.records import (
 )
 from duotone.torch.explanation.tables import Table, casts_table, modules_table, operations_table, saved_table
 from duotone.torch.explanation.wording import count
+from duotone.torch.notebook import block, bullets, folded, paragraph
+from duotone.torch.notebook import table as html_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
-    """Where precision is in a model. `str()` gives it as text, `findings` is what to read first.
+    """Where precision is in a model. It shows itself as text, and in a notebook as tables that unfold; `findings` is
+    what to read first.
 
     Attributes:
         model: the model's class.
@@ -81,3 +84,16 @@ class Explanation:
     def __str__(self) -> str:
         findings = (f"- {finding}" for finding in self.findings)
         return "\n".join([self.header(), "", "What stands out", *findings, *map(str, self.tables())])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        tables = (
+            folded(
+                f"{table.title}: {table.about}",
+                html_table([(column.heading, column.is_number) for column in table.columns], table.rows),
+                paragraph(table.footer("in to_json()")),
+            )
+            for table in self.tables()
+        )
+        return block(self.header(), bullets(self.findings), *tables)

@@ -1,13 +1,12 @@
 """Private names of torch around a model in training: modules, optimizers, torch's own GradScaler, wrappers of ranks."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from duotone.errors import DuotoneWarning
+from duotone.torch.call_site import warn
 from duotone.torch.internals.lookup import find, find_or_refuse, refusal
 
 # the base of batch and instance norms, other libraries' among them; without it, torch's own alone are known
@@ -119,11 +118,9 @@ def move_step_hooks(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> N
         if hasattr(old, hooks):
             getattr(new, hooks).update(getattr(old, hooks))
         else:
-            warnings.warn(
+            warn(
                 f"torch {torch.__version__} keeps no {hooks}: what was registered on this {type(old).__name__} to run "
                 "around its steps does not run any more; register it on the new optimizer",
-                DuotoneWarning,
-                stacklevel=2,
             )
     setattr(old, STEPPED, True)
 

@@ -4,7 +4,6 @@ A fused backend is tried once on a gradient of one element. Where it does not wo
 that is said once and the reference runs, which gives the same bits; a backend that was asked for by name raises.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
@@ -14,7 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from duotone.errors import BackendError, DuotoneWarning, nearest_names
+from duotone.errors import BackendError, nearest_names
+from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout, is_in_one_layout
@@ -148,10 +148,8 @@ def _tried(name: str) -> ModuleType | str:
         problem = f"the square of 3 came out as {total.item()}"
     except Exception as error:  # whatever a compiler that is missing or broken may raise
         problem = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    warnings.warn(
+    warn(
         f'the fused "{name}" kernels do not work here ({problem}); the plain torch ones run instead, with the same '
         "results, slower",
-        DuotoneWarning,
-        stacklevel=2,
     )
     return problem

@@ -6,7 +6,6 @@ all the same.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +13,8 @@ from weakref import ref
 
 import torch
 
-from duotone.errors import DuotoneWarning
 from duotone.loss_scale import LossScale
+from duotone.torch.call_site import warn
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.readback import Readback
 from duotone.torch.scaling.diagnosis import collapse_error, loss_at, non_finite_gradients, non_finite_loss_error
@@ -136,9 +135,7 @@ class StepMonitor:
         advance(schedules, outcome.skipped_each)
         if outcome.any_non_finite_loss and was_finite:
             consequence = ", the step was skipped" if outcome.skipped_in_a_row else ""
-            warnings.warn(
+            warn(
                 f"{loss_at(outcome.step, outcome.non_finite_loss or None)} is not finite: that is the forward pass and "
                 f"no matter of a loss scale, which stays as it is{consequence}; said once until a loss is finite again",
-                DuotoneWarning,
-                stacklevel=5,
             )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.distributed.agreement import Agreement
+from duotone.torch.notebook import block, table
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.parameters.masters import check_in_place
 from duotone.torch.scaling.optimizer_step import OptimizerStep
@@ -24,9 +25,9 @@ _params_of, _grads_of = attrgetter("params"), attrgetter("grads")
 _sum_of_squares_of, _found_inf_of = attrgetter("sum_of_squares"), attrgetter("found_inf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepReport:
-    """What a step did. Device scalars: reading one as a Python number waits for the device.
+    """What a step did. Device scalars: reading one as a Python number waits for the device, and so does showing them.
 
     Attributes:
         skipped: bool, 0-d: a gradient was Inf or NaN, so an optimizer did not step.
@@ -40,6 +41,24 @@ class StepReport:
     grad_norm: Tensor
     loss_scale: Tensor
     skipped_each: tuple[Tensor, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"StepReport({', '.join(f'{name}={value}' for name, value in self._shown().items())})"
+
+    def _repr_html_(self) -> str:
+        names = [(name, False) for name in self._shown()]
+        return block("StepReport", table(names, [list(self._shown().values())]))
+
+    def _shown(self) -> dict[str, str]:
+        """Return what is shown, by name: flags of the optimizers only if there are several."""
+        shown = {
+            "skipped": str(bool(self.skipped)),
+            "grad_norm": f"{float(self.grad_norm):.6g}",
+            "loss_scale": f"{float(self.loss_scale):g}",
+        }
+        if len(self.skipped_each) > 1:
+            shown["skipped_each"] = str([bool(each) for each in self.skipped_each])
+        return shown
 
 
 class Step:
