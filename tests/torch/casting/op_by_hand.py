@@ -9,7 +9,8 @@ from torch.torch_version import TorchVersion
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products
-from duotone.torch.casting.operation_table import kinds_by_name
+from duotone.torch.casting.operation_table import kinds_by_name, names_in
+from duotone.torch.casting.products import is_sparse
 
 from .op_calls import Call, all_calls, is_random
 
@@ -20,8 +21,8 @@ KINDS = kinds_by_name()
 NARROW = [torch.bfloat16, torch.float16]
 # of float32_inside, those that run in torch's own 16-bit kernel; the others on widened operands, rounded once
 OWN_KERNEL = {
-    "batch_norm", "instance_norm", "native_layer_norm", "native_group_norm", "softmax", "softmin",
-    "special.softmax", "mean", "nanmean", "var", "std", "var_mean", "std_mean",
+    "batch_norm", "instance_norm", "native_layer_norm", "native_group_norm", "softmax", "log_softmax", "softmin",
+    "special.softmax", "special.log_softmax", "mean",
 }  # fmt: skip
 
 
@@ -65,15 +66,26 @@ def by_hand(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: to
         logits = by_hand(Call("linear", F.linear, None), (x, weight), {}, dtype, device)
         return F.cross_entropy(logits.float(), target, **kwargs)
     if kind == "compute":
-        args, kwargs = narrow((args, kwargs), dtype)
-        return narrow(run(call, *wide((args, kwargs))), dtype) if emulated(dtype, device) else run(call, args, kwargs)
+        is_summed_wide = call.name in names_in("sparse_product")
+        args, kwargs = (args, kwargs) if is_summed_wide else narrow((args, kwargs), dtype)
+        if is_summed_wide or emulated(dtype, device):
+            return narrow(run(call, *wide((args, kwargs))), dtype)
+        return run(call, args, kwargs)
     if kind == "float32":
         return run(call, *wide((args, kwargs)))
-    if call.function in (F.batch_norm, F.instance_norm) and not is_wide:
-        return with_wide_weights(call, args, kwargs)
-    if kind == "float32_inside" and call.name not in OWN_KERNEL and not is_wide:
-        return narrow(run(call, *wide((args, kwargs))), dtype)
+    if kind == "float32_inside" and not is_wide:
+        return inside(call, args, kwargs, dtype)
     return run(call, args, kwargs)
+
+
+def inside(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Return what an operation computed in FP32 inside is to give for 16-bit operands."""
+    if call.function in (F.batch_norm, F.instance_norm):
+        return with_wide_weights(call, args, kwargs)
+    if call.function in (torch.batch_norm, torch.instance_norm):
+        weights = args[1:3] if getattr(args[3], "dtype", None) in NARROW else wide(args[1:3])
+        return run(call, (args[0], *weights, *args[3:]), kwargs)
+    return run(call, args, kwargs) if call.name in OWN_KERNEL else narrow(run(call, *wide((args, kwargs))), dtype)
 
 
 def with_wide_weights(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,6 +106,7 @@ def bits(result: Any) -> list[Any]:
         if not isinstance(leaf, Tensor):
             found.append(leaf)
             continue
+        leaf = leaf.to_dense() if is_sparse(leaf) else leaf  # noqa: PLW2901
         real = torch.view_as_real(leaf.detach().resolve_conj()) if leaf.is_complex() else leaf.detach()
         same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
         found.append((leaf.dtype, tuple(leaf.shape), real.contiguous().view(same_size).tolist()))

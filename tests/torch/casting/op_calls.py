@@ -47,6 +47,11 @@ ALONG = PLACES.expand(2, 6)
 STATISTICS = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
 OF_IMAGE = positive(4), signed(4, seed=13)
 WINDOW = torch.hann_window(8)
+SPARSE = torch.relu(signed(4, 4, seed=20)).to_sparse()
+# of an observer: whether it observes, whether it quantizes, the least and the largest, step and zero
+# of an observer: whether it observes and quantizes, the least and the largest, step, zero
+OBSERVED = *[torch.ones(1, dtype=torch.int64)] * 2, *[torch.ones(1)] * 3, torch.zeros(1, dtype=torch.int32)
+TWICE = torch.sparse_coo_tensor(torch.tensor([[0, 2, 0, 0]]), torch.tensor([1.0, 2, 3, 4]) / 3, (3,))
 # input to hidden, hidden to hidden, and biases, for 4, 3 and 1 gates
 GATED = {n: [signed(n * 3, 6, seed=14), signed(n * 3, 3, seed=15), signed(n * 3), signed(n * 3)] for n in (1, 3, 4)}
 SEQUENCE, HIDDEN = signed(5, 2, 6, seed=16), signed(1, 2, 3, seed=17)
@@ -64,7 +69,8 @@ _ONE = """
     mean nanmean var std var_mean std_mean pdist cov corrcoef special.airy_ai special.bessel_j0 special.bessel_j1
     special.bessel_y0 special.bessel_y1 special.modified_bessel_i0 special.modified_bessel_i1
     special.modified_bessel_k0 special.modified_bessel_k1 special.scaled_modified_bessel_k0
-    special.scaled_modified_bessel_k1 special.spherical_bessel_j0 rrelu histogramdd
+    special.scaled_modified_bessel_k1 special.spherical_bessel_j0 rrelu histogramdd special.sinc sinc
+    atanh arctanh trapezoid trapz cumulative_trapezoid histc
 """
 _FURTHER: Mapping[str, tuple[Any, ...]] = {
     "logsumexp": (1,),
@@ -78,7 +84,7 @@ _TWO = """
     xlogy logaddexp logaddexp2 special.xlogy special.xlog1py special.gammainc special.gammaincc dist pairwise_distance
     cosine_similarity mse_loss l1_loss smooth_l1_loss huber_loss kl_div hinge_embedding_loss soft_margin_loss
     binary_cross_entropy_with_logits polar complex atan2 arctan2 heaviside heaviside_ cdist linalg.vecdot binomial
-    multilabel_soft_margin_loss binary_cross_entropy isclose allclose
+    multilabel_soft_margin_loss binary_cross_entropy isclose allclose fmod remainder
 """
 # by the name's end
 _POLYNOMIALS = """
@@ -169,6 +175,52 @@ CALLS: dict[str, list[Arguments]] = {
     "vdot": [takes(VECTOR, X[0])],
     "frobenius_norm": [takes(X, (0, 1))],
     "renorm": [takes(X, 2, 0, 1.0)],
+    "acosh": [takes(P + 1)],
+    "arccosh": [takes(P + 1)],
+    "affine_grid": [takes(signed(1, 2, 3), (1, 1, 4, 4), align_corners=False)],
+    "affine_grid_generator": [takes(signed(1, 2, 3), (1, 1, 4, 4), False)],
+    "sum_to_size": [takes(X, (1, 6))],
+    "multinomial": [takes(P, 3)],
+    "bucketize": [takes(X, VECTOR.sort().values)],
+    "searchsorted": [takes(VECTOR.sort().values, X)],
+    "grouped_mm": [takes(signed(16, 8), signed(2, 8, 16), offs=torch.tensor([8, 16], dtype=torch.int32))],
+    "sparse.mm": [takes(SPARSE, OTHER)],
+    "sparse.addmm": [takes(SQUARE, SPARSE, OTHER)],
+    "sparse.sampled_addmm": [takes(SPARSE.to_sparse_csr(), SQUARE, OTHER)],
+    "hspmm": [takes(SPARSE, OTHER)],
+    "smm": [takes(SPARSE, OTHER)],
+    "sspaddmm": [takes(SPARSE, SPARSE, OTHER)],
+    "sparse.sum": [takes(SPARSE, 0), takes(SPARSE)],
+    "sparse.softmax": [takes(SPARSE, 1)],
+    "sparse.log_softmax": [takes(SPARSE, 1)],
+    "coalesce": [takes(TWICE)],
+    "to_dense": [takes(TWICE), takes(X)],
+    "segment_reduce": [takes(P, "sum", lengths=torch.tensor([1, 3])), takes(P, "mean", lengths=torch.tensor([1, 3]))],
+    "fold": [takes(signed(1, 8, 9), (4, 4), 2)],
+    "unfold": [takes(IMAGE, 2)],
+    "interpolate": [
+        takes(IMAGE, scale_factor=2),
+        takes(IMAGE, (4, 4), mode="bilinear", antialias=True),
+        takes(IMAGE, (4, 4), mode="area"),
+    ],
+    "fake_quantize_per_tensor_affine": [takes(X, 0.1, 1, -8, 7)],
+    "fake_quantize_per_channel_affine": [takes(X, torch.full((4,), 0.1), torch.ones(4, dtype=torch.int32), 0, -8, 7)],
+    "fused_moving_avg_obs_fake_quant": [takes(X, *OBSERVED, 0.1, -8, 7, -1, False, False)],
+    "scaled_mm": [],
+    "scaled_grouped_mm": [],
+    "avg_pool1d": [takes(LINE, 2), takes(LINE, 5, 1)],
+    "avg_pool2d": [takes(IMAGE, 2), takes(IMAGE, (4, 3), 1, padding=1)],
+    "adaptive_avg_pool1d": [takes(LINE, 2)],
+    "adaptive_avg_pool2d": [takes(IMAGE, 2), takes(IMAGE, (4, None))],
+    "max_pool1d": [takes(LINE, 2), takes(LINE, 8, 1, padding=4)],
+    "max_pool2d": [takes(IMAGE, 2), takes(IMAGE, 4, 1)],
+    "max_pool1d_with_indices": [takes(LINE, 2)],
+    "max_pool2d_with_indices": [takes(IMAGE, 4, 1)],
+    "max_pool3d_with_indices": [takes(VOLUME, 3, 1)],
+    "adaptive_max_pool1d": [takes(LINE, 2)],
+    "adaptive_max_pool2d": [takes(IMAGE, 2)],
+    "fractional_max_pool2d_with_indices": [takes(IMAGE, 2, output_size=3, _random_samples=torch.full((1, 4, 2), 0.5))],
+    "fractional_max_pool3d_with_indices": [takes(VOLUME, 2, output_size=2, _random_samples=torch.full((1, 2, 3), 0.5))],
     "lp_pool1d": [takes(LINE, 2, 2)],
     "lp_pool2d": [takes(IMAGE, 2, 2)],
     "lp_pool3d": [takes(VOLUME, 2, 2)],
@@ -236,33 +288,6 @@ CALLS: dict[str, list[Arguments]] = {
     "masked_fill": [takes(X, MASK, 0.5), takes(X, MASK, torch.tensor(0.5))],
     "masked_fill_": [takes(X, MASK, 0.5)],
     "pad": [takes(IMAGE, (1, 1, 1, 1), mode="reflect"), takes(X, (1, 2))],
-    **{name: [takes(X, Y), takes(X, 0.5)] for name in ("add", "sub", "subtract", "rsub", "mul", "multiply")},
-    **{name: [takes(X, Y), takes(X, 0.5)] for name in ("div", "divide", "true_divide")},
-    **{name: [takes(X, Y), takes(X, 0.5)] for name in ("add_", "sub_", "subtract_")},
-    **{name: [takes(X, -0.5, 0.5), takes(X, min=0.25)] for name in ("clamp", "clip", "clamp_", "clip_")},
-    **{name: [takes(X, 0.5)] for name in ("clamp_min", "clamp_max", "clamp_min_", "clamp_max_")},
-    "full": [takes((2,), 5)],
-    "full_like": [takes(X, 0.5)],
-    "new_full": [takes(X, (2,), 0.5)],
-    "fill": [takes(X, 0.5)],
-    "fill_": [takes(X, 0.5)],
-    "fill_diagonal_": [takes(X, 0.5)],
-    "index_fill": [takes(X, 0, ROWS, 0.5)],
-    "index_fill_": [takes(X, 0, ROWS, 0.5)],
-    "tensor": [takes(5)],
-    "as_tensor": [takes(X)],
-    "scalar_tensor": [takes(5, dtype=torch.int64)],
-    "new_tensor": [takes(X, 0.5)],
-    "nan_to_num": [takes(X, 0.5)],
-    "nan_to_num_": [takes(X, 0.5)],
-    "hardtanh": [takes(X, -0.5, 0.5)],
-    "threshold": [takes(X, 0.5, 0.25)],
-    "copy_": [takes(X, Y)],
-    "to": [takes(X, torch.int64)],
-    "half": [takes(X)],
-    "bfloat16": [takes(X)],
-    "type": [takes(X, torch.int64)],
-    "type_as": [takes(X, LABELS)],
     "max_pool3d": [takes(VOLUME, 2)],
     "adaptive_avg_pool3d": [takes(VOLUME, 2)],
     "adaptive_max_pool3d": [takes(VOLUME, 2)],
@@ -288,6 +313,9 @@ OTHERWISE: dict[Function, list[Arguments]] = {
     Tensor.polygamma: [takes(P, 1)],
     Tensor.where: [takes(X, MASK, Y)],
     Tensor.norm: [takes(X), takes(X, 1, dim=1)],
+    Tensor.unfold: [takes(X, 1, 3, 1)],
+    torch.adaptive_avg_pool1d: [takes(LINE, (2,))],
+    torch.adaptive_max_pool1d: [takes(LINE, (2,))],
 }
 
 
@@ -297,6 +325,8 @@ def all_calls() -> dict[str, Call]:
     for name in kinds_by_name():
         for function in dict.fromkeys(functions_named(name)):
             full = resolve_name(function) or f"torch.{name}"
+            # what a function of Python's calls inside may have no name of its own
+            full = f"{full} {function.__name__}" if full in found else full
             # one function may stand in two namespaces
             if any(call.function is function for call in found.values()):
                 continue
@@ -307,4 +337,4 @@ def all_calls() -> dict[str, Call]:
 
 def is_random(call: Call) -> bool:
     """Return whether a call draws random numbers."""
-    return call.name in ("gumbel_softmax", "rrelu", "binomial")
+    return call.name in ("gumbel_softmax", "rrelu", "binomial", "multinomial")

@@ -112,7 +112,6 @@ UNLISTED = {
     "max_pool2d": lambda x: F.max_pool2d(x, 2),
     "max_pool3d": lambda x: F.max_pool3d(x, (1, 2, 2)),
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x, 2),
-    "adaptive_avg_pool3d": lambda x: F.adaptive_avg_pool3d(x, (2, 2, 2)),
     "adaptive_max_pool3d": lambda x: F.adaptive_max_pool3d(x, (2, 2, 2)),
     "max_unpool2d": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
     "interpolate": lambda x: F.interpolate(x, scale_factor=2),

@@ -49,24 +49,31 @@ AUTOCAST = {
 }
 # ours, and why
 DIFFERENT = {
-    "layer_norm group_norm softmax softmin": ("float32_inside", "16 bits at the border save memory"),
+    "layer_norm group_norm softmax log_softmax softmin": ("float32_inside", "16 bits at the border save memory"),
+    "addr": ("widest", "an outer product, which sums nothing"),
     "bilinear tensordot": ("compute", "products"),
     "dot linalg.vecdot": ("float32", "sums of products that no tensor core computes, and scalars for the most part"),
     "scatter_add": ("float32_inside", "a sum"),
     "binary_cross_entropy": ("refused", "as on CUDA, on every device"),
-    "grid_sampler grid_sampler_2d grid_sampler_3d": ("widest", "as grid_sample on CUDA: stable in 16 bits"),
-    "avg_pool3d": ("float32_inside", "computed so on a CPU, which has no 16-bit kernel"),
-    "max_pool3d max_unpool2d max_unpool3d adaptive_avg_pool3d adaptive_max_pool3d fractional_max_pool2d": (
-        "as_given",
-        "maxima, copies and means that torch's CPU kernels have in 16 bits since",
+    "grid_sample grid_sampler grid_sampler_2d grid_sampler_3d": (
+        "float32_inside",
+        "FP32 places, images as they are",
     ),
-    "fractional_max_pool3d": ("as_given", "the same"),
+    "avg_pool3d adaptive_avg_pool3d": ("float32_inside", "computed so on CPUs, whose 16-bit kernels sum in 16 bits"),
+    "max_pool3d": ("float32_inside", "gradients of windows that overlap are sums"),
+    "fractional_max_pool2d fractional_max_pool3d": ("float32_inside", "windows are placed in FP32"),
+    "max_unpool2d max_unpool3d adaptive_max_pool3d": (
+        "as_given",
+        "maxima and copies, which CPUs have since",
+    ),
     "reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d replication_pad3d": (None, "inside pad"),
-    "fake_quantize_per_tensor_affine": (None, "quantization is not of this library"),
+    "atan2": ("float32", "squares in its gradient, which vanish in FP16"),
+    "fake_quantize_per_tensor_affine": ("float32_inside", "the data are 16-bit again behind it"),
 }
 OURS = {name: kind for names, (kind, _) in DIFFERENT.items() for name in names.split()}
 LISTED = [(device, kind, name) for (device, kind), names in AUTOCAST.items() for name in names.split()]
 
+WITHOUT_CALL = ["scaled_mm", "scaled_grouped_mm"]
 # torch before 2.13 has no such function
 NEWER = ("linear_cross_entropy",) if TorchVersion(torch.__version__) < "2.13" else ()
 NAMES = {name: kind for name, kind in kinds_by_name().items() if name not in NEWER}
@@ -93,9 +100,11 @@ def test_every_difference_is_one():
 def test_every_name_has_a_call_and_every_call_a_name():
     names = kinds_by_name()
     assert set(CALLS) == set(names)
-    assert all(CALLS.values())
+    # CPUs have no products of groups in 8 bits, and those of two matrices are made in several steps
+    assert [name for name, calls in CALLS.items() if not calls] == WITHOUT_CALL
     assert set(OTHERWISE) <= set(kinds())
-    assert {call.function for call in all_calls().values()} == set(kinds())
+    without_call = set(functions_named(*WITHOUT_CALL))
+    assert {call.function for call in all_calls().values()} == set(kinds()) - without_call
 
 
 def test_every_name_is_a_function_of_torch():
@@ -119,7 +128,7 @@ def test_methods_and_operators_have_their_functions_kind():
     for function, method in ((torch.exp, Tensor.exp), (torch.matmul, Tensor.__matmul__), (torch.pow, Tensor.__rpow__)):
         assert kinds()[function] == kinds()[method]
     assert kinds()[torch.softmax] == kinds()[F.softmax] == kinds()[Tensor.softmax] == "float32_inside"
-    assert torch.relu not in kinds()
+    assert torch.add not in kinds()
 
 
 def test_functions_like_finds_every_form():

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duotone.errors import OperationError
 from duotone.torch.casting.operation_table import functions_named
+from duotone.torch.casting.products import is_sparse
 from duotone.torch.casting.region import Region
 
 from .op_by_hand import (
@@ -53,8 +54,7 @@ def check(name: str, operands: torch.dtype, dtype: torch.dtype, device: str) -> 
         assert bits(got) == bits(expected)
     # and what was expected is of the dtype that the table speaks of
     allowed = {"compute": dtype, "float32": torch.float32}.get(kind, operands)
-    if call.name not in ("half", "bfloat16"):
-        assert dtypes(got) <= {allowed, *([torch.complex64] if kind == "float32" else [])}
+    assert dtypes(got) <= {allowed, *([torch.complex64] if kind == "float32" else [])}
 
 
 @EVERY
@@ -189,6 +189,7 @@ def gradients(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], functio
     leaves = [leaf.requires_grad_() for leaf in leaves if leaf.dtype != torch.float64]
     results = [leaf for leaf in tree_leaves(function(call, args, kwargs)) if isinstance(leaf, Tensor)]
     results = [result.abs() if result.is_complex() else result for result in results if result.requires_grad]
+    results = [result.to_dense() if is_sparse(result) else result for result in results]
     if not results:
         return []
     total = sum(

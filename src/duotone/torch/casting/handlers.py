@@ -6,7 +6,8 @@ kind promises, `float32_inside` and `half_on_cpu` have the handler.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -17,20 +18,49 @@ from torch.nn import functional as F
 
 from duotone.errors import OperationError
 from duotone.operations import Kind
-from duotone.torch.casting import numbers
-from duotone.torch.casting.float32_inside import FLOAT32_INSIDE, FLOAT32_INSIDE_ON_CPU, TO_FLOAT32, Handler, as_handler
+from duotone.torch.casting.float32_inside import (
+    FLOAT32_INSIDE,
+    FLOAT32_INSIDE_ON_CPU,
+    OPERATORS_FLOAT32_INSIDE,
+    TO_FLOAT32,
+    Handler,
+    as_handler,
+)
+from duotone.torch.casting.float32_inside.accumulation import (
+    accumulate_in_float32,
+    accumulate_in_place,
+    accumulates,
+    add_duplicates_in_float32,
+)
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
+from duotone.torch.casting.float32_inside.gathers import needs_sum
+from duotone.torch.casting.float32_inside.quantization import observe_and_quantize_in_float32
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products, multiply_in_float32
-from duotone.torch.casting.operation_table import Function, functions_in, functions_named, kinds, same_operation
-from duotone.torch.internals.dispatch import PADDING
+from duotone.torch.casting.operation_table import (
+    Function,
+    functions_in,
+    functions_named,
+    kinds,
+    names_in,
+    overloads_named,
+    same_operation,
+)
+from duotone.torch.casting.products import KEEPS_ALL, multiply_as_given, multiply_groups
+from duotone.torch.casting.widened import operands, widen_and_round, widen_to_data
 from duotone.torch.nested import cast_floating
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = (torch.bfloat16, torch.float16)
 # sums that widen while they read, so that no widened copy is made
-_WITH_DTYPE = ("sum", "nansum", "prod", "linalg.vector_norm", "log_softmax", "special.log_softmax")
+_WITH_DTYPE = ("sum", "nansum", "prod")
 # may write into an operand
 _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
+# families whose operators take what their functions take
+_BY_OPERATOR = (
+    "sparse_product", "moment", "average_pool", "maximum_pool", "random_window", "interpolation", "quantization",
+    "coordinate", "steep", "sampling", "statistic", "sum_by_index", "copy_by_index", "write", "vector_norm",
+    "remainder", "sparse_softmax", "sum",
+)  # fmt: skip
 _made: dict[str, "Handlers"] = {}
 
 
@@ -40,12 +70,12 @@ class Handlers:
 
     Attributes:
         by_function: the handler of each listed function; autocast is off when it is called.
-        product: the handler of functions that may be called as they are if each operand is in the region's dtype.
+        products: the handlers of functions that may be called as they are if each operand is in the region's dtype.
         methods: tensors' methods that are written in Python, with their handlers.
     """
 
     by_function: dict[Function, Handler]
-    product: Handler | None
+    products: tuple[Handler, ...]
     methods: tuple[tuple[Function, Handler], ...]
 
     def find(self, function: Function) -> Handler | None:
@@ -74,43 +104,65 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     def put(handler: Handler, functions: Iterable[Function]) -> None:
         made.update(dict.fromkeys(functions, handler))
 
-    put(numbers.store, functions_in("write"))
-    put(numbers.store_value, functions_named("__setitem__", "scatter_"))
-    put(numbers.store_numbers, (*functions_in("fill"), *PADDING, torch.nested.to_padded_tensor))
-    put(numbers.copy_in_place, functions_named("copy_"))
-    put(_store_to_widest, functions_named("scatter"))
-    put(_where, functions_named("where"))
-    put(numbers.widen_beside_number, functions_in("number"))
-    put(numbers.add_in_place, functions_in("number_in_place"))
-    put(numbers.clamp, functions_in("bound"))
-    put(numbers.clamp_in_place, functions_in("bound_in_place"))
-    put(numbers.cast, functions_in("cast"))
+    put(_write_into, functions_in("write"))
+    put(as_handler(_fill), functions_named("masked_fill", "masked_fill_"))
     # a method in Python that asks for its super() cannot be traced in a mode
     made[Tensor.unflatten] = _unflatten
     put(_sum_to_float32, functions_named(*_WITH_DTYPE))
+    put(_norm_to_float32, functions_named("linalg.vector_norm"))
     if compute == torch.float32:
         put(_widen_all_but_what_is_written, _WRITING)
-        return Handlers(made, None, _methods(made))
-    put(_widen_and_round, functions_in("sum_by_index"))
+        _put_operators(made, put)
+        return Handlers(made, (), _methods(made))
     put(_call_on_float32_data_in_float32, functions_named("native_layer_norm", "native_group_norm"))
+    for family in ("sum_by_index", "remainder", "sparse_softmax"):
+        put(widen_and_round, functions_in(family))
+    put(widen_and_round, functions_named("nanmean"))
+    put(_widen_for_gradient, functions_named("var", "std", "var_mean", "std_mean"))
+    for family in ("interpolation", "random_window", "quantization"):
+        put(widen_to_data, functions_in(family))
+    put(as_handler(add_duplicates_in_float32), functions_named("coalesce", "to_dense"))
+    put(accumulate_in_place, functions_named("index_reduce_"))
+    put(functools.partial(_put, accumulate_in_float32, _to_widest), functions_named("index_put", "put"))
+    put(functools.partial(_put, accumulate_in_place, _write_into), functions_named("index_put_", "put_"))
+    put(as_handler(observe_and_quantize_in_float32), functions_named("fused_moving_avg_obs_fake_quant"))
     put(as_handler(cross_entropy_in_float32), functions_named("cross_entropy"))
     made.update(FLOAT32_INSIDE)
-    product, emulated = functools.partial(_call_in, compute), False
+    call_in_compute, emulated = functools.partial(_call_in, compute), False
     if device_type == "cpu":
-        # torch has no 16-bit kernels for these on CPUs
-        put(_widen_and_round, (*functions_in("average_pool"), *functions_in("random_activation")))
+        # torch has no 16-bit kernels for these on CPUs, or they sum in 16 bits
+        for family in ("average_pool", "random_activation"):
+            put(widen_and_round, functions_in(family))
         made.update(FLOAT32_INSIDE_ON_CPU)
         emulated = compute == torch.float16 and not cpu_has_half_products()
     if residual == "float32":
         made.update(TO_FLOAT32)
-    multiply = multiply_in_float32 if emulated else product
+    plainly = multiply_in_float32 if emulated else call_in_compute
+    multiply = functools.partial(multiply_as_given, plainly, compute, None)
     put(multiply, (function for function, kind in kinds().items() if kind == "compute"))
+    put(functools.partial(multiply_groups, multiply, compute), functions_named("grouped_mm"))
+    # one handler for all that take the same arguments
+    outer = {each: functools.partial(multiply_as_given, plainly, compute, each) for each in set(KEEPS_ALL.values())}
+    for name, sums_nothing in KEEPS_ALL.items():
+        put(outer[sums_nothing], functions_named(name))
     # made of several operations, each of which is to see autocast switched off
-    attend = multiply if emulated else functools.partial(_call_on_each_once, compute)
+    attend = plainly if emulated else functools.partial(_call_on_each_once, compute)
     put(functools.partial(_attend_with_heads, compute, attend), functions_named("multi_head_attention_forward"))
     put(as_handler(functools.partial(_attend, attend)), functions_named("scaled_dot_product_attention"))
-    put(as_handler(functools.partial(_linear_cross_entropy, multiply)), functions_named("linear_cross_entropy"))
-    return Handlers(made, None if emulated else product, _methods(made))
+    put(as_handler(functools.partial(_linear_cross_entropy, plainly)), functions_named("linear_cross_entropy"))
+    _put_operators(made, put)
+    if device_type == "cpu":
+        for name, handler in OPERATORS_FLOAT32_INSIDE.items():
+            put(handler, overloads_named(name))
+    if residual == "float32":
+        put(TO_FLOAT32[torch.embedding], overloads_named("embedding"))
+    return Handlers(made, () if emulated else (multiply, outer[KEEPS_ALL["matmul"]]), _methods(made))
+
+
+def _put_operators(made: Mapping[Function, Handler], put: Callable[[Handler, Iterable[Function]], None]) -> None:
+    """Give operators of `torch.ops.aten` the handlers of functions that take the same arguments."""
+    for name in (name for family in _BY_OPERATOR for name in names_in(family)):
+        put(made[next(functions_named(name))], overloads_named(name))
 
 
 def _methods(made: dict[Function, Handler]) -> tuple[tuple[Function, Handler], ...]:
@@ -130,10 +182,14 @@ def handler_of(kind: Kind, compute: torch.dtype) -> Handler:
 
 
 def are_ready(args: tuple[Any, ...], dtype: torch.dtype) -> bool:
-    """Return whether no argument has to be cast: tensors are in `dtype`, and there are none in lists."""
+    """Return whether no argument has to be cast: tensors are dense and in `dtype`, and there are none in lists."""
     # a loop is several times as fast as a generator here, and this is called for every product
-    for arg in args:  # noqa: SIM110
-        if arg.dtype is not dtype if isinstance(arg, Tensor) else type(arg) in (list, tuple):
+    for arg in args:
+        if (
+            arg.dtype is not dtype or arg.layout is not torch.strided
+            if isinstance(arg, Tensor)
+            else type(arg) in (list, tuple)
+        ):
             return False
     return True
 
@@ -198,36 +254,49 @@ def _linear_cross_entropy(
     return cross_entropy_in_float32(F.cross_entropy, logits, target, ignore_index=ignore_index, **loss)
 
 
-def _widen_and_round(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call on FP32 operands and round once to the dtype of the widest."""
-    if kwargs.get("out") is not None:
-        return func(*args, **kwargs)
-    dtypes = {operand.dtype for operand in operands((args, tuple(kwargs.values())))}
-    result = _call_in(torch.float32, func, args, kwargs)
-    return cast_operand(result, next(iter(dtypes))) if len(dtypes) == 1 else result
-
-
 def _sum_to_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     has_say = kwargs.get("dtype") is not None or kwargs.get("out") is not None
     if has_say or getattr(args[0] if args else kwargs.get("input"), "dtype", None) not in _NARROW:
         return func(*args, **kwargs)
-    return func(*args, **{**kwargs, "dtype": torch.float32})
+    return func(*args, **kwargs, dtype=torch.float32)
 
 
-def _where(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return numbers.where(functools.partial(_called_to_widest, func), args, kwargs)
+def _norm_to_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    # of the others, torch takes the powers in the gradient in the dtype of the operand
+    is_euclidean = (args[1] if len(args) > 1 else kwargs.get("ord", 2)) == 2
+    return (_sum_to_float32 if is_euclidean else _call_in_float32)(func, args, kwargs)
 
 
-def _store_to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return numbers.store_numbers(functools.partial(_called_to_widest, func), args, kwargs)
+def _widen_for_gradient(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a deviation: torch computes it in FP32, and the difference from the mean in its gradient in 16 bits."""
+    data = args[0] if args else kwargs.get("input")
+    return (widen_and_round if isinstance(data, Tensor) and needs_sum(data) else _call)(func, args, kwargs)
 
 
-def _called_to_widest(func: Function, *args: Any, **kwargs: Any) -> Any:
-    return _to_widest(func, args, kwargs)
+def _put(
+    accumulate: Handler, otherwise: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    return (accumulate if accumulates(args, kwargs) else otherwise)(func, args, kwargs)
+
+
+def _write_into(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call with every operand in the dtype of the first, which is written into."""
+    dtype = getattr(args[0] if args else kwargs.get("input"), "dtype", None)
+    return _call_in(dtype, func, args, kwargs) if dtype in _FLOATS else func(*args, **kwargs)
 
 
 def _unflatten(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return torch.unflatten(*args, **kwargs) if torch.compiler.is_compiling() else func(*args, **kwargs)
+
+
+def _fill(func: Function, input: Tensor, mask: Tensor, value: Any) -> Tensor:
+    """Fill in a number, those beyond the range as its largest: -1e9 is how masks are written, and torch raises."""
+    if input.dtype in _NARROW and isinstance(value, Tensor):
+        value = saturated(value, input.dtype)
+    elif input.dtype in _NARROW and isinstance(value, int | float) and math.isfinite(value):
+        largest = torch.finfo(input.dtype).max
+        value = max(-largest, min(largest, value))
+    return func(input, mask, value)
 
 
 def _attend(
@@ -243,7 +312,7 @@ def _attend(
     """Call attention with what a mask has beyond the 16-bit range as its largest: -Inf would mask whole rows away."""
     if isinstance(query, Tensor) and isinstance(attn_mask, Tensor):
         narrow = torch.get_autocast_dtype(query.device.type)
-        attn_mask = numbers.saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
+        attn_mask = saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
     return multiply(func, (query, key, value, attn_mask, *rest), named)
 
 
@@ -251,7 +320,19 @@ def _attend_with_heads(
     dtype: torch.dtype, attend: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     masks = {name: kwargs[name] for name in ("attn_mask", "key_padding_mask") if isinstance(kwargs.get(name), Tensor)}
-    return attend(func, args, {**kwargs, **{name: numbers.saturated(mask, dtype) for name, mask in masks.items()}})
+    return attend(func, args, {**kwargs, **{name: saturated(mask, dtype) for name, mask in masks.items()}})
+
+
+def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a FP32 tensor to 16 bits, finite values beyond the range to the largest; any other tensor is left alone.
+
+    >>> saturated(torch.tensor([-1e9, -torch.inf]), torch.float16)
+    tensor([-65504.,    -inf], dtype=torch.float16)
+    """
+    if tensor.dtype != torch.float32:
+        return tensor
+    largest = torch.finfo(dtype).max
+    return torch.where(tensor.isinf(), tensor, tensor.clamp(-largest, largest)).to(dtype)
 
 
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -285,13 +366,3 @@ def cast_operand(operand: Any, dtype: torch.dtype) -> Any:
     if type(operand) in (list, tuple):
         return type(operand)(cast_operand(each, dtype) for each in operand)
     return operand
-
-
-def operands(value: Any) -> Iterator[Tensor]:
-    """Yield the FP32, BF16 and FP16 tensors among arguments, those in tuples and lists included."""
-    if isinstance(value, Tensor):
-        if value.dtype in _FLOATS:
-            yield value
-    elif type(value) in (list, tuple):
-        for each in value:
-            yield from operands(each)

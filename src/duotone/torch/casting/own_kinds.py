@@ -18,10 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 from duotone.errors import OperationError
 from duotone.operations import Kind, check_kind
-from duotone.torch.casting.handlers import handler_of, operands
+from duotone.torch.casting.handlers import handler_of
 from duotone.torch.casting.operation_table import Function, functions_like, same_operation
 from duotone.torch.casting.region import compute_dtype, no_autocast
 from duotone.torch.casting.tracing import not_by_itself
+from duotone.torch.casting.widened import operands
 
 Arguments = ParamSpec("Arguments")
 Result_co = TypeVar("Result_co", covariant=True)

@@ -18,6 +18,7 @@ from duotone.torch.casting.float32_inside.embeddings import (
     embedding_bag_to_float32,
     embedding_in_float32,
     embedding_to_float32,
+    torch_embedding_in_float32,
 )
 from duotone.torch.casting.float32_inside.gathers import (
     gather_in_float32,
@@ -25,13 +26,24 @@ from duotone.torch.casting.float32_inside.gathers import (
     take_along_dim_in_float32,
     take_in_float32,
 )
-from duotone.torch.casting.float32_inside.indexing import getitem_in_float32
+from duotone.torch.casting.float32_inside.indexing import getitem_in_float32, index_in_float32
+from duotone.torch.casting.float32_inside.log_softmax import log_softmax_in_float32, log_softmax_of
 from duotone.torch.casting.float32_inside.norms import (
     batch_norm_in_float32,
     group_norm_in_float32,
     layer_norm_in_float32,
     rms_norm_in_float32,
+    torch_batch_norm_in_float32,
 )
+from duotone.torch.casting.float32_inside.resampling import interpolate_in_float32
+from duotone.torch.casting.float32_inside.windows import (
+    max_pool_in_float32,
+    pad_in_float32,
+    slide_in_float32,
+    unfold_in_float32,
+)
+from duotone.torch.casting.widened import widen_and_round, widen_to_data
+from duotone.torch.internals.operators import ANTIALIASED
 
 Function = Callable[..., Any]
 # takes the function that was called, its positional and its named arguments, and returns the result
@@ -65,8 +77,22 @@ FLOAT32_INSIDE: Mapping[Function, Handler] = {
         (gather_in_float32, (torch.gather, Tensor.gather)),
         (take_along_dim_in_float32, (torch.take_along_dim, Tensor.take_along_dim)),
         (take_in_float32, (torch.take, Tensor.take)),
+        (log_softmax_in_float32, (F.log_softmax,)),
+        (log_softmax_of, (torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)),
     )
     for function in functions
+} | {F.pad: pad_in_float32}
+
+# operators of torch.ops.aten that take other arguments than the functions around them
+OPERATORS_FLOAT32_INSIDE: Mapping[str, Handler] = {
+    "embedding": as_handler(torch_embedding_in_float32),
+    "embedding_bag": widen_to_data,
+    "log_softmax": as_handler(log_softmax_of),
+    "im2col": unfold_in_float32,
+    "unfold": slide_in_float32,
+    "col2im": widen_and_round,
+    "pad": pad_in_float32,
+    "index": as_handler(index_in_float32),
 }
 
 # where a residual stream in FP32 starts, on any device
@@ -76,5 +102,25 @@ TO_FLOAT32: Mapping[Function, Handler] = {
     F.embedding_bag: as_handler(embedding_bag_to_float32),
 }
 
-# on CPUs only: CUDA's kernel adds the gradients of a row up in FP32 itself
-FLOAT32_INSIDE_ON_CPU: Mapping[Function, Handler] = {F.embedding: as_handler(embedding_in_float32)}
+# on CPUs only: CUDA's kernels sum gradients, and take statistics, in FP32 themselves
+FLOAT32_INSIDE_ON_CPU: Mapping[Function, Handler] = {
+    F.embedding: as_handler(embedding_in_float32),
+    torch.embedding: as_handler(torch_embedding_in_float32),
+    torch.embedding_bag: widen_to_data,
+    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), max_pool_in_float32),
+    **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), max_pool_in_float32),
+    F.max_pool1d_with_indices: max_pool_in_float32,
+    F.max_pool2d_with_indices: max_pool_in_float32,
+    F.max_pool3d_with_indices: max_pool_in_float32,
+    torch.max_pool1d_with_indices: max_pool_in_float32,
+    F.unfold: unfold_in_float32,
+    Tensor.unfold: slide_in_float32,
+    F.fold: widen_and_round,
+    F.interpolate: as_handler(interpolate_in_float32),
+    torch.group_norm: widen_to_data,
+    torch.native_layer_norm: widen_to_data,
+    torch.native_group_norm: widen_to_data,
+    torch.batch_norm: as_handler(torch_batch_norm_in_float32),
+    torch.instance_norm: as_handler(torch_batch_norm_in_float32),
+    **dict.fromkeys(ANTIALIASED, widen_and_round),
+}

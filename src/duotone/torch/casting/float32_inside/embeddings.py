@@ -107,13 +107,43 @@ def embedding_to_float32(
     return rows.float() if rows.dtype in _NARROW else rows
 
 
-def aten_embedding_to_float32(func: Callable[..., Any], weight: Tensor, indices: Tensor, *rest: Any) -> Tensor:
+def torch_embedding_in_float32(
+    func: Callable[..., Any],
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Call `torch.embedding`, or the operator, with a gradient summed in FP32.
+
+    Args:
+        func: the function; its arguments follow: the table comes first, and a row is not counted from the end.
+
+    Returns:
+        The rows, in the table's dtype.
+    """
+    if weight.dtype not in _NARROW or not torch.is_grad_enabled() or sparse:
+        return func(weight, indices, padding_idx, scale_grad_by_freq, sparse)
+    return apply(_Lookup, weight, indices, padding_idx, scale_grad_by_freq, weight.dtype)
+
+
+def aten_embedding_to_float32(
+    func: Callable[..., Any],
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
     """Call `torch.embedding` as `embedding_to_float32`; its table comes first.
 
     >>> aten_embedding_to_float32(torch.embedding, torch.ones(1, 1).bfloat16(), torch.tensor([0])).dtype
     torch.float32
     """
-    rows = func(weight, indices, *rest)
+    if weight.dtype in _NARROW and weight.is_cpu and torch.is_grad_enabled() and not sparse:
+        return apply(_Lookup, weight, indices, padding_idx, scale_grad_by_freq, torch.float32)
+    rows = func(weight, indices, padding_idx, scale_grad_by_freq, sparse)
     return rows.float() if rows.dtype in _NARROW else rows
 
 

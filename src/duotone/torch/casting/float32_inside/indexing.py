@@ -7,7 +7,7 @@ or a list of integers in its index goes to torch as it is. Left out: NumPy array
 forward-mode derivatives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -54,6 +54,23 @@ def getitem_in_float32(func: Callable[..., Any], source: Tensor, index: Any) -> 
     # torch.compile refuses the same tensor twice
     positions = [index.view_as(index) if dim else index for dim, index in enumerate(advanced.values())]
     return apply(_Points, view, tuple(advanced), *positions)
+
+
+def index_in_float32(func: Callable[..., Any], source: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    """Call `torch.ops.aten.index` with a gradient summed in FP32.
+
+    Args:
+        func: the operator; its arguments follow: a dimension that is not indexed has None in its place.
+
+    >>> x = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
+    >>> index_in_float32(torch.ops.aten.index, x, [torch.zeros(1000, dtype=torch.int64)]).sum().backward()
+    >>> x.grad.tolist()
+    [1000.0, 0.0]
+    """
+    if not needs_sum(source):
+        return func(source, indices)
+    whole = tuple(slice(None) if index is None else index for index in indices)
+    return getitem_in_float32(Tensor.__getitem__, source, whole)
 
 
 class _Points(Function):

@@ -246,6 +246,31 @@ def batch_norm_in_float32(
     return func(input, running_mean, running_var, weight, bias, *rest, **named)
 
 
+def torch_batch_norm_in_float32(
+    func: Callable[..., Any],
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *rest: Any,
+    **named: Any,
+) -> Tensor:
+    """Call `torch.batch_norm` or `torch.instance_norm`, whose arguments stand in another order, in the same way.
+
+    Args:
+        func: the function; its arguments follow.
+
+    Returns:
+        The normalized data, in their dtype.
+    """
+
+    def reordered(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, *rest: Any, **named: Any) -> Tensor:
+        return func(x, weight, bias, mean, var, *rest, **named)
+
+    return batch_norm_in_float32(reordered, input, running_mean, running_var, weight, bias, *rest, **named)
+
+
 def _rstd(wide: Tensor, rank: int, eps: float) -> Tensor:
     return wide.pow(2).mean(_last(rank), keepdim=True).add(eps).rsqrt()
 
