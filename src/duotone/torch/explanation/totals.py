@@ -30,8 +30,8 @@ from duotone.torch.watching.saved import SavedBytes, dtype_name, storage_keys
 # what code calls to cast; a cast inside of any other function is that function's, or autocast's for it
 _CAST_NAMES = "to float half bfloat16 double type type_as copy_ __setitem__"
 _CASTS = frozenset(getattr(Tensor, name) for name in _CAST_NAMES.split())
-# functions of `half_on_cpu` that round an operand to FP16, as any cast to FP16 does, before they widen it
-_ROUNDS_OPERANDS = ("widen", "_widen")
+# functions of `widened` that round an operand to FP16, as any cast to FP16 does, before they widen it
+_ROUNDS_OPERANDS = ("_narrowed",)
 _OPERATORS = frozenset({"add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"})
 
 
@@ -235,7 +235,7 @@ def function_name(func: Callable[..., Any]) -> str:
             return name[1:]
     name = name.strip("_")
     namespace, _, inner = name.partition("_")
-    return f"{namespace}.{inner}" if namespace in ("linalg", "fft", "special") else name
+    return f"{namespace}.{inner}" if namespace in ("linalg", "fft", "special", "sparse") else name
 
 
 def _kind(func: Callable[..., Any]) -> str | None:

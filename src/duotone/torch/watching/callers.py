@@ -23,6 +23,8 @@ _MODULES = str(Path(nn.modules.__file__).parent) + os.sep
 _CALLERS = tuple(_MODULES + name for name in ("module.py", "container.py"))
 # where Duotone carries out FP16 products on a CPU that has none
 _EMULATION = str(Path(__file__).parents[1] / "casting" / "half_on_cpu.py")
+# which it does with the functions there, as other operations are
+_WIDENED = str(Path(__file__).parents[1] / "casting" / "widened.py")
 _MODE = "__torch_function__"
 
 
@@ -52,11 +54,14 @@ def find_caller(func: Callable[..., Any] | None, stop: CodeType | None) -> Calle
     handler: FrameType | None = None
     by_duotone, in_module, line, line_in_torch = False, False, None, None
     emulation: str | None = None
+    widening: str | None = None
     while frame is not None and frame.f_code is not stop:
         file = frame.f_code.co_filename
         if file.startswith(_DUOTONE):
+            if file == _WIDENED and widening is None:
+                widening = frame.f_code.co_name
             if file == _EMULATION and emulation is None:
-                emulation = frame.f_code.co_name
+                emulation = widening or frame.f_code.co_name
             if file.startswith(_HERE) or in_module:
                 pass
             elif frame.f_code.co_name == _MODE:
