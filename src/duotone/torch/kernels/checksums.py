@@ -60,18 +60,23 @@ def sums_of_each(weights: Iterable[Tensor]) -> Iterator[Tensor]:
     batch: list[Tensor] = []
     numel = 0
     for weight in weights:
-        if batch and (numel + weight.numel() > AT_A_TIME or weight.device != batch[0].device):
-            yield from _sums_together(batch)
-            batch, numel = [], 0
-        batch.append(weight)
         numel += weight.numel()
+        if batch and (numel > AT_A_TIME or weight.device != batch[0].device):
+            yield from _sums_together(batch)
+            batch, numel = [], weight.numel()
+        batch.append(weight)
     yield from _sums_together(batch)
 
 
 def changed_cells(weight: Tensor, checksums: Tensor) -> Tensor:
     """Return for each cell of a weight, 1-d, whether it is known to have been another one: bool."""
+    return is_other(sums_of_cells(weight), checksums)
+
+
+def is_other(sums: Tensor, checksums: Tensor) -> Tensor:
+    """Return for each of the cells with some sums, as `sums_of_cells` gives them, whether it was another one: bool."""
     known = checksums[:-1]
-    return (known != 0) & (known != sums_of_cells(weight))
+    return (known != 0) & (known != sums)
 
 
 def elements_of(cells: Tensor, numel: int) -> Tensor:
@@ -86,9 +91,11 @@ def _sums_together(weights: Sequence[Tensor]) -> Sequence[Tensor]:
     zeros = torch.zeros(CELL, dtype=torch.int16, device=weights[0].device)
     padded, counts = [], []
     for weight in weights:
-        cells = -(-weight.numel() // CELL)
-        padded += (weight.view(torch.int16), zeros[: cells * CELL - weight.numel()])
-        counts.append(cells)
+        numel = weight.numel()
+        counts.append(-(-numel // CELL))
+        padded.append(weight.view(torch.int16))
+        if numel % CELL:
+            padded.append(zeros[numel % CELL :])
     return sums_of_cells(torch.cat(padded)).split(counts)
 
 

@@ -12,7 +12,7 @@ weights outside of their groups, where no stand-in takes their place; they are r
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from duotone.errors import OptimizerError
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding, encode
-from duotone.torch.kernels.layout import dense
 from duotone.torch.kernels.philox import random_16_bits
 from duotone.torch.kernels.round_stochastically import round_stochastically
 from duotone.torch.kernels.uncompiled import uncompiled
@@ -33,13 +32,14 @@ from duotone.torch.optim.foreign import fused_step, skips_on_device
 from duotone.torch.optim.gathering import numbered
 from duotone.torch.optim.portable import check_same_kind, check_same_state, keep_implementation
 from duotone.torch.optim.slots import OF_POLICY, ROUNDING_STEP, TAIL, expected
+from duotone.torch.optim.stand_ins import stand_ins_for
 from duotone.torch.optim.state_tensors import copy_state, in_float32
 from duotone.torch.optim.wrappable import check_moments, check_wrappable
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.edits import record
-from duotone.torch.parameters.masters import check_in_place, needs_tail, read_master
+from duotone.torch.parameters.masters import check_in_place, needs_tail
 from duotone.torch.parameters.plain_steps import ignore_plain_steps
-from duotone.torch.parameters.storage import other_attributes, set_tail, storage_of
+from duotone.torch.parameters.storage import set_tail, storage_of
 
 # schedule-free optimizers train at one point and are evaluated at another: these go from one to the other
 _EXCHANGES = ("train", "eval")
@@ -153,7 +153,7 @@ class MasterWeights(MasterOptimizer):
                 return loss
             found_inf = None
         self._edits.before_step()
-        stand_ins = {param: self._stand_in(param, grad_multiplier) for param in params}
+        stand_ins = self._stand_ins(params, grad_multiplier)
         with self._represented_by(stand_ins):
             if found_inf is None:
                 self.optimizer.step()
@@ -169,7 +169,7 @@ class MasterWeights(MasterOptimizer):
     def _exchange_weights(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method of the wrapped optimizer that writes weights outside of a step, on FP32 masters."""
         params = {param: index for index, (param, _) in enumerate(self._parameters()) if param.requires_grad}
-        stand_ins = {param: self._stand_in(param, None) for param in params}
+        stand_ins = self._stand_ins(params, None)
         with self._represented_by(stand_ins):
             result = getattr(type(self.optimizer), name)(self.optimizer, *args, **kwargs)
         self._write(params, stand_ins, None)
@@ -266,23 +266,10 @@ class MasterWeights(MasterOptimizer):
                 "step, save and load the MasterWeights instead"
             )
 
-    def _stand_in(self, param: Tensor, grad_multiplier: Tensor | None) -> nn.Parameter:
-        self._take_tail(param)
-        master = (
-            dense(param.detach()) if param.dtype == torch.float32 else read_master(param, self._edits.on(param.device))
-        )
-        stand_in = nn.Parameter(master, requires_grad=param.requires_grad)
-        # some optimizers look for what their users set on a parameter
-        for name, value in other_attributes(param).items():
-            setattr(stand_in, name, value)
-        if param.grad is None:
-            return stand_in
-        # fused kernels go through memory, so it lies as the master does
-        grad = torch.empty_like(shards.local(master)).copy_(shards.gradient_part(param).detach())
-        if grad_multiplier is not None:
-            grad.mul_(grad_multiplier.to(grad.device))
-        stand_in.grad = shards.like(grad, master)
-        return stand_in
+    def _stand_ins(self, params: Collection[Tensor], grad_multiplier: Tensor | None) -> dict[Tensor, nn.Parameter]:
+        for param in params:
+            self._take_tail(param)
+        return stand_ins_for(params, grad_multiplier, self._edits.on)
 
     @contextmanager
     def _represented_by(self, stand_ins: Mapping[Tensor, Tensor]) -> Iterator[None]:
@@ -295,10 +282,16 @@ class MasterWeights(MasterOptimizer):
             self._exchange({stand_in: param for param, stand_in in stand_ins.items()})
 
     def _exchange(self, new: Mapping[Tensor, Tensor]) -> None:
+        # a tensor's hash is a call of a function in Python
+        by_id = dict(zip(map(id, new), new.values(), strict=True))
+
+        def exchanged(params: Collection[Tensor]) -> list[Tensor]:
+            return list(map(by_id.get, map(id, params), params))
+
         for group in self.param_groups:
             # in place, for whoever holds the list
-            group["params"][:] = [new.get(param, param) for param in group["params"]]
-        items = [(new.get(key, key), value) for key, value in self.state.items()]
+            group["params"][:] = exchanged(group["params"])
+        items = list(zip(exchanged(self.state), self.state.values(), strict=True))
         self.state.clear()
         self.state.update(items)
 

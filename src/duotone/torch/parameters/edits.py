@@ -10,6 +10,7 @@ A tail that takes another's place has no checksums; whoever writes weight and ta
 changes no bit, since it is smaller than half a unit, cannot be seen here (`foreign_writes`).
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels import Edits
-from duotone.torch.kernels.checksums import changed_cells, elements_of, sums_of_each, unknown
+from duotone.torch.kernels.checksums import changed_cells, elements_of, is_other, sums_of_each, unknown
 from duotone.torch.kernels.layout import dense
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.storage import CHECKSUMS, set_tail, storage_of
@@ -93,30 +94,45 @@ def records_of(tail: Tensor | None) -> int:
     return getattr(tail, _RECORDS, 0)
 
 
-def read_tail(param: Tensor, edits: Edits | None = None) -> Tensor | None:
-    """Return this rank's part of a parameter's tail as it belongs to the weight as it is now; None if there is none.
+def read_tail(param: Tensor) -> Tensor | None:
+    """Return this rank's part of a parameter's tail as it belongs to the weight as it is now; None if there is none."""
+    return next(read_tails((param,)))
+
+
+def read_tails(
+    params: Iterable[Tensor], edits: Callable[[torch.device], Edits | None] | None = None
+) -> Iterator[Tensor | None]:
+    """Yield for each of some parameters what `read_tail` returns.
 
     Args:
-        param: a parameter.
-        edits: where to note that the weight was changed.
+        params: the parameters.
+        edits: returns where to note, on a device, that weights were changed.
     """
-    tail = storage_of(param).tail
-    if tail is None:
-        return None
-    weight, part = shards.local(param.detach()), shards.local(tail)
-    held = _held(weight, tail)
-    if held is None:
-        return part
-    flat = _flat(weight)
-    changed = changed_cells(flat, held)
-    if edits is not None:
-        mark = torch.where(changed.any(), edits.mark, 0).to(torch.int32)
-        for marks in (edits.seen, held[-1]):
-            marks.bitwise_or_(mark)
-    # cells are counted in the order of memory
-    is_stale = elements_of(changed, flat.numel()).as_strided(weight.shape, dense(weight).stride())
-    # unlike `masked_fill`, this leaves elements in their order in memory
-    return torch.where(is_stale, part.new_zeros(()), part)
+    found = []
+    for param in params:
+        tail, weight = storage_of(param).tail, shards.local(param.detach())
+        found.append((weight, tail, None if tail is None else _held(weight, tail)))
+    every = sums_of_each(_flat(weight) for weight, _, held in found if held is not None)
+    for weight, tail, held in found:
+        part = None if tail is None else shards.local(tail)
+        if part is None or held is None:
+            yield part
+            continue
+        sums = next(every)
+        # nearly always, and a CPU is not waited for; a tensor that stands for another has no values
+        if type(sums) is Tensor and sums.is_cpu and torch.equal(sums, held[:-1]):
+            yield part
+            continue
+        changed = is_other(sums, held)
+        noted = None if edits is None else edits(weight.device)
+        if noted is not None:
+            mark = torch.where(changed.any(), noted.mark, 0).to(torch.int32)
+            for marks in (noted.seen, held[-1]):
+                marks.bitwise_or_(mark)
+        # cells are counted in the order of memory
+        is_stale = elements_of(changed, weight.numel()).as_strided(weight.shape, dense(weight).stride())
+        # unlike `masked_fill`, this leaves elements in their order in memory
+        yield torch.where(is_stale, part.new_zeros(()), part)
 
 
 def tail_to_save(param: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ twice and neither can go stale. A parameter without a tail is its own master: FP
 without masters. Of a DTensor, each rank has the tail of its own part, as a DTensor cut alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from duotone.torch.internals.autograd import increment_version
 from duotone.torch.internals.training import is_flattened
 from duotone.torch.kernels import SPLIT_DTYPES, Edits, decode, encode
 from duotone.torch.parameters import shards
-from duotone.torch.parameters.edits import read_tail, record
+from duotone.torch.parameters.edits import read_tails, record
 from duotone.torch.parameters.foreign_writes import say_if_written
 from duotone.torch.parameters.storage import NO_STORAGE, Storage, set_tail, storage_of
 
@@ -108,14 +108,10 @@ def check_not_lost(param: Tensor) -> None:
         )
 
 
-def read_master(param: Tensor, edits: Edits | None = None) -> Tensor:
+def read_master(param: Tensor) -> Tensor:
     """Return a parameter's FP32 master as a new tensor of the parameter's shape; of a DTensor, cut as it is.
 
     Where others have changed the weight since Duotone wrote it, that is its master (`edits`).
-
-    Args:
-        param: the parameter.
-        edits: where to note that others have.
 
     >>> param = nn.Parameter(torch.tensor([0.0], dtype=torch.bfloat16))
     >>> tail = ensure_tail(param)
@@ -123,12 +119,27 @@ def read_master(param: Tensor, edits: Edits | None = None) -> Tensor:
     >>> param.item(), read_master(param).item()
     (0.10009765625, 0.10000000149011612)
     """
+    return read_masters((param,))[0]
+
+
+def read_masters(
+    params: Collection[Tensor], edits: Callable[[torch.device], Edits | None] | None = None
+) -> list[Tensor]:
+    """Return the FP32 master of each of some parameters, as `read_master` does.
+
+    Args:
+        params: the parameters.
+        edits: returns where to note, on a device, that others have changed weights.
+    """
     with torch.no_grad():
-        tail = read_tail(param, edits)
-        weight = shards.local(param.detach())
-        if tail is None:
-            return shards.like(weight.to(torch.float32, copy=True), param)
-        return shards.like(decode(weight, tail.to(weight.device)), param)
+        return [_joined(param, tail) for param, tail in zip(params, read_tails(params, edits), strict=True)]
+
+
+def _joined(param: Tensor, tail: Tensor | None) -> Tensor:
+    weight = shards.local(param.detach())
+    if tail is None:
+        return shards.like(weight.to(torch.float32, copy=True), param)
+    return shards.like(decode(weight, tail.to(weight.device)), param)
 
 
 def write_master(param: Tensor, master: Tensor) -> None:

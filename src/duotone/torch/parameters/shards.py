@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from duotone.torch.internals.tensors import local_part
 
+# nearly all are of these types, and asked about several times in a step
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_shard(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
+    if type(tensor) in _PLAIN:
+        return False
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -34,7 +39,7 @@ def local(tensor: Tensor) -> Tensor:
     >>> local(weight) is weight
     True
     """
-    return local_part(tensor) if is_shard(tensor) else tensor
+    return tensor if type(tensor) in _PLAIN or not is_shard(tensor) else local_part(tensor)
 
 
 def like(part: Tensor, whole: Tensor) -> Tensor:

@@ -116,8 +116,8 @@ def storage_of(param: Tensor) -> Storage:
     >>> storage_of(weight).tail
     tensor([0, 0, 0], dtype=torch.int16)
     """
-    storage = getattr(param, _ATTRIBUTE, NO_STORAGE)
-    if not isinstance(storage, Storage):
+    storage: Any = getattr(param, _ATTRIBUTE, NO_STORAGE)
+    if type(storage) is not Storage:
         known = {field.name for field in fields(Storage)}
         values = {name: value for name, value in storage.items() if name in known}
         rounding = values.get("rounding")
