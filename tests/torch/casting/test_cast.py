@@ -298,6 +298,29 @@ def test_what_is_no_module_is_named(model, message):
         dt.cast(model, "bf16")
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed"])
+def test_a_trace_of_a_cast_model_can_be_saved(policy, tmp_path):
+    model = dt.cast(nn.Sequential(nn.Embedding(5, 8), nn.LayerNorm(8), nn.Linear(8, 4), nn.LogSoftmax(-1)), policy)
+    tokens, others = torch.tensor([[1, 1, 3]]), torch.tensor([[0, 4, 4]])
+    torch.jit.save(torch.jit.trace(model, (tokens,)), tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    assert torch.equal(loaded(others), model(others))
+    # tracing leaves gradients as they were
+    model(others).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cast_model_is_not_scripted():
+    model = dt.cast(nn.Sequential(nn.Linear(2, 2)), "bf16")
+    with pytest.raises(PolicyError, match=r"a cast Sequential cannot be given to torch\.jit\.script"):
+        torch.jit.script(model)
+    assert not hasattr(model.forward, "__globals__")
+    assert torch.jit.script(dt.uncast(model))(torch.ones(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_refused_and_nothing_changes():
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))
     with pytest.raises(PolicyError, match='module "1" of this Sequential is TorchScript'):

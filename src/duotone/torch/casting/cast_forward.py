@@ -10,6 +10,7 @@ border. Left out: recurrent layers under torch.compile, unless `torch._dynamo.co
 
 import copy
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from itertools import chain
@@ -22,7 +23,8 @@ from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
 from duotone.torch.call_site import warn
 from duotone.torch.casting.region import Region
-from duotone.torch.internals.autograd import in_backward
+from duotone.torch.internals.autograd import in_backward, is_jit_tracing
+from duotone.torch.internals.compiler import is_scripting_frame
 from duotone.torch.internals.dispatch import past_modes
 from duotone.torch.internals.training import active_ddp, gathering_of
 from duotone.torch.kernels import SPLIT_DTYPES
@@ -95,6 +97,10 @@ class CastForward:
             tracing = torch.compiler.is_compiling()
             if self._region.is_active(_device_type(self._module, args) if tracing else "cpu"):
                 return self._forward(*args, **kwargs)
+        if self._is_border and not torch.compiler.is_compiling() and is_jit_tracing() and torch.is_grad_enabled():
+            # a trace holds no autograd functions, which Duotone's own gradients are made of
+            with torch.no_grad():
+                return self(*args, **kwargs)
         if self._pending is not None:
             self._pending(self._module)
             self._pending = None
@@ -123,6 +129,17 @@ class CastForward:
     def __code__(self) -> Any:
         # torch.export asks where a model is from
         return self._forward.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        # torch.jit.script compiles a function's source
+        if is_scripting_frame(sys._getframe(1)):
+            raise PolicyError(
+                f"a cast {type(self._module).__name__} cannot be given to torch.jit.script, which compiles the source "
+                "of its forward and would lose the policy; use torch.jit.trace or torch.export, or script "
+                "duotone.torch.uncast(model) for FP32"
+            )
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '__globals__'")
 
     def of_copy(self, module: nn.Module) -> "CastForward":
         """Return what stands in front of the forward of a shallow copy of the module."""

@@ -117,8 +117,8 @@ def _check_rules(modules: Mapping[str, nn.Module], policy: Policy, classes: Clas
     for path, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             raise PolicyError(
-                f'module "{path}" of this {name} is TorchScript, whose forward cannot be put into a policy; cast the '
-                "model before torch.jit.script"
+                f'module "{path}" of this {name} is TorchScript, whose forward cannot be put into a policy; cast it as '
+                "it was before torch.jit.script, and give the cast model to torch.jit.trace or torch.export"
             )
     for rule in policy.rules:
         if not any(rule.matches(path, classes) for path in classes):

@@ -4,7 +4,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -52,6 +52,17 @@ def say_once_that_code_is_not_skipped() -> None:
 
 
 mark_constant(say_once_that_code_is_not_skipped)
+
+
+def is_scripting_frame(frame: FrameType) -> bool:
+    """Return whether a frame is of torch.jit.script, which looks for what a function is made of.
+
+    >>> import sys
+    >>> is_scripting_frame(sys._getframe())
+    False
+    """
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_jit_internal.py
+    return frame.f_globals.get("__name__") == "torch._jit_internal"
 
 
 def is_loaded() -> bool:
