@@ -51,9 +51,9 @@ def one_line(text: str) -> str:
 
 
 def test_a_users_own_task(duotone):
-    code, output, _ = duotone("explain", write_task())
+    code, output, _ = duotone("explain", write_task(), "--policy", "bf16,inputs=bfloat16")
     assert code == 0
-    assert output.startswith("mine: Net under bf16, one forward pass of ")
+    assert output.startswith("mine: Net under bf16,inputs=bfloat16, one forward pass of ")
     lines = output.splitlines()
     titles = ["What stands out", "Modules:", "Operations:", "Casts:", "Saved for the backward pass:"]
     at = [next(number for number, line in enumerate(lines) if line.startswith(title)) for title in titles]

@@ -59,6 +59,7 @@ def test_scaled_gradients_are_known_though_nobody_holds_the_loss(policy, steps):
     for _ in range(steps):
         scaler.backward(model(X).square().mean())
         scaler.step(optimizer)
+        optimizer.zero_grad()
     for _ in range(2):
         # the second is added to the first
         scaler.backward(model(X).square().mean())
