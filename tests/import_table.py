@@ -86,6 +86,7 @@ ALLOWED = {
         "duotone.operations",
         "duotone.torch.casting.float32_inside",
         "duotone.torch.casting.half_on_cpu",
+        "duotone.torch.casting.numbers",
         "duotone.torch.casting.operation_table",
         "duotone.torch.casting.products",
         "duotone.torch.casting.widened",
@@ -93,6 +94,7 @@ ALLOWED = {
     ),
     "duotone.torch.casting.region": (
         "duotone.torch.casting.handlers",
+        "duotone.torch.casting.numbers",
         "duotone.torch.casting.operation_table",
         "duotone.torch.casting.recomputation",
         "duotone.torch.casting.tracing",
@@ -104,6 +106,7 @@ ALLOWED = {
         "duotone.torch.casting.tracing",
     ),
     "duotone.torch.casting.tracing": (),
+    "duotone.torch.casting.numbers": (),
     "duotone.torch.casting.autocast": (
         "duotone.errors",
         "duotone.torch.casting.half_on_cpu",

@@ -32,7 +32,7 @@ MEANINGS: Mapping[Kind, str] = MappingProxyType(
         "float32": "operands cast to FP32, the result stays FP32",
         "widest": "operands cast to the widest among them; in place, to what is written into",
         "refused": "an error in 16 bits, with the way out",
-        "as_given": "runs on what it is given; so does whatever is not listed: add, mul, relu, gelu",
+        "as_given": "runs on what it is given; so does whatever is not listed: relu, gelu, view",
     }
 )
 
@@ -60,6 +60,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "weighted_activation": Family("compute", "an activation with a weight, which takes one dtype"),
         "normalization": Family("float32_inside", "statistics of many elements, but a bounded result"),
         "softmax": Family("float32_inside", "a sum of exponentials, but a bounded result"),
+        "log_softmax": Family("float32", "logarithms of probabilities: of -10, rounding to 16 bits takes up to 3 %"),
         "moment": Family("float32_inside", "means and variances: sums, but a result of the elements' own size"),
         "lookup": Family("float32_inside", "copies forward; the gradient of an element that was read often is a sum"),
         "remainder": Family("float32_inside", "what is left of a quotient, which its gradient takes"),
@@ -92,7 +93,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "write": Family("widest", "writes into its first operand, whose dtype decides"),
         "loss_of_probabilities": Family("refused", "near 1, a 16-bit probability has no fraction left"),
         # autocast has FP32 for most of these on a CPU, and on no other device
-        "fill": Family("as_given", "copies; a number beyond FP16's range, such as -1e9, is taken as its largest"),
+        "number": Family("as_given", "elementwise; FP32 beside a number that 16 bits do not have, such as 1e-8"),
+        "number_in_place": Family("as_given", "the same in place; such a number is taken as the nearest they have"),
+        "bound": Family("as_given", "elementwise; FP32 with a bound that 16 bits move to 0 or 1, such as 1e-8"),
+        "bound_in_place": Family("as_given", "the same in place; such a bound is taken as the next on its side"),
+        "fill": Family("as_given", "copies; a number beyond the range, such as -1e9, is taken as the largest"),
+        "cast": Family("as_given", "the user's own choice; constants beyond the range become the largest"),
         "pool": Family("as_given", "maxima and copies"),
         "scaled_product": Family("as_given", "products of 8-bit operands, whose FP32 scales stay as they are"),
     }

@@ -21,8 +21,8 @@ KINDS = kinds_by_name()
 NARROW = [torch.bfloat16, torch.float16]
 # of float32_inside, those that run in torch's own 16-bit kernel; the others on widened operands, rounded once
 OWN_KERNEL = {
-    "batch_norm", "instance_norm", "native_layer_norm", "native_group_norm", "softmax", "log_softmax", "softmin",
-    "special.softmax", "special.log_softmax", "mean",
+    "batch_norm", "instance_norm", "native_layer_norm", "native_group_norm", "softmax", "softmin", "special.softmax",
+    "mean",
 }  # fmt: skip
 
 

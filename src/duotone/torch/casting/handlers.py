@@ -6,7 +6,6 @@ kind promises, `float32_inside` and `half_on_cpu` have the handler.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from duotone.errors import OperationError
 from duotone.operations import Kind
+from duotone.torch.casting import numbers
 from duotone.torch.casting.float32_inside import (
     FLOAT32_INSIDE,
     FLOAT32_INSIDE_ON_CPU,
@@ -47,19 +47,20 @@ from duotone.torch.casting.operation_table import (
 )
 from duotone.torch.casting.products import KEEPS_ALL, multiply_as_given, multiply_groups
 from duotone.torch.casting.widened import operands, widen_and_round, widen_to_data
+from duotone.torch.internals.dispatch import PADDING
 from duotone.torch.nested import cast_floating
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NARROW = (torch.bfloat16, torch.float16)
 # sums that widen while they read, so that no widened copy is made
-_WITH_DTYPE = ("sum", "nansum", "prod")
+_WITH_DTYPE = ("sum", "nansum", "prod", "log_softmax", "special.log_softmax")
 # may write into an operand
 _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
 # families whose operators take what their functions take
 _BY_OPERATOR = (
     "sparse_product", "moment", "average_pool", "maximum_pool", "random_window", "interpolation", "quantization",
     "coordinate", "steep", "sampling", "statistic", "sum_by_index", "copy_by_index", "write", "vector_norm",
-    "remainder", "sparse_softmax", "sum",
+    "remainder", "sparse_softmax", "sum", "number", "number_in_place", "bound", "bound_in_place", "fill", "cast",
 )  # fmt: skip
 _made: dict[str, "Handlers"] = {}
 
@@ -104,8 +105,7 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     def put(handler: Handler, functions: Iterable[Function]) -> None:
         made.update(dict.fromkeys(functions, handler))
 
-    put(_write_into, functions_in("write"))
-    put(as_handler(_fill), functions_named("masked_fill", "masked_fill_"))
+    _put_numbers(put)
     # a method in Python that asks for its super() cannot be traced in a mode
     made[Tensor.unflatten] = _unflatten
     put(_sum_to_float32, functions_named(*_WITH_DTYPE))
@@ -124,10 +124,11 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     put(as_handler(add_duplicates_in_float32), functions_named("coalesce", "to_dense"))
     put(accumulate_in_place, functions_named("index_reduce_"))
     put(functools.partial(_put, accumulate_in_float32, _to_widest), functions_named("index_put", "put"))
-    put(functools.partial(_put, accumulate_in_place, _write_into), functions_named("index_put_", "put_"))
+    put(functools.partial(_put, accumulate_in_place, numbers.store), functions_named("index_put_", "put_"))
     put(as_handler(observe_and_quantize_in_float32), functions_named("fused_moving_avg_obs_fake_quant"))
     put(as_handler(cross_entropy_in_float32), functions_named("cross_entropy"))
     made.update(FLOAT32_INSIDE)
+    put(functools.partial(_hold_numbers, made[F.pad]), (F.pad,))
     call_in_compute, emulated = functools.partial(_call_in, compute), False
     if device_type == "cpu":
         # torch has no 16-bit kernels for these on CPUs, or they sum in 16 bits
@@ -157,6 +158,21 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     if residual == "float32":
         put(TO_FLOAT32[torch.embedding], overloads_named("embedding"))
     return Handlers(made, () if emulated else (multiply, outer[KEEPS_ALL["matmul"]]), _methods(made))
+
+
+def _put_numbers(put: Callable[[Handler, Iterable[Function]], None]) -> None:
+    """Give functions that take numbers handlers that see to those which 16 bits do not have."""
+    put(numbers.store, functions_in("write"))
+    put(numbers.store_value, functions_named("__setitem__", "scatter_"))
+    put(numbers.store_numbers, (*functions_in("fill"), *PADDING, torch.nested.to_padded_tensor))
+    put(numbers.copy_in_place, functions_named("copy_"))
+    put(functools.partial(_hold_numbers, _to_widest), functions_named("scatter"))
+    put(_where, functions_named("where"))
+    put(numbers.widen_beside_number, functions_in("number"))
+    put(numbers.add_in_place, functions_in("number_in_place"))
+    put(numbers.clamp, functions_in("bound"))
+    put(numbers.clamp_in_place, functions_in("bound_in_place"))
+    put(numbers.cast, functions_in("cast"))
 
 
 def _put_operators(made: Mapping[Function, Handler], put: Callable[[Handler, Iterable[Function]], None]) -> None:
@@ -258,7 +274,7 @@ def _sum_to_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, 
     has_say = kwargs.get("dtype") is not None or kwargs.get("out") is not None
     if has_say or getattr(args[0] if args else kwargs.get("input"), "dtype", None) not in _NARROW:
         return func(*args, **kwargs)
-    return func(*args, **kwargs, dtype=torch.float32)
+    return func(*args, **{**kwargs, "dtype": torch.float32})
 
 
 def _norm_to_float32(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -279,24 +295,20 @@ def _put(
     return (accumulate if accumulates(args, kwargs) else otherwise)(func, args, kwargs)
 
 
-def _write_into(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call with every operand in the dtype of the first, which is written into."""
-    dtype = getattr(args[0] if args else kwargs.get("input"), "dtype", None)
-    return _call_in(dtype, func, args, kwargs) if dtype in _FLOATS else func(*args, **kwargs)
+def _hold_numbers(handler: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return numbers.store_numbers(functools.partial(_called_by, handler, func), args, kwargs)
+
+
+def _where(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    return numbers.where(functools.partial(_called_by, _to_widest, func), args, kwargs)
+
+
+def _called_by(handler: Handler, func: Function, *args: Any, **kwargs: Any) -> Any:
+    return handler(func, args, kwargs)
 
 
 def _unflatten(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return torch.unflatten(*args, **kwargs) if torch.compiler.is_compiling() else func(*args, **kwargs)
-
-
-def _fill(func: Function, input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """Fill in a number, those beyond the range as its largest: -1e9 is how masks are written, and torch raises."""
-    if input.dtype in _NARROW and isinstance(value, Tensor):
-        value = saturated(value, input.dtype)
-    elif input.dtype in _NARROW and isinstance(value, int | float) and math.isfinite(value):
-        largest = torch.finfo(input.dtype).max
-        value = max(-largest, min(largest, value))
-    return func(input, mask, value)
 
 
 def _attend(
@@ -312,7 +324,7 @@ def _attend(
     """Call attention with what a mask has beyond the 16-bit range as its largest: -Inf would mask whole rows away."""
     if isinstance(query, Tensor) and isinstance(attn_mask, Tensor):
         narrow = torch.get_autocast_dtype(query.device.type)
-        attn_mask = saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
+        attn_mask = numbers.saturated(attn_mask, narrow) if narrow in _NARROW else attn_mask
     return multiply(func, (query, key, value, attn_mask, *rest), named)
 
 
@@ -320,19 +332,7 @@ def _attend_with_heads(
     dtype: torch.dtype, attend: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     masks = {name: kwargs[name] for name in ("attn_mask", "key_padding_mask") if isinstance(kwargs.get(name), Tensor)}
-    return attend(func, args, {**kwargs, **{name: saturated(mask, dtype) for name, mask in masks.items()}})
-
-
-def saturated(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a FP32 tensor to 16 bits, finite values beyond the range to the largest; any other tensor is left alone.
-
-    >>> saturated(torch.tensor([-1e9, -torch.inf]), torch.float16)
-    tensor([-65504.,    -inf], dtype=torch.float16)
-    """
-    if tensor.dtype != torch.float32:
-        return tensor
-    largest = torch.finfo(dtype).max
-    return torch.where(tensor.isinf(), tensor, tensor.clamp(-largest, largest)).to(dtype)
+    return attend(func, args, {**kwargs, **{name: numbers.saturated(mask, dtype) for name, mask in masks.items()}})
 
 
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

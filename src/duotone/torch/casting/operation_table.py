@@ -34,7 +34,8 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "recurrence": "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
         "weighted_activation": "prelu",
         "normalization": "layer_norm group_norm rms_norm batch_norm instance_norm native_layer_norm native_group_norm",
-        "softmax": "softmax log_softmax softmin special.softmax special.log_softmax",
+        "softmax": "softmax softmin special.softmax",
+        "log_softmax": "log_softmax special.log_softmax",
         "moment": "mean nanmean var std var_mean std_mean",
         "lookup": "embedding embedding_bag index_select gather take take_along_dim __getitem__",
         "sum_by_index": "index_add index_reduce scatter_add scatter_reduce segment_reduce coalesce to_dense",
@@ -122,7 +123,15 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             addmm_ addbmm_ addmv_ addr_ baddbmm_ lerp_ heaviside_ __setitem__
         """,
         "loss_of_probabilities": "binary_cross_entropy",
-        "fill": "masked_fill masked_fill_",
+        "number": "add sub subtract rsub mul multiply div divide true_divide",
+        "number_in_place": "add_ sub_ subtract_",
+        "bound": "clamp clip clamp_min clamp_max",
+        "bound_in_place": "clamp_ clip_ clamp_min_ clamp_max_",
+        "fill": """
+            masked_fill masked_fill_ full full_like new_full fill fill_ fill_diagonal_ index_fill index_fill_ tensor
+            as_tensor scalar_tensor new_tensor nan_to_num nan_to_num_ hardtanh threshold copy_
+        """,
+        "cast": "to half bfloat16 type type_as",
         "pool": """
             adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_unpool1d max_unpool2d max_unpool3d
         """,
@@ -135,6 +144,13 @@ _SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "matmul": ("__matmul__", "__rmatmul__"),
         "pow": ("__pow__", "__rpow__"),
         "reciprocal": ("__rtruediv__", "__rdiv__"),
+        "add": ("__add__", "__radd__"),
+        "sub": ("__sub__",),
+        "rsub": ("__rsub__",),
+        "mul": ("__mul__", "__rmul__"),
+        "div": ("__truediv__", "__div__"),
+        "add_": ("__iadd__",),
+        "sub_": ("__isub__",),
     }
 )
 _NAMESPACES: Mapping[str, object] = MappingProxyType(
@@ -196,7 +212,8 @@ def functions_named(*names: str) -> Iterator[Function]:
             continue
         for space in (_NAMESPACES[prefix],) if prefix else (torch, F, Tensor):
             for spelling in (inner, *_SPELLINGS.get(inner, ())):
-                if hasattr(space, spelling):
+                # torch.half is a dtype
+                if callable(getattr(space, spelling, None)):
                     yield getattr(space, spelling)
         yield from HIDDEN_FUNCTIONS.get(name, ())
 

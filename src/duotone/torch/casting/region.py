@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from duotone.torch.casting.handlers import Handlers, are_ready, handlers_for
+from duotone.torch.casting.numbers import LARGEST, SMALLEST, widen_beside_number
+from duotone.torch.casting.numbers import cast as cast_constant
 from duotone.torch.casting.operation_table import Function
 from duotone.torch.casting.recomputation import follow_checkpoint, innermost_hook
 from duotone.torch.casting.tracing import not_by_itself
@@ -196,6 +198,13 @@ class RegionMode(TorchFunctionMode):
         # nearly every product's operands have their dtype already; this spares them most of what follows
         if handler in self._handlers.products and not kwargs and are_ready(args, self.compute):
             return func(*args)
+        if handler is widen_beside_number and not kwargs:
+            other = args[-1]
+            # most are beside a tensor, or a number that 16 bits have
+            if type(other) is Tensor or (not tracing and type(other) in (float, int) and SMALLEST <= other <= LARGEST):
+                return func(*args)
+        elif handler is cast_constant and args and (args[0].requires_grad or args[0].dtype is not torch.float32):
+            return func(*args, **kwargs) if kwargs else func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
         if handler is None or compute_dtype(self.device_type) is not self.compute or not self._acts_on(args, kwargs):
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -206,7 +215,9 @@ class RegionMode(TorchFunctionMode):
         if not self.is_users:
             return True
         given = (args, tuple(kwargs.values())) if kwargs else args
-        return any(operand.device.type == self.device_type for operand in operands(given))
+        device_types = {operand.device.type for operand in operands(given)}
+        # what makes a tensor of numbers has no operand
+        return not device_types or self.device_type in device_types
 
 
 def no_autocast(device_type: str) -> Any:

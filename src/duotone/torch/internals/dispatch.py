@@ -84,6 +84,10 @@ log_softmax_backward: Callable[[Tensor, Tensor, int, torch.dtype], Tensor] = fin
 MOVING_KERNELS = frozenset(
     find(f"torch:ops.aten.{name}") for name in ("_unsafe_view", "_reshape_alias", "_local_scalar_dense")
 )
+# what pads behind torch.nn.utils.rnn; without one, a padding value beyond FP16's range is an error or Inf there
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/utils/rnn.py
+_padding: Any = (find("torch._C._nn:pad_sequence"), find("torch:_pad_packed_sequence"))
+PADDING: tuple[Callable[..., Any], ...] = tuple(function for function in _padding if function is not None)
 # the kernel that casts; explain does not work without it
 casting_kernel: Any = find("torch:ops.aten._to_copy")
 # a kernel by its name alone, which no function of torch stands around; without it, explain finds no kind for one
