@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-slow test-gpu test-torch test-oldest test-newest soak soak-ranks check format bench docs evidence clean
+.PHONY: train compare test test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -29,6 +29,9 @@ test-slow: $(VENV)/.installed-test  ## the tests that take minutes
 
 test-gpu: $(VENV)/.installed-test  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/torch
+
+test-models: $(VENV)/.installed-models  ## train 40 public architectures as under torch.amp; about five minutes on two cores
+	$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 -m models tests/models
 
 test-torch: $(VENV)/.installed-test  ## the tests of duotone.torch alone
 	$(PYTEST) tests/torch
@@ -80,6 +83,12 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[test]"
 	touch $@
+
+# timm asks for torchvision, whose wheels fit one build of torch each; the tests do without
+$(VENV)/.installed-models: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) --editable ".[test,models]"
+	$(PIP) --no-deps "timm>=1.0.20"
+	touch $@ $(VENV)/.installed-test
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[dev]"

@@ -41,7 +41,7 @@ def task():
 """
 
 
-def write_task(batches: str = "[torch.ones(32, 64)]") -> str:
+def write_task(batches: str = "[torch.ones(32, 64).bfloat16()]") -> str:
     Path("mine.py").write_text(TASK_FILE.format(batches=batches))
     return "mine.py"
 
