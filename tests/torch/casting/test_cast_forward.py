@@ -375,3 +375,26 @@ def test_bfloat16_masks_are_filled_too(number):
             return scores.masked_fill(scores > 0, number)
 
     assert dt.cast(Masked(), "bf16")(torch.ones(1, 2).bfloat16()).tolist() == [[torch.finfo(torch.bfloat16).min] * 2]
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["orthogonal", "weight_norm"])
+def test_a_weight_that_is_parametrized_after_the_cast_is_computed_by_the_rules_too(policy, kind):
+    parametrize = getattr(nn.utils.parametrizations, kind)
+    outcomes = []
+    for is_after in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+        if not is_after:
+            parametrize(model[0])
+        dt.cast(model, policy)
+        if is_after:
+            # linear algebra has no 16-bit kernels
+            with dt.full_precision(model):
+                parametrize(model[0])
+        output = model(torch.linspace(-1, 1, 32).view(4, 8))
+        output.square().mean().backward()
+        outcomes.append([output, *(param.grad for param in model.parameters())])
+    # of torch's matrix_exp in BF16, gradients are not a number
+    assert all(value.isfinite().all() for value in outcomes[1])
+    assert all(map(torch.equal, *outcomes))

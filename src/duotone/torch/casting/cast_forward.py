@@ -60,6 +60,8 @@ class CastForward:
     _has_asked_for_ranks = False
     # of the root alone
     passes: PassWatch | None = None
+    # models that earlier versions pickled have none
+    _class_without_mode: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -84,13 +86,15 @@ class CastForward:
         self._pending = pending
         self._by_itself = input_dtype(effective), torch_dtype(effective.output)
         self._region = Region(torch_dtype(effective.compute), effective.residual)
-        self._runs_without_mode = self._region.runs_without_mode(module)
+        # as long as it is that: a parametrization of its weight makes another class of it
+        self._class_without_mode = type(module) if self._region.runs_without_mode(module) else None
         # its name and its signature; whatever else it carries is its own
         functools.update_wrapper(self, self._forward, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_border and self._pending is None:
-            if self._runs_without_mode and len(args) == 1 and type(args[0]) is Tensor and self._region.is_only_mode():
+            is_plain = self._class_without_mode is type(self._module)
+            if is_plain and len(args) == 1 and type(args[0]) is Tensor and self._region.is_only_mode():
                 # a mode takes longer to call a function than a small one takes to run
                 with past_modes():
                     return self._forward(*args, **kwargs)
