@@ -97,6 +97,22 @@ def test_a_norm_that_overflows_in_16_bits_hides_no_clipping(said):
     assert [message.startswith(f"{CLIPPED} 1 in") for message in said()] == [True]
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+def test_clipping_by_value_before_unscaling_is_named_too(on_device, said, monkeypatch):
+    if on_device:
+        monkeypatch.setattr(device_scale, "is_on_host", lambda device: False)
+    model = dt.cast(net(), "fp16")
+    model.empty = nn.Parameter(torch.zeros(0))
+    optimizer, scaler = dt.AdamW(model.parameters()), dt.LossScaler("fp16", init_scale=2.0**10)
+    for _ in range(8):
+        scaler.backward(model[2](model[1](model[0](torch.randn(4, 8)))).float().square().mean() + model.empty.sum())
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    (message,) = said()
+    assert message.startswith("the largest of the scaled gradients was 0.01 in each of 3 steps")
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_what_is_no_clipping_is_not_named(set_to_none, said):
     model = dt.cast(net(), "fp16")

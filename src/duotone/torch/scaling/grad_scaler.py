@@ -295,7 +295,7 @@ class GradScaler(torch.amp.GradScaler):
             grad.layout is torch.strided and not is_shard(grad) and grad.device == grads[0].device for grad in grads
         ):
             norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad)).float() for grad in grads]
-            self._loop.look_for_clipping(torch.stack(norms).norm(), on_host=grads[0].is_cpu)
+            self._loop.look_for_clipping(torch.stack(norms).norm(), grads, on_host=grads[0].is_cpu)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         found_infs = super()._check_inf_per_device(optimizer)

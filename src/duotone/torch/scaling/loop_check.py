@@ -1,13 +1,14 @@
 """Three mistakes in a loop that a scaler can see, each said once: they cost accuracy, and raise nothing by themselves.
 
 - The scaler does not fit the model: FP16 gradients without a scale, or a scale that no gradient needs.
-- Scaled gradients were clipped. Between backward pass and step somebody wrote into them, and their norm is the same
-  round number, 1.0 for instance, in `_CLIPPED` steps: that number over the scale is all that is left of the true norm.
+- Scaled gradients were clipped. Between backward pass and step somebody wrote into them, and their norm, or the largest
+  of them, is the same round number, 1.0 for instance, in `_CLIPPED` steps: that number over the scale is all that is
+  left of the true one.
 - Very many gradients were summed in 16 bits.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,7 @@ class LoopCheck:
         self.known: set[int] = set()
         self.looks_for_clipping = looks_for_clipping
         self._norms: list[float] = []
+        self._largest: list[float] = []
         self._looks = 0
         self._readback = Readback()
         self._many_said = False
@@ -69,33 +71,43 @@ class LoopCheck:
             '"grad=float32" to the policy, or take larger micro-batches'
         )
 
-    def look_for_clipping(self, scaled_norm: Tensor, *, on_host: bool) -> None:
-        """Take the norm of scaled gradients that somebody wrote into, and warn if it is always the same round number.
+    def look_for_clipping(self, scaled_norm: Tensor, grads: Iterable[Tensor], *, on_host: bool) -> None:
+        """Look at scaled gradients that somebody wrote into, and warn if they are always clipped to a round number.
 
         Args:
             scaled_norm: 0-d.
+            grads: plain tensors, on one device.
             on_host: whether it can be read without waiting; otherwise it is read when the next one comes.
         """
+        largest = [grad.abs().amax().float() for grad in grads if grad.numel()]
         self._take(self._readback.receive())
-        self._readback.send(scaled_norm.reshape(1))
+        self._readback.send(torch.stack([scaled_norm.float(), torch.stack(largest).amax() if largest else scaled_norm]))
         if on_host:
             self._take(self._readback.receive())
         if len(self._norms) < _CLIPPED and self._looks < _LOOKS:
             return
         self.looks_for_clipping = False
-        limit = _round_number(self._norms)
-        if limit is not None:
+        of_norm, of_largest = _round_number(self._norms), _round_number(self._largest)
+        if of_norm is not None:
             warn(
-                f"the norm of the scaled gradients was {limit:g} in each of {_CLIPPED} steps: they were clipped while "
-                "they carry the loss scale, and the true gradient is smaller by that; use scaler.step(optimizer, "
-                f"clip_norm={limit:g}), or call scaler.unscale_(optimizer) before you clip"
+                f"the norm of the scaled gradients was {of_norm:g} in each of {_CLIPPED} steps: they were clipped "
+                "while they carry the loss scale, and the true gradient is smaller by that; use scaler.step(optimizer, "
+                f"clip_norm={of_norm:g}), or call scaler.unscale_(optimizer) before you clip"
+            )
+        elif of_largest is not None:
+            warn(
+                f"the largest of the scaled gradients was {of_largest:g} in each of {_CLIPPED} steps: they were "
+                "clipped while they carry the loss scale, and the true gradients are smaller by that; call "
+                "scaler.unscale_(optimizer) before you clip"
             )
 
     def _take(self, values: list[float] | None) -> None:
         if values is not None:
             self._looks += 1
             # in 16 bits the norm may overflow, and what is clipped by it is 0
-            self._norms += [value for value in values if math.isfinite(value) and value > 0.0]
+            for value, seen in zip(values, (self._norms, self._largest), strict=True):
+                if math.isfinite(value) and value > 0.0:
+                    seen.append(value)
 
 
 def _say_if_misfit(optimizer: torch.optim.Optimizer, settings: LossScale) -> None:

@@ -243,7 +243,7 @@ class LossScaler:
         if written >= losses and self._loop.looks_for_clipping and first.found_inf_ahead is None:
             # more was written into it than the sums of the losses' gradients
             scaled_norm = first.sum_of_squares.sqrt() * loss_scale
-            self._loop.look_for_clipping(scaled_norm, on_host=self._scale.on_host)
+            self._loop.look_for_clipping(scaled_norm, first.grads, on_host=self._scale.on_host)
         for part in step.parts:
             part.update(clip_norm)
         self._end(step, non_finite_loss, schedules)
