@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from duotone.errors import TaskError
 from duotone.run_settings import RunSettings
 
 
@@ -53,6 +54,7 @@ class SavedSchedule:
         """Restore what `state_dict` returned, or go to the step that an earlier checkpoint names."""
         schedule = self._schedule
         if "count" not in state_dict:
+            _check_like(state_dict, schedule.state_dict())
             schedule.load_state_dict(dict(state_dict))
             return
         step = int(state_dict["count"])
@@ -63,3 +65,16 @@ class SavedSchedule:
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             # the learning rate of an earlier checkpoint is a tensor
             group["lr"] = rate
+
+
+def _check_like(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise unless a state has the names and types of the schedule's own: torch takes over whatever it is given."""
+    wrong = [name for name in state.keys() | own.keys() if _form(state.get(name)) != _form(own.get(name))]
+    if wrong:
+        raise TaskError(f"a schedule's state has another {', '.join(sorted(wrong))}; use another checkpoint")
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_form(each) for each in value]
+    return "number" if isinstance(value, int | float) else type(value)

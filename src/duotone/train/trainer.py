@@ -24,6 +24,7 @@ from duotone.run_settings import RunSettings
 from duotone.train.group import Group
 from duotone.train.metrics import Metrics, Summary
 from duotone.train.optimizer import optimizer_of
+from duotone.train.position import check_position
 from duotone.train.run_folder import RunFolder, step_of
 from duotone.train.schedule import SavedSchedule, cosine_schedule
 from duotone.train.spread import spread
@@ -100,6 +101,7 @@ class Trainer:
         folder = self.folder
         path, broken = self.ranks.first(lambda: folder.find_checkpoint(which))
         progress = dt.load_checkpoint(path, self.model, self.optimizer, self.scaler, scheduler=self._saved_schedule)
+        check_position(path, progress)
         self.step = self.resumed_at = progress["step"]
         self._epoch = progress["epoch"]
         self._batches_taken = progress["batches_taken"]

@@ -10,7 +10,8 @@ from torch import nn
 
 import duotone.torch as dt
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoints.contents import read_policy
+from duotone.policy import Policy
+from duotone.torch.checkpoints.folder import read_manifest
 from duotone.torch.parameters.storage import storage_of
 
 
@@ -128,7 +129,7 @@ def test_it_is_two_files_that_execute_nothing(tmp_path):
     train(parts, 2)
     save(tmp_path / "last", parts)
     assert {path.name for path in (tmp_path / "last").iterdir()} == {"manifest.json", "tensors.safetensors"}
-    assert read_policy(tmp_path / "last").name == "fp16"
+    assert Policy.from_json(read_manifest(tmp_path / "last")["policy"]).name == "fp16"
 
 
 @pytest.mark.parametrize(

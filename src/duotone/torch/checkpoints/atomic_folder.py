@@ -153,6 +153,15 @@ def replace_folder(partial: Path, path: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a checkpoint may have a file of that name.
+
+    >>> is_file_name("tensors-00001-of-00002.safetensors"), is_file_name("../mine.safetensors")
+    (True, False)
+    """
+    return _FILE.fullmatch(name) is not None
+
+
 def _follow_link(path: Path) -> Path:
     # a renamed folder would replace the link, perhaps on another disk
     return Path(os.path.realpath(path)) if os.path.islink(path) else path

@@ -25,6 +25,7 @@ from duotone.torch.checkpoints import shard_files
 from duotone.torch.checkpoints.folder import is_sharded, read_folder, read_manifest, write_folder
 from duotone.torch.checkpoints.process_group import check_same, ranks_of
 from duotone.torch.checkpoints.random_states import random_states, restore_of_rank
+from duotone.torch.checkpoints.well_formed import check_contents, check_like
 from duotone.torch.kernels import decode
 from duotone.torch.optim.slots import OF_POLICY, follows_policy, is_cut
 from duotone.torch.parameters.edits import record, tail_to_save
@@ -136,15 +137,6 @@ def load_checkpoint(
     return contents["progress"]
 
 
-def read_policy(path: str | os.PathLike[str]) -> Policy | None:
-    """Return the policy that a checkpoint was saved under, or None if its model was not cast.
-
-    Raises:
-        CheckpointError: the folder is missing or its manifest damaged.
-    """
-    return _policy_in(read_manifest(Path(path)))
-
-
 def _contents(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
@@ -183,8 +175,11 @@ def _read(path: Path, model: nn.Module, given: Mapping[str, Any], ranks: Ranks) 
     """Return a checkpoint's contents, of DTensors this rank's parts; of other ranks only what is asked for."""
     if ranks.size == 1 and not _has_shards(model) and not is_sharded(read_manifest(path)):
         return read_folder(path)
-    left_out = tuple(name for name, part in given.items() if part is None)
-    return shard_files.read_folder(path, ranks, _cut_like(model, given["optimizer"]), left_out)
+    return shard_files.read_folder(path, ranks, _cut_like(model, given["optimizer"]), _left_out(given))
+
+
+def _left_out(given: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for name, part in given.items() if part is None)
 
 
 def _cut_like(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Callable[[str, torch.Size], Tensor | None]:
@@ -214,10 +209,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _has_shards(model: nn.Module) -> bool:
     return any(is_shard(value) for value in (*model.parameters(), *model.buffers()))
-
-
-def _policy_in(contents: Mapping[str, Any]) -> Policy | None:
-    return None if contents["policy"] is None else Policy.from_json(contents["policy"])
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -262,10 +253,11 @@ def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list
 
 def _check(path: Path, contents: Mapping[str, Any], model: nn.Module, given: Mapping[str, Any], convert: bool) -> bool:
     """Raise unless a checkpoint fits what it is to be loaded into; return whether it has to be converted."""
+    check_contents(path, contents, _left_out(given))
     for param in model.parameters():
         check_not_in_block(param, "load_checkpoint")
     check_own_weights([*model.parameters()], "load a checkpoint")
-    converting = _check_policy(path, _policy_in(contents), model, convert)
+    converting = _check_policy(path, contents, model, convert)
     converting |= convert and _have_other_dtypes(contents["model"], model)
     _check_model(path, contents["model"], model, converting)
     _check_tails(model)
@@ -293,8 +285,9 @@ def _states(
     return [(given[name], states[name]) for name in ("optimizer", "scheduler", "scaler", "average") if name in states]
 
 
-def _check_policy(path: Path, saved: Policy | None, model: nn.Module, convert: bool) -> bool:
+def _check_policy(path: Path, contents: Mapping[str, Any], model: nn.Module, convert: bool) -> bool:
     current = policy_of(model)
+    saved = None if contents["policy"] is None else Policy.from_json(contents["policy"])
     if saved == current:
         return False
     if not convert:
@@ -351,7 +344,9 @@ def _load_all(path: Path, parts: list[tuple[Any, dict[str, Any]]], ranks: Ranks)
                 old, is_replaced = part.state_dict(), isinstance(part, torch.optim.Optimizer | Average)
                 undo.append((part, old if is_replaced else copy.deepcopy(old)))
                 part.load_state_dict(state)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if isinstance(part, torch.optim.Optimizer | LossScaler):
+                    check_like(path, state, old)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             kind = "" if isinstance(error, DuotoneError) else f"{type(error).__name__}: "
             raise CheckpointError(f"{path} does not fit: {kind}{error}") from error
 

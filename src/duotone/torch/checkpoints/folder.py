@@ -20,13 +20,22 @@ from torch import Tensor
 
 from duotone.durable_files import flush
 from duotone.errors import CheckpointError
-from duotone.torch.checkpoints.atomic_folder import MANIFEST, TENSORS, partial_folder, replace_folder, resolve
+from duotone.torch.checkpoints.atomic_folder import (
+    MANIFEST,
+    TENSORS,
+    is_file_name,
+    partial_folder,
+    replace_folder,
+    resolve,
+)
 from duotone.torch.parameters.shards import is_shard
 
 FORMAT_VERSION = 1
 # of a folder with parts of tensors, which readers of version 1 must not take for whole
 SHARDED_VERSION = 2
 _SHARDS = "shards_sha256"
+# names, settings and random states: some hundred bytes for each parameter tensor
+_MOST_MANIFEST_BYTES = 1 << 28
 _TENSOR_KEY, _PAIRS_KEY = "$tensor", "$pairs"
 _SYSTEM_MESSAGE = re.compile(r"([^:]+) \(os error \d+\)")
 
@@ -134,9 +143,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     path = resolve(path)
     try:
-        content = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(_bounded_text(path / MANIFEST))
         manifest = content["manifest"]
-        intact = content["manifest_sha256"] == json_sha256(manifest)
+        intact = content["manifest_sha256"] == json_sha256(manifest) and _has_digests(manifest)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and path.is_dir():
             message = f"no checkpoint at {path}: the folder has no {MANIFEST}; use another checkpoint"
@@ -144,7 +153,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"no checkpoint at {path}: {error.strerror}", damage=f"{MANIFEST}: {error.strerror}"
         ) from error
-    except (ValueError, TypeError, KeyError) as error:
+    # a manifest of thousands of levels too
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         message = f"{path / MANIFEST} is damaged ({error}); use another checkpoint"
         raise CheckpointError(message, damage=f"{MANIFEST} is damaged") from error
     if not intact:
@@ -157,6 +167,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
             damage=f"format version {manifest['format_version']}",
         )
     return manifest
+
+
+def _bounded_text(path: Path) -> str:
+    """Return a file's text; a link to a device would have no end."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_MANIFEST_BYTES + 1)
+    if len(content) > _MOST_MANIFEST_BYTES:
+        raise ValueError(f"longer than {_MOST_MANIFEST_BYTES:,} bytes")
+    return content.decode("utf-8")
+
+
+def _has_digests(manifest: Any) -> bool:
+    """Return whether a manifest says which format it has, and names files of a checkpoint alone."""
+    shards = manifest.get(_SHARDS, {})
+    digests = [manifest["tensors_sha256"], *shards.values()]
+    return (
+        isinstance(manifest["format_version"], int)
+        and all(isinstance(digest, str) for digest in digests)
+        and all(map(is_file_name, shards))
+    )
 
 
 def is_sharded(manifest: Mapping[str, Any]) -> bool:
@@ -178,7 +208,8 @@ def check_files(path: Path, digests: Mapping[str, str]) -> None:
     for name, digest in digests.items():
         file = path / name
         try:
-            intact = file_sha256(file) == digest
+            # a device would have no end
+            intact = (not file.exists() or file.is_file()) and file_sha256(file) == digest
         except OSError as error:
             is_missing = isinstance(error, FileNotFoundError)
             raise CheckpointError(
@@ -213,16 +244,25 @@ def pack(contents: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
 def unpack(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the contents of which `pack` returned these; lists where tuples were.
 
+    Raises:
+        CheckpointError: `pack` did not make them: they name a tensor that is not there, or pairs that are none.
+
     >>> unpack(*pack({"state": {0: (Tensor([2.0]), "x")}}))
     {'state': {0: [tensor([2.]), 'x']}}
     """
-    return {name: _unpack(value, tensors) for name, value in packed.items()}
+    try:
+        return {name: _unpack(value, tensors) for name, value in packed.items()}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"a manifest does not fit its tensors ({type(error).__name__}: {error}); use another checkpoint"
+        ) from error
 
 
 def tensor_names(packed: Any) -> set[str]:
     """Return the names of the tensors that something packed refers to."""
     if isinstance(packed, Mapping):
-        return {packed[_TENSOR_KEY]} if _TENSOR_KEY in packed else tensor_names(list(packed.values()))
+        name = packed.get(_TENSOR_KEY)
+        return {name} if isinstance(name, str) else tensor_names(list(packed.values()))
     if isinstance(packed, list):
         return set().union(*map(tensor_names, packed))
     return set()

@@ -9,6 +9,7 @@ from duotone.errors import CheckpointError
 from duotone.ranks import Ranks
 from duotone.torch.checkpoints.folder import is_sharded, read_folder, read_manifest
 from duotone.torch.checkpoints.shard_files import read_folder as read_parts
+from duotone.torch.checkpoints.well_formed import check_contents
 from duotone.torch.kernels import SPLIT_DTYPES, decode
 
 # of what `save_checkpoint` writes, all that is not read where several ranks have saved
@@ -25,11 +26,12 @@ def saved_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dic
         CheckpointError: it is missing or damaged.
     """
     manifest = read_manifest(path)
+    left_out = tuple(name for name in _LEFT_OUT if name in manifest)
     if is_sharded(manifest):
-        left_out = tuple(name for name in _LEFT_OUT if name in manifest)
         contents = read_parts(path, Ranks(error=CheckpointError), lambda name, shape: None, left_out)
     else:
         contents = read_folder(path)
+    check_contents(path, contents, left_out)
     model, tails = contents["model"], contents["tails"]
     buffers = contents.get("buffers")
     if buffers is None:
