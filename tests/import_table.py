@@ -14,7 +14,7 @@ ALLOWED = {
     "duotone.operations": ("duotone.errors",),
     "duotone.policy": ("duotone.errors", "duotone.formats", "duotone.policy_spelling"),
     "duotone.policy_spelling": ("duotone.errors", "duotone.formats"),
-    "duotone.config_file": ("duotone.errors",),
+    "duotone.config_file": ("duotone.durable_files", "duotone.errors"),
     "duotone.own_folder": ("duotone.durable_files", "duotone.errors"),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),

@@ -15,6 +15,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.scanner import ScannerError
 
+from duotone.durable_files import read_bounded
 from duotone.errors import TaskError
 
 MOST_BYTES = 65536
@@ -37,15 +38,10 @@ def read_config(path: Path) -> dict[Any, Any]:
         TaskError: the file is missing, too long, not YAML, not a mapping, or sets a name twice.
     """
     try:
-        # bounded: a device may have no end
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        text = content.decode("utf-8-sig")
+        text = read_bounded(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise TaskError(f"cannot read the configuration {path}: {reason}; give a YAML file of settings") from error
-    if len(content) > MOST_BYTES:
-        raise TaskError(f"the configuration {path} is longer than {MOST_BYTES:,} bytes; give a YAML file of settings")
     values = _parsed(path, text)
     if values is None:
         return {}

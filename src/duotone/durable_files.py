@@ -37,6 +37,24 @@ def replacing(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def read_bounded(path: Path, most_bytes: int) -> str:
+    """Return a file's text, which may not be longer than it can be in earnest: a link to a device has no end.
+
+    Raises:
+        OSError: it could not be read.
+        ValueError: it is longer, or no UTF-8.
+
+    >>> read_bounded(Path("/dev/zero"), 1000)
+    Traceback (most recent call last):
+    ValueError: it is longer than 1,000 bytes
+    """
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"it is longer than {most_bytes:,} bytes")
+    return content.decode("utf-8-sig")
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line to a file, which is made if there is none; the line is on the disk after the next `flush`.
 

@@ -1,6 +1,10 @@
 """What the tests of the command line share."""
 
+import contextlib
+import io
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,13 +18,31 @@ def duotone(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["duotone", *arguments])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
+        code = _run(monkeypatch, arguments)
         output = capsys.readouterr()
         return code, output.out, output.err
 
     return run
+
+
+def in_folder(patch: pytest.MonkeyPatch, folder: Path) -> Callable[..., tuple[int, str, str]]:
+    """Return such a function for a folder that several tests share."""
+    patch.chdir(folder)
+    patch.setenv("COLUMNS", "80")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            code = _run(patch, arguments)
+        return code, output.getvalue(), errors.getvalue()
+
+    return run
+
+
+def _run(patch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> int:
+    patch.setattr(sys, "argv", ["duotone", *arguments])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return 0

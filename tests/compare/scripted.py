@@ -23,6 +23,7 @@ class Script:
         asked: pairs of a request and an arm (and its seed, where it trains), in order.
         errors: what is raised instead of an answer, by such a pair.
         step_seconds: by arm; 0.1 for those that are not named.
+        step_seconds_of: functions by arm, where they change from trial to trial.
         free_bytes: memory that the machine has.
         started, ended: how many processes have.
     """
@@ -31,6 +32,7 @@ class Script:
         self.asked: list[tuple[str, str]] = []
         self.errors: dict[tuple[str, str], BaseException] = {}
         self.step_seconds: dict[str, float] = {}
+        self.step_seconds_of: dict[str, Callable[[], float]] = {}
         self.free_bytes = 10**12
         self.started = self.ended = 0
 
@@ -72,6 +74,8 @@ class ScriptedProcess:
         if (name, self._arm) in self._script.errors:
             raise self._script.errors[name, self._arm]
         seconds = self._script.step_seconds.get(self._arm, 0.1)
+        if name == "try_arm" and self._arm in self._script.step_seconds_of:
+            seconds = self._script.step_seconds_of[self._arm]()
         answers: dict[str, Callable[..., Any]] = {
             "inspect": lambda entry: (SUBJECT, DeviceState("cpu", None, self._script.free_bytes)),
             "try_arm": lambda *_: Trial(self._arm, phases=Phases(seconds, 0, 0, 0), peak_memory_bytes=10**6),

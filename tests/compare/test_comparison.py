@@ -77,6 +77,20 @@ def test_slow_and_failed_arms_keep_their_trials_and_are_not_run(script: Script, 
     assert [arm.failure and arm.failure.kind for arm in report.arms] == [None, "not possible", "too slow"]
 
 
+def test_one_trial_on_a_busy_machine_removes_no_arm(script: Script, path: Path) -> None:
+    witness, times = Witness(), iter([2.0, 0.2])
+    script.step_seconds_of["fp16"] = lambda: next(times)
+    compare(plan_of(), path, watcher=witness)
+    # the second time after all the others
+    assert script.asked_for("try_arm") == ["fp32", "bf16", "fp16", "fp16"]
+    trial = ComparisonFolder(path).trials()["fp16"]
+    assert trial.failure is None
+    assert trial.phases is not None
+    assert trial.phases.step == 0.2
+    assert [arm.arm for (arm,) in witness.of("trial_ends")] == ["fp32", "bf16", "fp16"]
+    assert "fp16 0" in script.asked_for("start")
+
+
 def test_without_the_baseline_the_rest_goes_on(script: Script, path: Path) -> None:
     script.fail("try_arm", "fp32", "error")
     script.step_seconds["fp16"] = 20.0

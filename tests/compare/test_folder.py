@@ -78,7 +78,9 @@ def test_a_bad_record_is_named_with_its_field(
     assert message.endswith("; remove it, and --resume measures it anew")
 
 
-@pytest.mark.parametrize("text", ["", "[", '{"arm": ', "[]"])
+@pytest.mark.parametrize(
+    "text", ["", "[", '{"arm": ', "[]", "[" * 100_000, '{"arm": "fp32", "peak_memory_bytes": ' + "9" * 400 + "}"]
+)
 def test_a_file_that_is_no_record_is_an_error(folder: ComparisonFolder, text: str) -> None:
     path = folder.path / "trials" / "fp32.json"
     path.write_text(text, encoding="utf-8")

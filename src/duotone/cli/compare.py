@@ -141,7 +141,7 @@ def _check_alone(flag: str, others: list[str]) -> None:
 
 def _plan(options: dict[str, Any]) -> "Plan":
     from duotone.compare import DEFAULT_ARMS, Plan, find_arms, own_arm, parse_size
-    from duotone.train import RunSettings, read_config, resolve_settings
+    from duotone.train import RunSettings, read_config, resolve_settings, with_warmup
 
     own = [own_arm(text) for text in options["arm"] or ()]
     arms = (*find_arms(options["arms"] or DEFAULT_ARMS), *own)
@@ -158,6 +158,8 @@ def _plan(options: dict[str, Any]) -> "Plan":
     steps = options["steps"] if options["steps"] is not None else settings.pop("steps", None)
     if steps is not None and options["minutes"] is not None:
         raise CompareError("--steps and --minutes were both given; choose one")
+    if steps is not None and "warmup_steps" in settings:
+        with_warmup(resolve_settings(settings, {"steps": steps}), settings)
     chosen = {name: options[name] for name in ("minutes", "margin", "confidence", "max_slowdown", "profile")}
     return Plan(
         argv=("duotone", *sys.argv[1:]),

@@ -29,6 +29,9 @@ from duotone.errors import CompareError
 
 Record = TypeVar("Record")
 
+# a run of a million steps has fewer
+_MOST_BYTES = 1 << 26
+
 _PLAN, _PACE, _SUBJECT, _ENVIRONMENT = "plan.json", "pace.json", "subject.json", "environment.json"
 
 
@@ -152,9 +155,11 @@ class ComparisonFolder:
     def _read(self, path: Path, record_type: type[Record]) -> Record:
         try:
             # json takes the NaN and Infinity of figures that are not finite, msgspec's own reader does not
-            return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), record_type)
+            return msgspec.convert(
+                json.loads(durable_files.read_bounded(path, _MOST_BYTES), parse_int=_int64), record_type
+            )
         # before msgspec 0.20 its errors are no ValueError
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             what = (
                 "start a new comparison in another --out"
                 if path.name == _PLAN
@@ -178,6 +183,13 @@ class ComparisonFolder:
             raise CompareError(
                 f"cannot write {path}: {error.strerror}; what was measured before is kept, go on with --resume"
             ) from error
+
+
+def _int64(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError(f"{text:.20}... is no number of bytes, steps or samples")
+    return value
 
 
 def _file(arm: str) -> str:

@@ -6,6 +6,7 @@ carries messages between ranks. A trainer uses one process alone and several in 
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,17 +216,37 @@ def open_ranks() -> Iterator[Group]:
         raise TaskError(
             f"{', '.join(present)} are set in the environment, but {missing} is not; start ranks by torchrun"
         )
+    size = _number("WORLD_SIZE", 1, 2**31)
+    rank = _number("RANK", 0, size)
+    local_rank = _number("LOCAL_RANK", 0, size) if "LOCAL_RANK" in os.environ else rank
+    _number("MASTER_PORT", 0, 2**16)
     # not every build of torch has it, and a process alone needs none
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://"))
     # NCCL is started by the first tensor on a GPU, not before
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Group.join(int(os.environ.get("LOCAL_RANK", rank)), store)
+        store, *_ = next(rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (dist.DistError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = next(iter(str(error).splitlines()), "")
+        raise TaskError(f"the ranks do not meet at {place}: {reason}; start ranks by torchrun") from error
+    try:
+        yield Group.join(local_rank, store)
     finally:
         dist.destroy_process_group()
+
+
+def _number(name: str, least: int, end: int) -> int:
+    """Return a variable of the environment, which a launcher has set."""
+    text = os.environ[name]
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not least <= int(text) < end:
+        raise TaskError(
+            f'{name} in the environment is "{text:.60}"; it must be a whole number from {least} to {end - 1}, '
+            "as torchrun sets it"
+        )
+    return int(text)
 
 
 def _failure_key(rank: int) -> str:

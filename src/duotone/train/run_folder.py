@@ -14,11 +14,12 @@ from typing import Any, Literal
 import duotone.torch as dt
 from duotone import own_folder
 from duotone.config_file import read_config
-from duotone.durable_files import append_line, flush, make_folder, replace_text
+from duotone.durable_files import append_line, flush, make_folder, read_bounded, replace_text
 from duotone.errors import CheckpointError, TaskError
 from duotone.run_settings import RunSettings, resolve_settings
 
 _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
+_MOST_METRICS_BYTES, _MOST_SUMMARY_BYTES = 1 << 31, 1 << 24
 _CHECKPOINT = re.compile(r"step-\d+")
 # settings of where a run is carried out and how often it reports; the others decide its result
 _FREE = frozenset({"device", "backend", "parallel", "log_every", "evaluate_every", "checkpoint_every", "keep"})
@@ -162,13 +163,18 @@ class RunFolder:
             if not path.exists():
                 return
             kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for number, line in enumerate(self._read(path, _MOST_METRICS_BYTES).splitlines(), 1):
                 try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
+                    is_kept = json.loads(line)["step"] <= step
                 except ValueError:
                     # a line that was cut short by a crash can only be the last one
                     break
+                except (TypeError, LookupError, RecursionError) as error:
+                    raise TaskError(
+                        f"cannot read {path}: line {number} is none of metrics; move it away, and --resume goes on"
+                    ) from error
+                if is_kept:
+                    kept.append(line + "\n")
             replace_text(path, "".join(kept))
 
     def summary(self) -> dict[str, Any] | None:
@@ -178,10 +184,22 @@ class RunFolder:
             TaskError: it cannot be read.
         """
         path = self.path / _SUMMARY
+        if not path.exists():
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
+            summary = json.loads(self._read(path, _MOST_SUMMARY_BYTES))
+        except (ValueError, RecursionError) as error:
             raise TaskError(f"cannot read {path}: {error}; remove it, and --resume writes it anew") from error
+        if not isinstance(summary, dict):
+            raise TaskError(f"cannot read {path}: it is no summary; remove it, and --resume writes it anew")
+        return summary
+
+    def _read(self, path: Path, most_bytes: int) -> str:
+        try:
+            return read_bounded(path, most_bytes)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TaskError(f"cannot read {path}: {reason}; move it away, and --resume goes on") from error
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write the run's result.

@@ -117,7 +117,7 @@ def test_thousands_of_levels(tmp_path):
             path = forge(tmp_path, setting("progress", to={"step": nested(levels)}))
         except RecursionError:
             return
-        with pytest.raises(CheckpointError, match="was saved under|RecursionError"):
+        with pytest.raises(CheckpointError, match=r"was saved under|RecursionError"):
             dt.load_checkpoint(path, nn.Linear(2, 1))
 
 

@@ -32,7 +32,8 @@ def turn_ratios(baseline: Sequence[Phases], arm: Sequence[Phases]) -> list[float
     """
     rounds = min(len(baseline), len(arm))
     pairs = zip(timed(baseline[:rounds]), timed(arm[:rounds]), strict=True)
-    return [theirs.step / ours.step for theirs, ours in pairs]
+    # a clock that stood still must not divide by zero
+    return [theirs.step / max(ours.step, 1e-9) for theirs, ours in pairs]
 
 
 def quartiles(values: Sequence[float]) -> Spread:

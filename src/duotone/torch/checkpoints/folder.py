@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duotone.durable_files import flush
+from duotone.durable_files import flush, read_bounded
 from duotone.errors import CheckpointError
 from duotone.torch.checkpoints.atomic_folder import (
     MANIFEST,
@@ -143,7 +143,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     path = resolve(path)
     try:
-        content = json.loads(_bounded_text(path / MANIFEST))
+        content = json.loads(read_bounded(path / MANIFEST, _MOST_MANIFEST_BYTES))
         manifest = content["manifest"]
         intact = content["manifest_sha256"] == json_sha256(manifest) and _has_digests(manifest)
     except OSError as error:
@@ -167,15 +167,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
             damage=f"format version {manifest['format_version']}",
         )
     return manifest
-
-
-def _bounded_text(path: Path) -> str:
-    """Return a file's text; a link to a device would have no end."""
-    with path.open("rb") as file:
-        content = file.read(_MOST_MANIFEST_BYTES + 1)
-    if len(content) > _MOST_MANIFEST_BYTES:
-        raise ValueError(f"longer than {_MOST_MANIFEST_BYTES:,} bytes")
-    return content.decode("utf-8")
 
 
 def _has_digests(manifest: Any) -> bool:

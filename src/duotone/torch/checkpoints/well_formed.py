@@ -52,6 +52,9 @@ def check_contents(path: object, contents: Mapping[str, Any], left_out: tuple[st
                 f'"{name}" of {path} is not what save_checkpoint writes there; use another checkpoint'
             )
     _check_tails(path, contents["model"], contents["tails"])
+    unknown = [name for name in contents.get("tied", {}).values() if name not in contents["model"]]
+    if unknown:
+        raise CheckpointError(f'{path} ties a weight to "{unknown[0]}", which it does not have; use another checkpoint')
 
 
 def check_like(path: object, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
