@@ -106,7 +106,7 @@ ALLOWED = {
         "duotone.torch.casting.tracing",
     ),
     "duotone.torch.casting.tracing": (),
-    "duotone.torch.casting.numbers": (),
+    "duotone.torch.casting.numbers": ("duotone.torch.casting.float32_inside.autograd_function",),
     "duotone.torch.casting.autocast": (
         "duotone.errors",
         "duotone.torch.casting.half_on_cpu",

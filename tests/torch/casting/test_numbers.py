@@ -281,6 +281,18 @@ def test_guards_against_zero_hold(name, policy):
         assert model.weight.grad.isfinite().all()
 
 
+def test_a_probability_that_fp16_has_as_0_does_not_spoil_the_gradient():
+    logits = torch.tensor([[0.0, 40.0]], dtype=torch.float16, requires_grad=True)
+    with Region(torch.float16).on("cpu"):
+        (-torch.log(logits.softmax(-1) + 1e-8)[0, 0] * 1024).backward()
+    assert logits.grad.tolist() == [[0, 0]]
+    # what is no 0 overflows, so that the scale is lowered
+    with Region(torch.float16).on("cpu"):
+        x = torch.tensor([0.0, 0.001], dtype=torch.float16, requires_grad=True)
+        (torch.log(x + 1e-8) * 1024).sum().backward()
+    assert x.grad.tolist() == [65504, torch.inf]
+
+
 def test_log_probabilities_are_fp32_as_of_the_widened_logits():
     logits = torch.randn(4, 100, dtype=torch.bfloat16)
     with Region(torch.bfloat16).on("cpu"):

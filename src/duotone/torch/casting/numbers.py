@@ -15,11 +15,12 @@ torch.compile knows by a symbol alone.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, autograd
 
+from duotone.torch.casting.float32_inside.autograd_function import apply
 from duotone.torch.internals.autograd import in_transform, is_jit_tracing
 
 Function = Callable[..., Any]
@@ -77,7 +78,32 @@ def widen_beside_number(func: Function, args: tuple[Any, ...], kwargs: Mapping[s
     other = rest[0] if rest else kwargs.get("other")
     if not _is_finite_number(other) or held(other, input.dtype) == other:
         return func(*args, **kwargs)
-    return _call_on(input.float(), func, args, kwargs)
+    is_guard = abs(other) < 1 and input.requires_grad and torch.is_grad_enabled()
+    return _call_on(apply(_WidenGuarded, input) if is_guard else input.float(), func, args, kwargs)
+
+
+class _WidenGuarded(autograd.Function):
+    """Widen what a small number is to guard: `p` in `log(p + 1e-8)`.
+
+    Where 16 bits have 0, the gradient may be 1e8 whatever the loss scale is, and is taken as the largest number: what
+    made the 0, such as a softmax, multiplies it by 0, and Inf would be NaN. Elsewhere it overflows as always.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return x.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        largest = _LIMITS[x.dtype][0]
+        return torch.where((x == 0) & grad.isfinite(), grad.clamp(-largest, largest), grad).to(x.dtype)
 
 
 def clamp(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -249,7 +275,7 @@ def _is_nowhere(lost: Tensor) -> bool:
     return not in_transform() and not is_jit_tracing() and not lost.any()
 
 
-def _is_finite_number(number: Any) -> bool:
+def _is_finite_number(number: Any) -> TypeGuard[float]:
     """Return whether it is a Python number, and neither NaN, Inf nor 0."""
     if not isinstance(number, int | float) or isinstance(number, bool):
         return False
