@@ -275,10 +275,11 @@ def test_states_without_a_search_are_settled_and_stay_so():
 
 def test_a_search_that_is_known_to_be_over_costs_arrays_nothing():
     settings, state = LossScale(8.0), LossScaleState(torch.tensor(8.0), *[torch.tensor(0)] * 4)
-    after = update(settings, state, torch.tensor(True), where=torch.where)
-    assert after.search == 0
-    assert type(after.search) is int
-    assert after.scale == 4.0
+    for finite in (True, torch.tensor(True)):
+        after = update(settings, state, torch.tensor(True), loss_is_finite=finite, where=torch.where)
+        assert after.search == 0
+        assert type(after.search) is int
+        assert after.scale == 4.0
 
 
 def test_a_window_shortened_on_resume_closes_at_the_next_clean_step():

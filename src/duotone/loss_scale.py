@@ -221,10 +221,12 @@ def update(
         # an overflow that says nothing about the scale
         says_something = where(overflow, loss_is_finite != 0, True)
         moved = update(settings, state, found_inf, where=where)
-        kept = {
-            name: where(says_something, getattr(moved, name), getattr(state, name))
+        pairs = {
+            name: (getattr(moved, name), getattr(state, name))
             for name in ("scale", "growth_tracker", "hysteresis_tracker", "search")
         }
+        # a search that is known to be over stays the Python number
+        kept = {name: old if new is old else where(says_something, new, old) for name, (new, old) in pairs.items()}
         return replace(moved, **kept)
 
     window_is_full = state.growth_tracker + 1 >= settings.growth_interval

@@ -55,7 +55,7 @@ def test_both_move_alike(on_device, steps, method):
 def test_once_it_is_settled_nothing_of_a_search_is_on_a_device(on_device, method):
     scale = initial_scale(SETTINGS).settled().to(CPU)
     for found_inf in (True, False, True):
-        scale = getattr(scale, method)(torch.tensor(found_inf), True)
+        scale = getattr(scale, method)(torch.tensor(found_inf), torch.tensor(True))
         assert scale.state.search == 0
         assert type(scale.state.search) is int
     assert scale.tensor("search").dtype == torch.int32

@@ -189,3 +189,38 @@ def test_a_loss_of_an_evaluation_leaves_a_scale_to_train_with(pretend, make):
         assert scaler.scale(parameter.sum()).item() == 8.0
     scaler.scale(parameter.sum()).backward()
     assert parameter.grad.item() == 8.0
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_a_search_goes_on_from_a_state_dict_and_there_is_none_in_those_of_earlier_versions(pretend, on_device):
+    pretend(on_device)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16")
+    scales = []
+    for step in "o...o.":
+        scaler.backward(parameter.sum() * (3e38 if step == "o" else 1.0))
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+        scales.append(scaler.loss_scale.item())
+        packed = scaler.state_dict()
+        scaler = dt.LossScaler("fp16")
+        scaler.load_state_dict(packed)
+    assert scales == [1, 4, 16, 64, 16, 16]
+    earlier = {name: value for name, value in dt.LossScaler("fp16").state_dict()["state"].items() if name != "search"}
+    scaler.load_state_dict({**packed, "state": earlier})
+    scaler.backward(parameter.sum() * 3e38)
+    scaler.step(optimizer)
+    assert scaler.loss_scale.item() == 2.0**15
+
+
+def test_once_the_host_knows_that_the_scale_is_settled_the_device_computes_no_search(pretend):
+    pretend(True)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler("fp16")
+    kinds = []
+    for _ in range(4):
+        scaler.backward(parameter.sum())
+        scaler.step(optimizer)
+        kinds.append(type(scaler._scale.state.search))
+    # what the first step did is known when the second begins
+    assert kinds == [torch.Tensor, int, int, int]
