@@ -12,10 +12,6 @@ The arms, each on its own copies of the same parameters, in turn within each rou
 - `copy`: `Tensor.copy_` of as many bytes as an update of Duotone moves, 12 per parameter, reads and writes together.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
 from typing import Any
 
 import report
@@ -96,7 +92,7 @@ def check(shapes: list[list[int]], device: str) -> dict[str, Any]:
     return {"equal_to_reference_in_every_bit": True, "largest_distance_to_torch": distance}
 
 
-def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
+def measure(shapes: list[list[int]], device: str, at_least: float = SECONDS) -> dict[str, Any]:
     """Check, then time every arm in turn, and return medians, quartiles and ratios round by round."""
     checked = check(shapes, device)
     numel = sum(torch.Size(shape).numel() for shape in shapes)
@@ -108,17 +104,8 @@ def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
         "torch": torch_update(shapes, device)[0],
         "copy": lambda: target.copy_(source),
     }
-    calls = {}
-    for name, arm in arms.items():
-        arm()
-        calls[name] = max(1, round(step.SAMPLE_SECONDS / step.timed(arm, 3, device)))
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    started = time.perf_counter()
-    while len(seconds["copy"]) < ROUNDS[0] or (
-        time.perf_counter() - started < SECONDS and len(seconds["copy"]) < ROUNDS[1]
-    ):
-        for name, arm in arms.items():
-            seconds[name].append(step.timed(arm, calls[name], device))
+    calls = step.calls_per_sample(arms, device)
+    seconds = step.in_turn(arms, calls, device, at_least, ROUNDS)
     own = seconds["duotone"]
     return {
         "parameters": numel,
@@ -127,12 +114,8 @@ def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
         "rounds": len(own),
         "calls_per_sample": calls,
         **checked,
-        "milliseconds": {name: report.quartiles([1e3 * value for value in values]) for name, values in seconds.items()},
-        "times_faster_than": {
-            name: report.quartiles([peer / mine for peer, mine in zip(values, own, strict=True)])
-            for name, values in seconds.items()
-            if name != "duotone"
-        },
+        "milliseconds": report.milliseconds(seconds),
+        "times_faster_than": report.times_faster(seconds, "duotone"),
         "bytes_per_second": report.quartiles([BYTES_PER_PARAMETER * numel / value for value in own]),
     }
 
@@ -145,9 +128,7 @@ def tables(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, result in results["sizes"].items():
-        faster = [
-            "{median:.2f} ({lower:.2f} to {upper:.2f})".format(**result["times_faster_than"][peer]) for peer in peers
-        ]
+        faster = [report.with_quartiles(result["times_faster_than"][peer]) for peer in peers]
         lines.append(
             f"| {name} | {result['milliseconds']['duotone']['median']:.2f} | {' | '.join(faster)} | "
             f"{result['bytes_per_second']['median'] / 1e9:.1f} |"
@@ -157,25 +138,12 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure unless told not to, and fill the table of docs/evidence.md from the CPU's results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only fill the table of docs/evidence.md")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
-    arguments = parser.parse_args()
-    path = arguments.out / ("average.json" if arguments.device == "cpu" else "average-cuda.json")
-    if not arguments.tables:
-        results: dict[str, Any] = {"machine": report.machine(), "sizes": {}}
-        for name, shapes in SIZES.items():
-            print(name, flush=True)
-            results["sizes"][name] = measure(shapes, arguments.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if path == report.RESULTS / "average.json":
-        report.fill(report.EVIDENCE, "average", tables(results))
-    else:
-        print(tables(results))
+    """Run as the command line says."""
+
+    def measure_sizes(device: str, seconds: float) -> dict[str, Any]:
+        return {"sizes": step.by_size(SIZES, lambda shapes: measure(shapes, device, seconds))}
+
+    report.run("average", __doc__, measure_sizes, tables, SECONDS)
 
 
 if __name__ == "__main__":

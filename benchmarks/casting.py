@@ -16,12 +16,9 @@ activations are counted by storage; peak memory adds up every allocation and rel
 state included, as torch's profiler sees them.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import report
@@ -215,7 +212,7 @@ def allocations(profiled: profile) -> list[int]:
     return [size for _, size in sorted(found, key=lambda change: change[0])]
 
 
-def timed(steps: dict[str, Step], device: str, calls: int = 1) -> dict[str, list[float]]:
+def timed(steps: dict[str, Step], device: str, at_least: float, calls: int = 1) -> dict[str, list[float]]:
     """Time every arm in turn, round by round, and return the seconds of a call."""
     for step in steps.values():
         for _ in range(3):
@@ -223,7 +220,7 @@ def timed(steps: dict[str, Step], device: str, calls: int = 1) -> dict[str, list
     seconds: dict[str, list[float]] = {arm: [] for arm in steps}
     started = time.perf_counter()
     first = next(iter(seconds.values()))
-    while len(first) < ROUNDS[0] or (time.perf_counter() - started < SECONDS and len(first) < ROUNDS[1]):
+    while len(first) < ROUNDS[0] or (time.perf_counter() - started < at_least and len(first) < ROUNDS[1]):
         for arm, step in steps.items():
             begun = time.perf_counter()
             for _ in range(calls):
@@ -238,15 +235,8 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Return milliseconds by arm, and how many times faster than each other arm Duotone's are, round by round."""
     own = [arm for arm in seconds if arm in ("bf16", "fp16")]
     return {
-        "milliseconds": {arm: report.quartiles([1e3 * value for value in values]) for arm, values in seconds.items()},
-        "times_faster": {
-            arm: {
-                peer: report.quartiles([theirs / mine for theirs, mine in zip(values, seconds[arm], strict=True)])
-                for peer, values in seconds.items()
-                if peer != arm
-            }
-            for arm in own
-        },
+        "milliseconds": report.milliseconds(seconds),
+        "times_faster": {arm: report.times_faster(seconds, arm) for arm in own},
     }
 
 
@@ -275,9 +265,9 @@ def check(device: str) -> dict[str, Any]:
     return {"products_in_bfloat16": sum(each.calls for each in products), "distance_of_loss_to_fp32": distance}
 
 
-def measure(device: str) -> dict[str, Any]:
+def measure(device: str, seconds: float) -> dict[str, Any]:
     """Check, then measure everything there is for a device."""
-    results: dict[str, Any] = {"machine": report.machine(), "check": check(device)}
+    results: dict[str, Any] = {"check": check(device)}
     print("saved activations", flush=True)
     results["saved_bytes_per_token_and_channel"] = saved_activations(device)
     print("peak memory", flush=True)
@@ -290,16 +280,22 @@ def measure(device: str) -> dict[str, Any]:
         arms = ("fp32", "torch.amp bf16", "torch.amp fp16", "bf16", "fp16")
         for name, compiled in (("GPT-2 124 M", False), ("GPT-2 124 M, compiled", True)):
             steps = {arm: training_step(arm, GPT2, device, compiled) for arm in arms}
-            results.setdefault("steps", {})[name] = summary(timed(steps, device))
+            results.setdefault("steps", {})[name] = summary(timed(steps, device, seconds))
     else:
         arms = ("fp32", "torch.amp bf16", "bf16", "fp16")
         name = "GPT, 11 M, 2,048 tokens"
-        results["steps"] = {name: summary(timed({arm: training_step(arm, SMALL, device) for arm in arms}, device))}
+        results["steps"] = {
+            name: summary(timed({arm: training_step(arm, SMALL, device) for arm in arms}, device, seconds))
+        }
         arms = ("fp32", "torch.amp fp16", "fp16")
         name = "GPT, 1.6 M, 512 tokens"
-        results["steps"][name] = summary(timed({arm: training_step(arm, TINY, device) for arm in arms}, device))
+        results["steps"][name] = summary(
+            timed({arm: training_step(arm, TINY, device) for arm in arms}, device, seconds)
+        )
     arms = ("fp32", "torch.amp bf16", "bf16")
-    results["steps"]["MLP, 64 wide"] = summary(timed({arm: mlp_step(arm, device) for arm in arms}, device, calls=50))
+    results["steps"]["MLP, 64 wide"] = summary(
+        timed({arm: mlp_step(arm, device) for arm in arms}, device, seconds, calls=50)
+    )
     return results
 
 
@@ -316,32 +312,15 @@ def tables(results: dict[str, Any]) -> str:
     lines += ["", "| training step | Duotone's | ms | times faster than |", "|---|---|---|---|"]
     for name, result in results["steps"].items():
         for arm, peers in result["times_faster"].items():
-            faster = "; ".join(
-                f"`{peer}` " + "{median:.2f} ({lower:.2f} to {upper:.2f})".format(**ratio)
-                for peer, ratio in peers.items()
-            )
+            faster = "; ".join(f"`{peer}` " + report.with_quartiles(ratio) for peer, ratio in peers.items())
             lines.append(f"| {name} | `{arm}` | {result['milliseconds'][arm]['median']:.4g} | {faster} |")
     text = "\n".join(lines) + "\n\nMedians, with quartiles, of ratios taken round by round. "
     return text + report.provenance(results["machine"])
 
 
 def main() -> None:
-    """Measure unless told not to, and fill the tables of docs/evidence.md from the CPU's results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only fill the tables of docs/evidence.md")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
-    arguments = parser.parse_args()
-    path = arguments.out / ("casting.json" if arguments.device == "cpu" else "casting-cuda.json")
-    if not arguments.tables:
-        results = measure(arguments.device)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if path == report.RESULTS / "casting.json":
-        report.fill(report.EVIDENCE, "casting", tables(results))
-    else:
-        print(tables(results))
+    """Run as the command line says."""
+    report.run("casting", __doc__, measure, tables, SECONDS)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""What every benchmark's report has in common: the machine it ran on, and the pages that show its tables."""
+"""What benchmarks have in common: their command line, the machine they ran on, ratios, and pages that show tables."""
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import statistics
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,59 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 EVIDENCE = ROOT / "docs" / "evidence.md"
+
+
+def run(
+    name: str,
+    description: str | None,
+    measure: Callable[[str, float], dict[str, Any]],
+    tables: Callable[[dict[str, Any]], str],
+    seconds: float,
+) -> None:
+    """Be a benchmark's command: measure unless told not to, write the results, show them as tables.
+
+    Args:
+        name: of the file of results, and of the place in docs/evidence.md that shows those of a CPU.
+        description: what `--help` says.
+        measure: returns the results, given a device and how many seconds the arms of a row take turns.
+        tables: returns the results in Markdown.
+        seconds: how many, if the command does not say.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", action="store_true", help="only fill the tables of docs/evidence.md")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=seconds, help="how long the arms of a row take turns")
+    arguments = parser.parse_args()
+    path = arguments.out / (f"{name}.json" if arguments.device == "cpu" else f"{name}-cuda.json")
+    if not arguments.tables:
+        results = {"machine": machine(), **measure(arguments.device, arguments.seconds)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    shown = tables(json.loads(path.read_text(encoding="utf-8")))
+    if path == RESULTS / f"{name}.json":
+        fill(EVIDENCE, name, shown)
+    else:
+        print(shown)
+
+
+def times_faster(seconds: Mapping[str, Sequence[float]], arm: str) -> dict[str, dict[str, float]]:
+    """Return how many times faster an arm is than each other one, round by round."""
+    return {
+        peer: quartiles([theirs / own for theirs, own in zip(values, seconds[arm], strict=True)])
+        for peer, values in seconds.items()
+        if peer != arm
+    }
+
+
+def milliseconds(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Return what a call of each arm takes."""
+    return {arm: quartiles([1e3 * value for value in values]) for arm, values in seconds.items()}
+
+
+def with_quartiles(ratio: Mapping[str, float]) -> str:
+    """Return a ratio as tables show it."""
+    return "{median:.2f} ({lower:.2f} to {upper:.2f})".format(**ratio)
 
 
 def machine() -> dict[str, Any]:

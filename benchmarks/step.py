@@ -17,15 +17,12 @@ A sample is one call, or the mean of as many in a row as take 30 ms: what is sma
 arm alike.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import report
@@ -143,7 +140,7 @@ def same_master(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(read_master(one).view(torch.int32), read_master(other).view(torch.int32))
 
 
-def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
+def measure(shapes: list[list[int]], device: str, at_least: float = SECONDS) -> dict[str, Any]:
     """Check, then time every arm in turn, and return medians, quartiles and ratios round by round."""
     checked = check(shapes, device)
     numel = sum(torch.Size(shape).numel() for shape in shapes)
@@ -153,17 +150,8 @@ def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
         arms["torch chain, foreach"] = torch_chain(shapes, device, "foreach")[0]
         arms["torch FP32"] = torch_fp32(shapes, device)
     arms["copy"] = copy_step(numel, device)
-    calls = {}
-    for name, arm in arms.items():
-        arm()
-        calls[name] = max(1, round(SAMPLE_SECONDS / timed(arm, 3, device)))
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    started = time.perf_counter()
-    while len(seconds["copy"]) < ROUNDS[0] or (
-        time.perf_counter() - started < SECONDS and len(seconds["copy"]) < ROUNDS[1]
-    ):
-        for name, arm in arms.items():
-            seconds[name].append(timed(arm, calls[name], device))
+    calls = calls_per_sample(arms, device)
+    seconds = in_turn(arms, calls, device, at_least, ROUNDS)
     own = seconds["duotone"]
     moved = BYTES_PER_PARAMETER * numel
     return {
@@ -172,14 +160,43 @@ def measure(shapes: list[list[int]], device: str) -> dict[str, Any]:
         "rounds": len(own),
         "calls_per_sample": calls,
         **checked,
-        "milliseconds": {name: report.quartiles([1e3 * value for value in values]) for name, values in seconds.items()},
-        "times_faster_than": {
-            name: report.quartiles([peer / mine for peer, mine in zip(values, own, strict=True)])
-            for name, values in seconds.items()
-            if name != "duotone"
-        },
+        "milliseconds": report.milliseconds(seconds),
+        "times_faster_than": report.times_faster(seconds, "duotone"),
         "bytes_per_second": report.quartiles([moved / value for value in own]),
     }
+
+
+def by_size(
+    sizes: Mapping[str, list[list[int]]], measure_one: Callable[[list[list[int]]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what is measured of parameters of some shapes, by what these are called."""
+    results = {}
+    for name, shapes in sizes.items():
+        print(name, flush=True)
+        results[name] = measure_one(shapes)
+    return results
+
+
+def calls_per_sample(arms: Mapping[str, Step], device: str) -> dict[str, int]:
+    """Return how many calls in a row a sample of each arm is the mean of."""
+    calls = {}
+    for name, arm in arms.items():
+        arm()
+        calls[name] = max(1, round(SAMPLE_SECONDS / timed(arm, 3, device)))
+    return calls
+
+
+def in_turn(
+    arms: Mapping[str, Step], calls: Mapping[str, int], device: str, at_least: float, rounds: tuple[int, int]
+) -> dict[str, list[float]]:
+    """Time every arm in turn, round by round, for some seconds, and return the seconds of a call of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    started, count = time.perf_counter(), 0
+    while count < rounds[0] or (time.perf_counter() - started < at_least and count < rounds[1]):
+        for name, arm in arms.items():
+            seconds[name].append(timed(arm, calls[name], device))
+        count += 1
+    return seconds
 
 
 def timed(arm: Step, calls: int, device: str) -> float:
@@ -230,9 +247,7 @@ def tables(results: dict[str, Any]) -> str:
     ]
     for name, result in results["sizes"].items():
         faster = [
-            "{median:.2f} ({lower:.2f} to {upper:.2f})".format(**result["times_faster_than"][peer])
-            if peer in result["times_faster_than"]
-            else ""
+            report.with_quartiles(result["times_faster_than"][peer]) if peer in result["times_faster_than"] else ""
             for peer in peers
         ]
         own = result["milliseconds"]["duotone"]["median"]
@@ -251,28 +266,14 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure unless told not to, and fill the table of docs/evidence.md from the CPU's results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", action="store_true", help="only fill the table of docs/evidence.md")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder of the results")
-    arguments = parser.parse_args()
-    path = arguments.out / ("step.json" if arguments.device == "cpu" else "step-cuda.json")
-    if not arguments.tables:
-        sizes = CUDA_SIZES if arguments.device == "cuda" else SIZES
-        results: dict[str, Any] = {"machine": report.machine(), "sizes": {}, "first_step_seconds": None}
-        for name, shapes in sizes.items():
-            print(name, flush=True)
-            results["sizes"][name] = measure(shapes, arguments.device)
-        if arguments.device == "cpu":
-            results["first_step_seconds"] = first_step()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if path == report.RESULTS / "step.json":
-        report.fill(report.EVIDENCE, "step", tables(results))
-    else:
-        print(tables(results))
+    """Run as the command line says."""
+
+    def measure_sizes(device: str, seconds: float) -> dict[str, Any]:
+        sizes = CUDA_SIZES if device == "cuda" else SIZES
+        results = by_size(sizes, lambda shapes: measure(shapes, device, seconds))
+        return {"sizes": results, "first_step_seconds": first_step() if device == "cpu" else None}
+
+    report.run("step", __doc__, measure_sizes, tables, SECONDS)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def update(
         rows = _address(coefficients), _address(draws)
         job = array("q", (*of_groups, parameters, *rows, count, columns))
         _coefficients_entry(definition)(_address(job))
-        _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, *rows, columns, *marks)
+        _run_over_chunks(elements, table.lengths, table.chunks.ctypes.data, parameters, columns, *rows, *marks)
 
 
 def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:

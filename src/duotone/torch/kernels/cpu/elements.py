@@ -10,15 +10,16 @@ from typing import Any
 from duotone.torch.kernels.cpu import memory
 from duotone.torch.kernels.cpu.checksums import factor_table, fill_factors, tile_functions
 from duotone.torch.kernels.cpu.formats import f32, i64, master_reader, master_writer, moment_writer, value_reader
-from duotone.torch.kernels.cpu.memory import compiled, read_f32, read_i64, take_next, tuple_reader
+from duotone.torch.kernels.cpu.memory import compiled, read_f32, read_i64, tuple_reader
+from duotone.torch.kernels.cpu.pieces import COLUMNS, over_pieces, part_of
 from duotone.torch.kernels.cpu.random import TILE, fill_tile
 from duotone.torch.kernels.reference import CHUNK
 from duotone.torch.kernels.slots import MAX_MOMENTS
-from duotone.torch.kernels.table import GRAD, MOMENT, NUMBER, NUMEL, TAIL, WEIGHT, Formats
+from duotone.torch.kernels.table import GRAD, MOMENT, NUMBER, TAIL, WEIGHT, Formats
 from duotone.torch.kernels.updates.definition import Update
 
-# words of a job
-COUNTER, PIECES, PIECE_COUNT, CHUNKS, PARAMETERS, COEFFICIENT_TABLE, DRAWS, COLUMNS, SEEN, MARK = range(10)
+# words of a job behind those of pieces
+COEFFICIENT_TABLE, DRAWS, SEEN, MARK = range(COLUMNS + 1, COLUMNS + 5)
 
 _read_random = memory.reader("u16", memory.RANDOM)
 # a tile of random bits for the weight and for each moment
@@ -37,7 +38,11 @@ def kernel(definition: Update, formats: Formats) -> Any:
     tile = TILE if stops else CHUNK
 
     @compiled
-    def chunk(operand, coefficients, draw, start, stop, tiles, factors, seen, mark):
+    def chunk(job, number, context):
+        tiles, factors, seen, mark = context
+        row, operand, start, stop = part_of(job, number)
+        coefficients = read_i64(job, COEFFICIENT_TABLE) + 4 * coefficient_columns * row
+        draw = read_i64(job, DRAWS) + 16 * row
         step, seed, index = read_i64(draw, 0), read_i64(draw, 1), read_i64(operand, NUMBER)
         while start < stop:
             end = min(start + tile, stop)
@@ -54,23 +59,12 @@ def kernel(definition: Update, formats: Formats) -> Any:
             write_checksums(operand, i64(start), i64(end), factors)
             start = end
 
+    every_chunk = over_pieces(chunk)
+
     def run(job):
         tiles, factors = _random_tiles(), factor_table()
-        seen, mark = read_i64(job, SEEN), read_i64(job, MARK)
         fill_factors(factors)
-        while True:
-            piece = take_next(read_i64(job, COUNTER))
-            if piece >= read_i64(job, PIECE_COUNT):
-                break
-            bounds = read_i64(job, PIECES)
-            for number in range(read_i64(bounds, piece), read_i64(bounds, piece + 1)):
-                row = read_i64(read_i64(job, CHUNKS), 2 * number)
-                start = read_i64(read_i64(job, CHUNKS), 2 * number + 1)
-                operand = read_i64(job, PARAMETERS) + 8 * read_i64(job, COLUMNS) * row
-                coefficients = read_i64(job, COEFFICIENT_TABLE) + 4 * coefficient_columns * row
-                draw = read_i64(job, DRAWS) + 16 * row
-                stop = min(start + CHUNK, read_i64(operand, NUMEL))
-                chunk(operand, coefficients, draw, start, stop, tiles, factors, seen, mark)
+        every_chunk(job, (tiles, factors, read_i64(job, SEEN), read_i64(job, MARK)))
 
     return run
 

@@ -13,11 +13,12 @@ from numba.extending import intrinsic
 
 from duotone.torch.kernels.cpu import memory
 from duotone.torch.kernels.cpu.formats import f64, i64, value_reader
-from duotone.torch.kernels.cpu.memory import compiled, read_f64, read_i64, take_next, write_f64
+from duotone.torch.kernels.cpu.memory import compiled, read_f64, read_i64, write_f64
+from duotone.torch.kernels.cpu.pieces import CHUNKS, over_pieces
 from duotone.torch.kernels.reference import LANES, PARTS, ROWS
 
-# words of a job; the chunks of a job are as in `table.GradTable`
-COUNTER, PIECES, PIECE_COUNT, CHUNKS, TARGET, COUNT = range(6)
+# words of a job behind those of pieces; the chunks of a job are as in `table.GradTable`
+TARGET, COUNT = CHUNKS + 1, CHUNKS + 2
 
 _PART = ROWS * LANES
 _SUMS = PARTS * LANES
@@ -45,17 +46,16 @@ def squares(dtype: str) -> Any:
             _write_sum(sums, part * LANES + lane, _read_sum(sums, part * LANES + lane) + value * value)
         return _by_halves(sums, parts * LANES)
 
+    @compiled
+    def chunk(job, number, sums):
+        row = read_i64(job, CHUNKS) + 24 * number
+        total = chunk_squares(read_i64(row, 0), read_i64(row, 1), sums)
+        write_f64(read_i64(job, TARGET), read_i64(row, 2), total)
+
+    every_chunk = over_pieces(chunk)
+
     def kernel(job):
-        sums = _scratch()
-        while True:
-            piece = take_next(read_i64(job, COUNTER))
-            if piece >= read_i64(job, PIECE_COUNT):
-                break
-            bounds = read_i64(job, PIECES)
-            for chunk in range(read_i64(bounds, piece), read_i64(bounds, piece + 1)):
-                row = read_i64(job, CHUNKS) + 24 * chunk
-                total = chunk_squares(read_i64(row, 0), read_i64(row, 1), sums)
-                write_f64(read_i64(job, TARGET), read_i64(row, 2), total)
+        every_chunk(job, _scratch())
 
     return kernel
 
