@@ -46,6 +46,7 @@ ALLOWED = {
         "duotone.torch.checkpoints.folder",
     ),
     "duotone.torch.memory_use": (
+        "duotone.torch.averaging",
         "duotone.torch.explanation.wording",
         "duotone.torch.notebook",
         "duotone.torch.optim.slots",

@@ -153,3 +153,17 @@ def test_8_bit_moments_of_torchao():
     optimizer.state[model.weight] = {"exp_avg": zeros((64, 64), True), "exp_avg_sq": zeros((64, 64), False)}
     # a code for each element, an FP32 scale for 256 of them, and a table of 256 FP32 values
     assert dt.memory(model, optimizer).moments_bytes == 2 * (4096 + 4 * 16 + 4 * 256)
+
+
+@pytest.mark.parametrize("average_buffers", [False, True])
+def test_averages_cost_4_bytes_for_each_weight(average_buffers):
+    model = dt.cast(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "bf16")
+    average = dt.Average(model, average_buffers=average_buffers)
+    without, counted = dt.memory(model), dt.memory(model, average=average)
+    # two statistics; how many batches there were is not averaged
+    assert counted.averages_bytes == average.size_bytes == 4 * without.parameters + 4 * 8 * average_buffers
+    assert without.averages_bytes == 0
+    assert "averages" in str(counted)
+    assert "averages" not in str(without)
+    with average.applied(model):
+        assert dt.memory(model, average=average) == counted

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duotone.torch.averaging.average import Average
 from duotone.torch.explanation.wording import count, size
 from duotone.torch.internals.tensors import wrapped_in
 from duotone.torch.notebook import block, table
@@ -28,6 +29,7 @@ class Memory:
         moments_bytes: the optimizer's state of the parameters' shapes: its moments, and what else it keeps for each
             weight, such as the compensation of a Kahan summation.
         other_bytes: frozen weights with what tails they have, buffers, and step counts.
+        averages_bytes: what a `duotone.torch.Average` of the model keeps.
     """
 
     parameters: int
@@ -36,11 +38,13 @@ class Memory:
     gradients_bytes: int
     moments_bytes: int
     other_bytes: int
+    averages_bytes: int = 0
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Bytes of weight, tail, gradient and moments per trainable parameter; 0 without any."""
-        total = self.weights_bytes + self.tails_bytes + self.gradients_bytes + self.moments_bytes
+        """Bytes of weight, tail, gradient, moments and average per trainable parameter; 0 without any."""
+        kept = self.weights_bytes + self.tails_bytes + self.gradients_bytes
+        total = kept + self.moments_bytes + self.averages_bytes
         return total / self.parameters if self.parameters else 0.0
 
     def __str__(self) -> str:
@@ -61,14 +65,15 @@ class Memory:
 
     def _rows(self) -> list[tuple[str, int, str]]:
         """Return each role, its bytes, and those for each parameter as text."""
-        names = [field.name for field in fields(self)[1:]]
+        # most models have no average
+        names = [each.name for each in fields(self)[1:] if each.name != "averages_bytes" or self.averages_bytes]
         numbers = {name.removesuffix("_bytes"): getattr(self, name) for name in names}
         each = {name: f"{number / self.parameters:.3g}" if self.parameters else "" for name, number in numbers.items()}
         return [(name, number, "" if name == "other" else each[name]) for name, number in numbers.items()]
 
 
-def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Memory:
-    """Count the bytes of weights, tails, gradients and optimizer state; exact, since it adds up tensors.
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: Average | None = None) -> Memory:
+    """Count the bytes of weights, tails, gradients, optimizer state and average; exact, since it adds up tensors.
 
     A tensor that wraps others, such as a quantized one, counts as those do, whatever dtype it passes for; what several
     of them share counts once.
@@ -79,6 +84,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     Args:
         model: a model, cast or not; tied parameters count once.
         optimizer: its optimizer, Duotone's, torch's or another's.
+        average: an average of its weights.
 
     >>> import duotone.torch as dt
     >>> model = dt.cast(nn.Linear(8, 8), "bf16")
@@ -87,6 +93,8 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
     >>> optimizer.step()
     >>> memory(model, optimizer).bytes_per_parameter
     14.0
+    >>> memory(model, optimizer, dt.Average(model)).bytes_per_parameter
+    18.0
     """
     reshard(model)
     counted = dict.fromkeys(("weights", "tails", "gradients", "moments", "other"), 0)
@@ -106,7 +114,9 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> 
                 continue
             counted["moments" if is_moment(optimizer, name, value, param) else "other"] += _size(value, seen)
     counted["other"] += sum(_size(buffer, seen) for buffer in model.buffers())
-    return Memory(parameters=parameters, **{f"{role}_bytes": size for role, size in counted.items()})
+    averages = 0 if average is None else average.size_bytes
+    by_role = {f"{role}_bytes": size for role, size in counted.items()}
+    return Memory(parameters=parameters, **by_role, averages_bytes=averages)
 
 
 def _size(tensor: Tensor, seen: dict[int, Tensor]) -> int:

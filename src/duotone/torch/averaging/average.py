@@ -91,6 +91,11 @@ class Average:
         """How often the average was updated, int64, 0-d, on the device; skipped steps are not among them."""
         return self._updates
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes the averages take, of buffers too; of sharded parameters, those of this rank's parts."""
+        return self._store.size_bytes
+
     @kernels.uncompiled
     @torch.no_grad()
     def update(self) -> None:

@@ -100,6 +100,12 @@ class Store:
             if value.dtype not in _FOR_KERNELS:
                 yield value.detach(), averages[name]
 
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes all averages on this rank take."""
+        kept = map(shards.local, (*self.averages.values(), *self.buffers.values()))
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
     def have_moved(self) -> bool:
         """Return whether a master is no longer what its average is; waits for the device."""
         return not all(

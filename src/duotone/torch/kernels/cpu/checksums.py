@@ -1,6 +1,6 @@
-"""Checksums of weights on the CPU, tile by tile: compared before a tile is updated, taken again after.
+"""Checksums of weights on the CPU, cell by cell: compared before a cell is updated, taken again after.
 
-A tile is in the cache for both, so that weights come from memory once. The bits are those of `kernels.checksums`.
+A cell is in the cache for both, so that weights come from memory once. The bits are those of `kernels.checksums`.
 """
 
 from typing import Any

@@ -7,6 +7,7 @@ parameter's coefficients, which `coefficients` has computed before. The arithmet
 from importlib import import_module
 from typing import Any
 
+from duotone.torch.kernels.checksums import CELL
 from duotone.torch.kernels.cpu import memory
 from duotone.torch.kernels.cpu.checksums import factor_table, fill_factors, tile_functions
 from duotone.torch.kernels.cpu.formats import f32, i64, master_reader, master_writer, moment_writer, value_reader
@@ -33,9 +34,12 @@ def kernel(definition: Update, formats: Formats) -> Any:
     weight_is_random = formats.weight.endswith("+stochastic")
     random1, random2, random3 = [name == "bfloat16" for name in (*formats.moments, "", "", "")[:MAX_MOMENTS]]
     follow_changes, write_checksums = tile_functions(formats.weight)
-    # without random bits or checksums there is no reason to stop between
-    stops = weight_is_random or formats.weight.endswith("+tail") or "bfloat16" in formats.moments
-    tile = TILE if stops else CHUNK
+    # what is read twice, to be compared first, is best a little at a time: what follows it in memory is on its way into
+    # the cache meanwhile. Without random bits or checksums there is no reason to stop between
+    if formats.weight.endswith("+tail"):
+        tile = CELL
+    else:
+        tile = TILE if weight_is_random or "bfloat16" in formats.moments else CHUNK
 
     @compiled
     def chunk(job, number, context):
