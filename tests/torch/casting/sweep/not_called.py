@@ -71,7 +71,7 @@ _BY_REASON = {
         coalesce max_unpool1d max_unpool3d
     """,
     "made of functions that are called, or other names of them": """
-        dsmm hsmm lobpcg native_norm pca_lowrank saddmm spmm svd_lowrank threshold
+        dsmm hsmm lobpcg native_batch_norm native_norm pca_lowrank saddmm spmm svd_lowrank threshold
     """,
     "a count": "numel",
 }

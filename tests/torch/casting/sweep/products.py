@@ -131,17 +131,5 @@ case(
     rand(5000, 4),
 )
 case("F.linear sparse", lambda w: F.linear(A, w), rand(4, 5000))
-case(
-    "native_batch_norm",
-    lambda x, w, b: torch.native_batch_norm(x, w, b, None, None, True, 0.1, 1e-5)[0],
-    randn(2, 4, 128, 128) + 10,
-    rand(4),
-    rand(4),
-)
-case(
-    "pca_lowrank",
-    lambda x: (torch.manual_seed(0), torch.pca_lowrank(x, 4)[1][:1])[1],
-    torch.outer(MAT[0], MAT2[0]) + MAT * 0.01,
-)
 case("sparse hsmm", lambda h: torch.hsmm(A, h).to_dense(), rand(5000, 4))
 case("sparse dsmm", lambda h: torch.dsmm(A, h), rand(5000, 4))

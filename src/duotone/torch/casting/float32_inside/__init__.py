@@ -27,7 +27,6 @@ from duotone.torch.casting.float32_inside.gathers import (
     take_in_float32,
 )
 from duotone.torch.casting.float32_inside.indexing import getitem_in_float32, index_in_float32
-from duotone.torch.casting.float32_inside.log_softmax import log_softmax_in_float32, log_softmax_of
 from duotone.torch.casting.float32_inside.norms import (
     batch_norm_in_float32,
     group_norm_in_float32,
@@ -77,8 +76,6 @@ FLOAT32_INSIDE: Mapping[Function, Handler] = {
         (gather_in_float32, (torch.gather, Tensor.gather)),
         (take_along_dim_in_float32, (torch.take_along_dim, Tensor.take_along_dim)),
         (take_in_float32, (torch.take, Tensor.take)),
-        (log_softmax_in_float32, (F.log_softmax,)),
-        (log_softmax_of, (torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax)),
     )
     for function in functions
 } | {F.pad: pad_in_float32}
@@ -87,7 +84,6 @@ FLOAT32_INSIDE: Mapping[Function, Handler] = {
 OPERATORS_FLOAT32_INSIDE: Mapping[str, Handler] = {
     "embedding": as_handler(torch_embedding_in_float32),
     "embedding_bag": widen_to_data,
-    "log_softmax": as_handler(log_softmax_of),
     "im2col": unfold_in_float32,
     "unfold": slide_in_float32,
     "col2im": widen_and_round,
