@@ -60,7 +60,8 @@ _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
 _BY_OPERATOR = (
     "sparse_product", "moment", "average_pool", "maximum_pool", "random_window", "interpolation", "quantization",
     "coordinate", "steep", "sampling", "statistic", "sum_by_index", "copy_by_index", "write", "vector_norm",
-    "remainder", "sparse_softmax", "sum", "number", "number_in_place", "bound", "bound_in_place", "fill", "cast",
+    "remainder", "sparse_softmax", "sum", "log_softmax", "number", "number_in_place", "bound", "bound_in_place", "fill",
+    "cast",
 )  # fmt: skip
 _made: dict[str, "Handlers"] = {}
 
