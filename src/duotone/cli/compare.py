@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from duotone.compare import ComparisonFolder, Plan, Report
 
 _COMPARISONS = Path("comparisons")
+_MOST_SEEDS = 10_000
 # options that --resume may change
 _MAY_CHANGE = ("seeds", "margin", "confidence", "max_slowdown")
 
@@ -144,7 +145,7 @@ def _plan(options: dict[str, Any]) -> "Plan":
     from duotone.train import RunSettings, read_config, resolve_settings, with_warmup
 
     own = [own_arm(text) for text in options["arm"] or ()]
-    arms = (*find_arms(options["arms"] or DEFAULT_ARMS), *own)
+    arms = (*find_arms(DEFAULT_ARMS if options["arms"] is None else options["arms"]), *own)
     names = [each.name for each in arms]
     settings = read_config(options["config"]) if options["config"] is not None else {}
     if options["device"] is not None:
@@ -165,7 +166,7 @@ def _plan(options: dict[str, Any]) -> "Plan":
         argv=("duotone", *sys.argv[1:]),
         task=task,
         arms=arms,
-        baseline=options["baseline"] or ("fp32" if "fp32" in names else names[0]),
+        baseline=("fp32" if "fp32" in names else names[0]) if options["baseline"] is None else options["baseline"],
         seeds=tuple(range(3 if options["seeds"] is None else _at_least_one_seed(options["seeds"]))),
         steps=steps,
         settings=settings,
@@ -187,8 +188,8 @@ def _changed(plan: "Plan", options: dict[str, Any]) -> "Plan":
 
 
 def _at_least_one_seed(seeds: int) -> int:
-    if seeds < 1:
-        raise CompareError(f"--seeds is {seeds}; it must be at least 1")
+    if not 1 <= seeds <= _MOST_SEEDS:
+        raise CompareError(f"--seeds is {seeds}; it must be at least 1 and at most {_MOST_SEEDS}")
     return seeds
 
 

@@ -27,7 +27,8 @@ def ops_command(
         name = operation
         for prefix in ("torch.", "nn.functional.", "F.", "Tensor."):
             name = name.removeprefix(prefix)
-        if name not in kinds and not any(functions_named(name)):
+        # what every object of Python has is no operation
+        if name not in kinds and (name.startswith("__") or not any(functions_named(name))):
             near = get_close_matches(name.removeprefix("nn.").lower(), kinds, n=3, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else "write a name such as softmax or linalg.norm"
             raise OperationError(f'torch has no operation "{operation}"; {hint}')

@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch.nn.parameter import is_lazy
 
 from duotone.cli.output import Output
 from duotone.train import Metrics, Summary, Task, Trainer
@@ -30,7 +31,8 @@ def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View
     """Print what is about to run, and open the view that fits the console."""
     console = console or Output()
     settings, task = trainer.settings, trainer.task
-    count = sum(param.numel() for param in trainer.model.parameters())
+    # what a lazy module has is known after the first step
+    count = sum(param.numel() for param in trainer.model.parameters() if not is_lazy(param))
     console.print(f"[bold]{task.name}[/bold] under [bold]{settings.policy.name}[/bold] on {_place(trainer)}")
     console.print(f"  parameters: {count:,}")
     for name, fact in task.facts.items():

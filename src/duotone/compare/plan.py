@@ -3,6 +3,7 @@
 Both are kept in its folder, so that it can go on after an interruption with the same figures.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -61,8 +62,8 @@ class Plan:
             raise CompareError(f'the baseline "{self.baseline}" is none of the arms ({", ".join(names)}); choose one')
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise CompareError(f"the seeds are {list(self.seeds)}; there must be at least one, and each once")
-        self._require("steps", self.steps is None or self.steps >= 1, "at least 1")
-        self._require("minutes", self.minutes > 0, "positive")
+        self._require("steps", self.steps is None or 1 <= self.steps <= 2**53, "at least 1 and at most 2^53")
+        self._require("minutes", 0 < self.minutes < math.inf, "positive and finite")
         self._require("margin", 0 < self.margin < 1, "above 0 and below 1, such as 0.01, which is 1%")
         self._require("confidence", 0.5 <= self.confidence < 1, "from 0.5 to below 1, such as 0.95, which is 95%")
         self._require("max_slowdown", self.max_slowdown > 1, "above 1")

@@ -3,6 +3,7 @@
 For the command line. Whoever writes Python sees the error itself, and `duotone.compare` makes it a row of its report.
 """
 
+import math
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def guarded(task: Task) -> Task:
 
     def units_in(batch: Any) -> Any:
         units: Any = _guarded(task, "units_in")(batch)
-        if isinstance(units, bool) or not isinstance(units, int | float) or units < 0:
+        if isinstance(units, bool) or not isinstance(units, int | float) or not 0 <= units < math.inf:
             raise TaskError(f"units_in of task {task.name!r} returned {units!r:.60}; it must return a number of units")
         return units
 
@@ -71,10 +72,10 @@ def _blaming(task: Task, name: str) -> Iterator[None]:
     except (DuotoneError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        # what follows from the end of another rank is not the task's
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise
         line = first_line(error)
+        # what follows from the end of another rank is not the task's
+        if isinstance(error, dist.DistError) or "gloo" in line:
+            raise
         where = f" in {place}" if (place := _place(error)) else ""
         kind = f"{type(error).__name__}: {line}" if line else type(error).__name__
         raise TaskError(

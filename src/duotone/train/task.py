@@ -115,6 +115,10 @@ class Task:
             any(each.requires_grad for each in self.model.parameters()), "model", "a model with a parameter to train"
         )
         for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                raise TaskError(
+                    f"task {self.name!r}: its model's {name} is on the meta device; hand over one with weights"
+                )
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 raise TaskError(

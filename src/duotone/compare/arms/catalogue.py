@@ -115,8 +115,8 @@ def own_arm(text: str) -> Arm:
     name, _, policy = (part.strip() for part in text.partition("="))
     if not name or not policy:
         raise CompareError(f'an arm of your own is "{text}"; write NAME=POLICY, such as mine=bf16,grad=float32')
-    if not re.fullmatch(r"[A-Za-z0-9._+-]+", name):
-        raise CompareError(f'an arm is called "{name}"; use letters, digits and . _ + - in its name')
+    if not re.fullmatch(r"[A-Za-z0-9._+-]{1,64}", name):
+        raise CompareError(f'an arm is called "{name:.80}"; use letters, digits and . _ + - in its name, 64 at most')
     if name in CATALOGUE or name in _GROUPS:
         what = "an arm" if name in CATALOGUE else "a group of arms"
         raise CompareError(f'"{name}" is {what} already; choose another name for {policy}')
