@@ -27,7 +27,7 @@ def parse_size(text: str) -> int:
     Traceback (most recent call last):
     duotone.errors.CompareError: "2G" is no size; write a number and one of B, kB, MB, ...
     """
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]+)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,24}(?:\.[0-9]{1,24})?) ?([A-Za-z]+)", text.strip())
     unit = _BYTES.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise CompareError(f'"{text}" is no size; write a number and one of {", ".join(UNITS)}, as in 2GB')

@@ -137,8 +137,8 @@ def _storages_of(tensor: Tensor) -> Iterator[tuple[Hashable, Tensor]]:
     elif tensor.layout == torch.strided:
         try:
             yield storage_reference(tensor.untyped_storage()), tensor
-        except (NotImplementedError, RuntimeError):
-            # a tensor without storage, as inside of torch.func's transforms, holds no bytes of its own
+        except (NotImplementedError, RuntimeError, ValueError):
+            # a tensor without storage, as in torch.func's transforms or in a lazy module, holds no bytes of its own
             return
 
 
