@@ -253,3 +253,14 @@ def test_experts_are_products():
     if hasattr(F, "grouped_mm"):
         with dt.autocast("cpu", torch.bfloat16):
             assert F.grouped_mm(x, weights.bfloat16(), offs=ends).dtype == torch.bfloat16
+
+
+def test_gradients_through_a_layer_norm_may_be_batched():
+    model = dt.cast(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 1)), "bf16")
+    y = model(rand(8, 4)).squeeze()
+
+    def gradient(v: Tensor) -> Tensor:
+        return torch.autograd.grad(y, model[0].weight, v, retain_graph=True)[0]
+
+    rows = torch.eye(8, dtype=y.dtype)
+    torch.testing.assert_close(torch.vmap(gradient)(rows), torch.stack([gradient(row) for row in rows]))

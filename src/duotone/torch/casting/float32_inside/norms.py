@@ -20,6 +20,7 @@ from torch.autograd import Function
 
 from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager
 from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of
+from duotone.torch.internals.autograd import is_batched
 
 _NARROW = (torch.bfloat16, torch.float16)
 # widened at a time: 1 MiB of FP32 stays in a CPU's caches, and no FP32 copy of the whole exists
@@ -48,8 +49,12 @@ class _LayerNorm(Function):
         # once: a second look would run a checkpointed part again
         x, weight, bias, mean, rstd = saved = ctx.saved_tensors
         of_x, _, of_weight, of_bias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or grad_dtype_of(x) != x.dtype:
-            # as torch differentiates FP32 operands, second derivatives included
+        if (
+            torch.is_grad_enabled()
+            or (not torch.compiler.is_compiling() and is_batched(grad))
+            or grad_dtype_of(x) != x.dtype
+        ):
+            # as torch differentiates FP32 operands, second derivatives included; vmap takes one dtype
             wide = (grad.float(), x.float(), ctx.shape, mean, rstd, _widened(weight), _widened(bias))
             grad_x, grad_weight, grad_bias = _BACKWARD(*wide, [of_x, of_weight, of_bias])
             return grad_x, None, grad_weight, grad_bias, None
