@@ -261,6 +261,20 @@ def test_where_a_buffer_widens_the_stream_is_named():
     assert finding.endswith(": add of BF16 and FP32 (the buffer pe.pe); cast it where it is used, .to(x.dtype)")
 
 
+def test_norms_of_ones_own_in_a_stream_in_float32_are_no_finding():
+    class OwnNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.float()
+            return self.weight * (wide * wide.pow(2).mean(-1, keepdim=True).rsqrt()).to(x.dtype)
+
+    model = nn.Sequential(nn.Embedding(9, WIDTH), OwnNorm(), nn.Linear(WIDTH, 1))
+    assert explain(dt.cast(model, "bf16"), torch.ones(320, dtype=torch.int64)).findings == (NOTHING,)
+
+
 @pytest.mark.parametrize(("operation", "name"), [(torch.mul, "mul"), (torch.sub, "sub"), (torch.maximum, "maximum")])
 def test_any_elementwise_operation_may_widen_the_stream(operation, name):
     found = explained(lambda y, model: operation(y, torch.ones(WIDTH)))

@@ -230,9 +230,16 @@ def _is_residual(each: Widening) -> bool:
     return each.operation == "add" and each.is_stream and each.name is None
 
 
+def _is_of_wide_stream(run: _Run, each: Widening) -> bool:
+    """Return whether a widening is part of a residual stream that the policy has in FP32: added to it, or its norm."""
+    norms = (module.path for module in run.explanation.modules if _is_norm(module))
+    return run.has_wide_stream(each.module) and (each.operation == "add" or each.module in norms)
+
+
 def _first_widening(run: _Run) -> Iterator[str]:
-    first = next((each for each in run.widenings if run.is_large(each.result_bytes, share=0.01)), None)
-    if first is None or _is_residual(first) or (first.operation == "add" and run.has_wide_stream(first.module)):
+    large = (each for each in run.widenings if run.is_large(each.result_bytes, share=0.01))
+    first = next((each for each in large if not _is_of_wide_stream(run, each)), None)
+    if first is None or _is_residual(first):
         return
     named, what = "", "the FP32 one"
     if first.name is not None:
