@@ -226,22 +226,46 @@ def found(start, right, **changes):
     states = [init_state(loss_scale)]
     for _ in range(80):
         states.append(update(loss_scale, states[-1], states[-1].scale > 2.0**right))
+    # what follows the second look
+    while states[-1].search:
+        states.append(update(loss_scale, states[-1], states[-1].scale > 2.0**right))
     return states
 
 
 @pytest.mark.parametrize("floor", [0, 4])
 def test_from_any_start_to_any_scale_at_most_two_steps_are_skipped(floor):
     for start in range(floor, 128):
-        for right in range(floor, start + 3):
+        for right in (*range(floor, start, 5), *range(max(floor, start - 3), start + 3)):
             states = found(start, right, min_scale=2.0**floor)
             first_clean = next(state for state in states[1:] if state.skipped_in_a_row == 0)
             assert first_clean.skipped == (right < start)
-            # the second is what ends the search, where the scale that overflowed first is not next to the right one
-            assert states[-1].skipped <= 2
-            assert min(right, start) - 1 <= math.log2(states[-1].scale) <= min(right, start)
             # two powers for each clean step, and one at the end
-            steps = next(number for number, state in enumerate(states) if state.search == 0)
+            steps = next(number for number, state in enumerate(states) if state.search in (0, 3))
             assert steps <= 3 + (start - floor + 1) // 2
+            # the second is what ends the search, where the scale that overflowed first is not next to the right one
+            assert states[min(steps + 60, len(states) - 1)].skipped <= 2
+            # and the third the second look
+            assert states[-1].skipped <= 3
+            for state in (states[steps], states[-1]):
+                assert min(right, start) - 1 <= math.log2(state.scale) <= min(right, start)
+
+
+def test_a_search_that_an_odd_step_ended_goes_on_later():
+    # from a first overflow at 2**16 it climbs, and overflows at 4 though 2**12 is right
+    loss_scale, state = LossScale(), init_state(LossScale())
+    scales = []
+    for step in range(90):
+        state = update(loss_scale, state, step == 2 or state.scale > 2.0**12)
+        scales.append(state.scale)
+    assert scales[:4] == [1.0, 4.0, 1.0, 1.0]
+    assert scales[66:74] == [4.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 2.0**14, 2.0**12]
+    assert (state.scale, state.search, state.skipped) == (2.0**12, 0, 3)
+
+
+def test_an_overflow_before_the_second_look_is_as_any_other():
+    scales = [state.scale for state in trajectory(LossScale(2.0**6), [step in (0, 4, 9) for step in range(100)])]
+    assert scales[:11] == [1, 4, 16, 32, 8, 8, 8, 8, 8, 4, 4]
+    assert set(scales[11:]) == {4}
 
 
 def test_a_search_is_cut_short_by_nothing_but_its_end():
@@ -262,7 +286,7 @@ def test_a_scale_that_moves_one_way_is_not_searched_for(changes):
 
 def test_an_overflow_that_is_tolerated_begins_no_search():
     states = trajectory(LossScale(2.0**10, hysteresis=2), [True, True, False, True, False])
-    assert [(state.scale, state.search) for state in states] == [(1024, 2), (1, 1), (4, 1), (1, 0), (1, 0)]
+    assert [(state.scale, state.search) for state in states] == [(1024, 2), (1, 1), (4, 1), (1, 3), (1, 3)]
 
 
 def test_states_without_a_search_are_settled_and_stay_so():

@@ -4,9 +4,9 @@ FP16 gradients underflow, so the loss is multiplied by a scale (scaled = true * 
 the largest power of two whose gradients stay finite (Micikevicius et al., arXiv:1710.03740, section 3.2).
 Halving it at every overflow costs a batch each time, so where the very first step overflows the scale is searched for
 from below: it falls to 1 at once, and is multiplied by 4 after each clean step, until it is next to a scale that
-overflows. That takes two skipped steps at most, and ends at half the right scale or above. `update` states the
-equations. Applying the scale, looking for Inf and NaN, and giving up at the floor are
-left to the callers.
+overflows. That takes two skipped steps at most, and ends at half the right scale or above. The step that ended it may
+have been an odd one, so after 64 clean steps the search goes on from there once more. `update` states the equations.
+Applying the scale, looking for Inf and NaN, and giving up at the floor are left to the callers.
 """
 
 from __future__ import annotations
@@ -131,8 +131,9 @@ class LossScaleState:
         hysteresis_tracker: overflows that will still be tolerated before one backs off.
         skipped: steps skipped in all.
         skipped_in_a_row: steps skipped since the last clean one.
-        search: 2 until the first step, 1 while the scale is searched for from below, 0 from then on. The Python
-            number 0 may stand beside arrays: it is known then that there is no search, and none is computed.
+        search: 2 until the first step, 1 while the scale is searched for from below, 3 between that and a second look,
+            4 while it is searched for again, 0 from then on. The Python number 0 may stand beside arrays: it is known
+            then that there is no search, and none is computed.
     """
 
     scale: Number
@@ -145,6 +146,8 @@ class LossScaleState:
 
 # what the scale is multiplied by after each clean step of a search, and where one starts, if settings allow it
 _STRIDE, _START = 4.0, 1.0
+# clean steps between what ends a search and the second look
+_PAUSE = 64
 
 
 def init_state(settings: LossScale) -> LossScaleState:
@@ -189,8 +192,11 @@ def update(
 
         r = 2, overflow, h = 0:  r' = 1,  s' = start
         r = 2, clean:            r' = 0,  and as above
-        r = 1, overflow, h = 0:  r' = 1 if the step before was skipped too, else 0;  s' = max(s / 4, min_scale)
+        r = 1, overflow, h = 0:  r' = 1 if the step before was skipped too, else 3;  s' = max(s / 4, min_scale)
         r = 1, clean:            r' = 1,  s' = min(4 s, init_scale / 2), if 2 s < init_scale;  else r' = 0, and as above
+        r = 3, overflow, h = 0:  r' = 0,  and as above
+        r = 3, clean:            r' = 3,  and as above, until g + 1 >= 64: from then on as if r were 4
+        r = 4:                   as r = 1, but for r' = 4 where that has 1, and 0 after an overflow
 
     There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where) nothing
     waits for a device, many scales can share one array, and dtypes are kept.
@@ -266,21 +272,24 @@ def _search(
 ) -> tuple[Number, Number, Number]:
     """Return the scale after an overflow and after a clean step, given those of the settled rule, and the search."""
     start = min(max(_START, settings.min_scale), settings.init_scale)
-    begins, climbs = state.search == 2, state.search == 1
+    begins, climbs, waits = state.search == 2, (state.search == 1) | (state.search == 4), state.search == 3
+    looks_again = waits & (state.growth_tracker + 1 >= _PAUSE)
     stride_back = state.scale / _STRIDE
     stride_back = where(stride_back < settings.min_scale, settings.min_scale, stride_back)
     after_overflow = where(climbs, stride_back, where(begins, start, shrunk))
     # next to a scale that overflows there is none to try
-    goes_on = climbs & (state.scale * 2 < settings.init_scale)
+    goes_on = (climbs | looks_again) & (state.scale * 2 < settings.init_scale)
     highest = settings.init_scale / (2 * _STRIDE)
     climbed = where(state.scale > highest, highest, state.scale) * _STRIDE
     # before the first clean step one batch alone may be at fault, or the right scale is below 1
-    is_searched_for = where(overflow, begins | (climbs & (state.skipped_in_a_row > 0)), goes_on)
-    search = where(is_searched_for, where(begins, 1, state.search), 0)
+    over = state.search * 0
+    ends = where(state.skipped_in_a_row > 0, 1, over + (3 if settings.growth_interval > _PAUSE else 0))
+    after = where(begins, 1, where(state.search == 1, ends, over))
+    rises = where(goes_on, where(waits, 4, state.search), where(looks_again, 0, where(waits, 3, over)))
     return (
         after_overflow,
         where(goes_on, climbed, after_clean),
-        where(overflow & tolerated, state.search, search),
+        where(overflow, where(tolerated, state.search, after), rises),
     )
 
 
