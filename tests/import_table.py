@@ -175,6 +175,7 @@ ALLOWED = {
         "duotone.torch.scaling.outcome",
         "duotone.torch.readback",
         "duotone.torch.scaling.schedulers",
+        "duotone.torch.watching.non_finite",
     ),
     "duotone.torch.scaling.optimizer_step": (
         "duotone.errors",

@@ -96,18 +96,20 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names if len(names) <= _SHOWN else [*names[: _SHOWN - 1], "...", names[-1]])
 
 
-def non_finite_loss_error(step: int, batch: int | None, skipped: int) -> NonFiniteLoss:
+def non_finite_loss_error(step: int, batch: int | None, skipped: int, where: str | None = None) -> NonFiniteLoss:
     """Return the error of a run whose loss is not a number in step after step.
 
     Args:
         step: the last of them, counted from 1.
         batch: which of its losses, counted from 1; None if it was on another rank.
         skipped: steps skipped in a row.
+        where: what a search has found, as the end of a sentence; None for nothing.
     """
+    found = f"{where}; " if where else ""
     return NonFiniteLoss(
         f"{skipped} steps in a row were skipped, and {loss_at(step, batch)} is not finite: that is the forward pass, "
-        "not the loss scale; look at the data and the learning rate, or keep the module that overflows in FP32 by a "
-        "rule (duotone.torch.explain shows where 16 bits are)"
+        f"not the loss scale; {found}look at the data and the learning rate, or keep the module that overflows in FP32 "
+        "by a rule (duotone.torch.explain shows where 16 bits are)"
     )
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 import torch
 
@@ -20,6 +20,7 @@ from duotone.torch.readback import Readback
 from duotone.torch.scaling.diagnosis import collapse_error, loss_at, non_finite_gradients, non_finite_loss_error
 from duotone.torch.scaling.outcome import Outcome
 from duotone.torch.scaling.schedulers import Schedule, advance
+from duotone.torch.watching.non_finite import NonFiniteSearch
 
 
 @dataclass
@@ -72,6 +73,7 @@ class StepMonitor:
         self._outstanding: tuple[Outcome, Sequence[Schedule], _History] | None = None
         # by weak references, which are equal if what they refer to is alive and the same
         self._histories: dict[tuple[Any, ...], _History] = {}
+        self._search: NonFiniteSearch | None = None
 
     def record(
         self, outcome: Outcome, schedules: Sequence[Schedule], optimizers: Sequence[torch.optim.Optimizer]
@@ -114,12 +116,16 @@ class StepMonitor:
         is_at_floor = settings.is_dynamic and largest <= settings.min_scale and history.overflows_in_a_row > 1
         if last.any_non_finite_loss:
             if in_a_row >= self._patience:
-                raise non_finite_loss_error(last.step, last.non_finite_loss or None, in_a_row)
+                raise non_finite_loss_error(last.step, last.non_finite_loss or None, in_a_row, self._end_search())
         elif is_at_floor or in_a_row >= self._patience:
             names, parameters = non_finite_gradients(optimizers, agreement)
             # one step later, the run may have recovered
             if names:
                 raise collapse_error(names, parameters, in_a_row, last.loss_scale, settings)
+
+    def _end_search(self) -> str | None:
+        search, self._search = self._search, None
+        return None if search is None else search.end()
 
     def _history_of(self, optimizers: Sequence[torch.optim.Optimizer]) -> _History:
         key = tuple(map(ref, optimizers))
@@ -133,6 +139,13 @@ class StepMonitor:
         history.add(outcome)
         self.is_settled = outcome.search == 0
         advance(schedules, outcome.skipped_each)
+        if not outcome.any_non_finite_loss:
+            self._end_search()
+        elif self._search is None and self._patience is not None and history.skipped_in_a_row >= self._patience - 2:
+            # the error is near: the forward passes until then say where the value is from
+            self._search = NonFiniteSearch()
+            # modules outlive a scaler that nobody holds any more
+            finalize(self, self._search.end)
         if outcome.any_non_finite_loss and was_finite:
             consequence = ", the step was skipped" if outcome.skipped_in_a_row else ""
             warn(
