@@ -143,7 +143,9 @@ def _is_optimizer(part: Any) -> bool:
         return False
     groups, states = part["param_groups"], part["state"]
     are_groups = _lists(dict)(groups) and all(_lists(int)(group["params"]) for group in groups)
-    return are_groups and _maps(int, dict)(states)
+    # what a torch optimizer keeps for all parameters together stands under names
+    are_states = isinstance(states, dict) and all(isinstance(key, int | str) for key in states)
+    return are_groups and are_states and all(isinstance(states[key], dict) for key in states if isinstance(key, int))
 
 
 def _are_parameters(part: Any) -> bool:
