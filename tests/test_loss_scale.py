@@ -224,10 +224,8 @@ def found(start, right, **changes):
     """Return the states of a run whose gradients overflow at scales above 2**right, from a scale of 2**start."""
     loss_scale = LossScale(2.0**start, max_scale=2.0**127, **changes)
     states = [init_state(loss_scale)]
-    for _ in range(80):
-        states.append(update(loss_scale, states[-1], states[-1].scale > 2.0**right))
-    # what follows the second look
-    while states[-1].search:
+    # to the end of the second look
+    while len(states) < 81 or states[-1].search:
         states.append(update(loss_scale, states[-1], states[-1].scale > 2.0**right))
     return states
 
