@@ -181,6 +181,7 @@ CALLS: dict[str, list[Arguments]] = {
     "affine_grid_generator": [takes(signed(1, 2, 3), (1, 1, 4, 4), False)],
     "sum_to_size": [takes(X, (1, 6))],
     "multinomial": [takes(P, 3)],
+    "standard_gamma": [takes(P)],
     "bucketize": [takes(X, VECTOR.sort().values)],
     "searchsorted": [takes(VECTOR.sort().values, X)],
     "grouped_mm": [takes(signed(16, 8), signed(2, 8, 16), offs=torch.tensor([8, 16], dtype=torch.int32))],
@@ -364,4 +365,4 @@ def all_calls() -> dict[str, Call]:
 
 def is_random(call: Call) -> bool:
     """Return whether a call draws random numbers."""
-    return call.name in ("gumbel_softmax", "rrelu", "binomial", "multinomial")
+    return call.name in ("gumbel_softmax", "rrelu", "binomial", "multinomial", "standard_gamma")

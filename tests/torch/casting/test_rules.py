@@ -247,6 +247,18 @@ def test_draws_are_those_of_float32_probabilities():
             assert torch.equal(draw(probabilities, 500), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gamma_distributions_have_samples_with_gradients(dtype):
+    # torch has no 16-bit kernels for them
+    shape = (rand(100) + 0.5).to(dtype).requires_grad_()
+    with dt.autocast("cpu", dtype):
+        samples = torch.distributions.Gamma(shape, torch.ones(())).rsample()
+        assert ATEN._standard_gamma(shape).dtype == torch.float32
+    assert samples.dtype == torch.float32
+    samples.sum().backward()
+    assert shape.grad.isfinite().all()
+
+
 def test_experts_are_products():
     x, weights = torch.ones(16, 8), torch.ones(2, 8, 4)
     ends = torch.tensor([8, 16], dtype=torch.int32)

@@ -13,6 +13,8 @@ _FOUND: Mapping[str, Any] = {
     "scaled_grouped_mm": find("torch:_scaled_grouped_mm_v2"),
     "scaled_mm": find("torch:_scaled_mm_v2"),
     "sparse.sum": find("torch:_sparse_sum"),
+    # what torch.distributions calls
+    "standard_gamma": find("torch:_standard_gamma"),
 }
 HIDDEN_FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     name: (function,) for name, function in _FOUND.items() if function is not None
@@ -29,6 +31,7 @@ OPERATORS: Mapping[str, str] = {
     "sparse.log_softmax": "_sparse_log_softmax",
     "affine_grid": "affine_grid_generator",
     "fold": "col2im",
+    "standard_gamma": "_standard_gamma",
 }
 # antialiased resampling, which `F.interpolate` calls; without them, it is widened where that function is called alone
 ANTIALIASED: tuple[Callable[..., Any], ...] = tuple(
