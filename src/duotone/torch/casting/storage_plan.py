@@ -44,7 +44,10 @@ def plan(modules: Mapping[str, nn.Module], policies: Mapping[str, ModulePolicy])
         for full_name, param, storage in _planned(module, path, policies[path]):
             other_name, other, owners = plans.setdefault(param, (full_name, storage, []))
             if other != storage:
-                kept = [f"{each.param}, frozen={each.frozen}" for each in (other, storage)]
+                both = (other, storage)
+                kept = [str(each.param) for each in both]
+                if other.frozen != storage.frozen:
+                    kept = [f"{each.param}, frozen={each.frozen}" for each in both]
                 raise PolicyError(
                     f'"{other_name}" and "{full_name}" are one tied parameter, but it would be kept in {kept[0]} '
                     f"and {kept[1]}; write a rule that covers both"

@@ -213,10 +213,11 @@ def check_parameters(params: Iterable[Tensor]) -> None:
     """
     for param in params:
         if param.dtype not in _DTYPES:
+            way_back = "" if param.is_complex() else "call model.float() after model.double(); "
             raise OptimizerError(
                 f"a MasterOptimizer cannot update a parameter in {param.dtype}; allowed are float32, bfloat16 and "
-                "float16: call model.float() after model.double(); leave others out, give them to a torch optimizer of "
-                "their own, and both to the scaler: scaler.step(optimizer, other)"
+                f"float16: {way_back}leave others out, give them to a torch optimizer of their own, and both to the "
+                "scaler: scaler.step(optimizer, other)"
             )
 
 
