@@ -103,6 +103,7 @@ def test_equal_differences_have_no_range_and_no_warning(difference: float) -> No
     assert (figure.value, figure.lower, figure.upper) == pytest.approx((difference,) * 3, rel=1e-12, abs=0.0)
 
 
+@pytest.mark.slow
 def test_a_medians_interval_holds_it_as_often_as_it_says() -> None:
     count, trials, draws = 15, 4000, random.Random(0)
     held = 0

@@ -157,7 +157,7 @@ def test_gradients_are_as_near_as_autocasts_in_a_deep_model():
     assert error(make("bf16,residual=compute", 16)) > 1.3 * of_autocast
 
 
-@pytest.mark.parametrize("policy", NARROW)
+@pytest.mark.parametrize("policy", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_it_is_the_same_checkpointed_compiled_copied_and_pickled(policy):
     model = make(policy)
     expected = gradients(model, TOKENS)
