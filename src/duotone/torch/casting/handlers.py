@@ -8,6 +8,7 @@ kind promises, `float32_inside` and `half_on_cpu` have the handler.
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import FunctionType
 from typing import Any
 
@@ -179,7 +180,9 @@ def _put_numbers(put: Callable[[Handler, Iterable[Function]], None]) -> None:
 def _put_operators(made: Mapping[Function, Handler], put: Callable[[Handler, Iterable[Function]], None]) -> None:
     """Give operators of `torch.ops.aten` the handlers of functions that take the same arguments."""
     for name in (name for family in _BY_OPERATOR for name in names_in(family)):
-        put(made[next(functions_named(name))], overloads_named(name))
+        # a private function that this torch has not leaves its operators as they are
+        for function in islice(functions_named(name), 1):
+            put(made[function], overloads_named(name))
 
 
 def _methods(made: dict[Function, Handler]) -> tuple[tuple[Function, Handler], ...]:
