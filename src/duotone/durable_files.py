@@ -1,9 +1,11 @@
 """Files and folders that a crash cannot leave half-written: a text is replaced as a whole, a log grows by whole lines.
 
 A text is written beside its place, flushed to the disk and renamed; whoever opens it reads the old text or the new.
+A lock on a file ends with the process that holds it.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,3 +103,25 @@ def flush(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool | None:
+    """Lock an open file for this process, without waiting.
+
+    Args:
+        descriptor: of the file; closing it, or the process's end, gives the lock back.
+
+    Returns:
+        Whether the lock was free; None where the file system has no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

@@ -7,7 +7,6 @@ where nothing is locked. https://man7.org/linux/man-pages/man2/flock.2.html
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -15,7 +14,7 @@ from functools import cache
 from itertools import count
 from pathlib import Path
 
-from duotone.durable_files import make_folder, partial_path
+from duotone.durable_files import lock, make_folder, partial_path
 from duotone.errors import FolderError
 
 LOCK = ".lock"
@@ -128,7 +127,7 @@ def _take(folder: Path) -> int:
     while True:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not _lock(descriptor):
+            if lock(descriptor) is False:
                 # a holder that has just begun may not have written yet
                 holder = os.pread(descriptor, _MOST_HOLDER_BYTES, 0).decode(errors="replace") or "another process"
                 raise FolderError(f"{folder} is in use by {holder}; wait until that has ended, or choose another --out")
@@ -152,22 +151,6 @@ def _release(path: Path, descriptor: int) -> None:
     with suppress(OSError):
         path.unlink()
     os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock a file, and return whether that could be; where there are no locks, it always can."""
-    if sys.platform == "win32":
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # this file system has none
-        return True
-    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -137,7 +137,7 @@ def test_a_living_writer_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "while it is locked"])
 def test_a_new_folder_that_another_writer_takes_for_a_leftover_is_made_again(tmp_path, monkeypatch, moment):
-    lock, opened, rmtree = atomic_folder._lock, os.open, shutil.rmtree
+    lock, opened, rmtree = atomic_folder.lock, os.open, shutil.rmtree
     others = []
 
     def clean_once() -> None:
@@ -167,7 +167,7 @@ def test_a_new_folder_that_another_writer_takes_for_a_leftover_is_made_again(tmp
     if moment == "before it is opened":
         monkeypatch.setattr(os, "open", late_open)
     else:
-        monkeypatch.setattr(atomic_folder, "_lock", late_lock if moment == "before it is locked" else lock_beside)
+        monkeypatch.setattr(atomic_folder, "lock", late_lock if moment == "before it is locked" else lock_beside)
     write_folder(tmp_path / "folder", contents(1))
     assert others
     assert read_folder(tmp_path / "folder")["step"] == 1

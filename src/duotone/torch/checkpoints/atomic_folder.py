@@ -9,14 +9,13 @@ A link is followed, and nothing but a checkpoint, or an empty folder, is ever re
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from duotone.durable_files import flush, make_folder
+from duotone.durable_files import flush, lock, make_folder
 from duotone.errors import CheckpointError
 
 MANIFEST, TENSORS = "manifest.json", "tensors.safetensors"
@@ -205,7 +204,7 @@ def _make_locked(path: Path) -> tuple[Path, int]:
         partial.mkdir()
         with suppress(FileNotFoundError):
             descriptor = os.open(partial, os.O_RDONLY)
-            if _lock(descriptor) is not False and partial.exists():
+            if lock(descriptor) is not False and partial.exists():
                 return partial, descriptor
             os.close(descriptor)
         # another writer took it for a leftover before it was locked
@@ -217,22 +216,7 @@ def _remove_unless_locked(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             # locked until it is removed, so that a writer that has just made it finds out
-            if _lock(descriptor):
+            if lock(descriptor):
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Return whether the lock was free, and take it; None where the file system has no locks."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True

@@ -148,18 +148,7 @@ def aten_embedding_to_float32(
 
 
 def embedding_bag_in_float32(
-    func: Callable[..., Any],
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
+    func: Callable[..., Any], input: Tensor, weight: Tensor, *args: Any, **named: Any
 ) -> Tensor:
     """Call `F.embedding_bag` with FP32 inside, its result rounded once.
 
@@ -175,8 +164,7 @@ def embedding_bag_in_float32(
     >>> embedding_bag_in_float32(F.embedding_bag, bags, table, mode="sum", per_sample_weights=weights)
     tensor([[1.5000, 1.5000]], dtype=torch.bfloat16)
     """
-    rest = (scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
-    return _sum_in_float32(func, input, weight, offsets, max_norm, norm_type, *rest).to(weight.dtype)
+    return _sum_in_float32(func, input, weight, *args, **named).to(weight.dtype)
 
 
 def embedding_bag_to_float32(
