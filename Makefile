@@ -8,12 +8,16 @@ CONSTRAINTS ?= constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 # the Python of make test-oldest, by its path where it is not found by this name
 OLDEST_PYTHON ?= python3.12
+# the Python of make test-jax-newest, which wants 3.12 or later
+NEWEST_JAX_PYTHON ?= python3.12
 # a process of one thread for each core; those of one file run in one process, which starts what they share once
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
+# the tests of duotone.jax have virtual environments of their own
+JAX_TESTS := tests/jax src/duotone/jax
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench docs evidence clean
+.PHONY: train compare test test-jax test-jax-newest test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -22,7 +26,14 @@ compare: $(VENV)/.installed  ## the default task in FP32, under torch.amp, and u
 	$(BIN)/duotone compare
 
 test: $(VENV)/.installed-test  ## the tests, README's examples and every docstring's among them
-	$(PYTEST)
+	$(PYTEST) $(addprefix --ignore=,$(JAX_TESTS))
+
+test-jax:  ## the tests of duotone.jax on JAX 0.10, in .venv-jax
+	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
+	.venv-jax/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile $(JAX_TESTS)
+
+test-jax-newest: .venv-jax-newest/.installed  ## the same on the newest JAX, in .venv-jax-newest, which has no torch
+	.venv-jax-newest/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile $(JAX_TESTS)
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
@@ -71,7 +82,7 @@ evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evid
 	$(BIN)/python benchmarks/evidence.py --out $(EVIDENCE)
 
 clean:  ## remove the virtual environments and caches
-	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-jax .venv-jax-newest .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -82,6 +93,18 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[test]"
+	touch $@
+
+$(VENV)/.installed-test-jax: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) --editable ".[test-jax]"
+	touch $@
+
+# duotone.jax never loads torch, so this environment goes without
+.venv-jax-newest/.installed: pyproject.toml
+	$(NEWEST_JAX_PYTHON) -m venv .venv-jax-newest
+	.venv-jax-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	  jax optax flax equinox orbax-checkpoint msgspec numpy pyyaml rich typer hypothesis ml_dtypes pytest pytest-xdist
+	.venv-jax-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 # timm asks for torchvision, whose wheels fit one build of torch each; the tests do without

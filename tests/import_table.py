@@ -17,6 +17,15 @@ ALLOWED = {
     "duotone.config_file": ("duotone.durable_files", "duotone.errors"),
     "duotone.own_folder": ("duotone.durable_files", "duotone.errors"),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
+    # a framework of its own beside torch's: the neutral core and itself
+    "duotone.jax": (
+        "duotone.errors",
+        "duotone.formats",
+        "duotone.jax",
+        "duotone.loss_scale",
+        "duotone.operations",
+        "duotone.policy",
+    ),
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (
