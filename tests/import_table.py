@@ -26,6 +26,7 @@ ALLOWED = {
         "duotone.operations",
         "duotone.policy",
     ),
+    "duotone.jax.weights.codec": (),
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (
