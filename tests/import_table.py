@@ -17,6 +17,7 @@ ALLOWED = {
     "duotone.config_file": ("duotone.durable_files", "duotone.errors"),
     "duotone.own_folder": ("duotone.durable_files", "duotone.errors"),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
+    "duotone.wording": ("duotone.wording",),
     # a framework of its own beside torch's: the neutral core and itself
     "duotone.jax": (
         "duotone.errors",
@@ -25,6 +26,7 @@ ALLOWED = {
         "duotone.loss_scale",
         "duotone.operations",
         "duotone.policy",
+        "duotone.wording",
     ),
     "duotone.jax.weights.codec": (),
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
@@ -57,10 +59,9 @@ ALLOWED = {
     ),
     "duotone.torch.memory_use": (
         "duotone.torch.averaging",
-        "duotone.torch.explanation.wording",
-        "duotone.torch.notebook",
         "duotone.torch.optim.slots",
         "duotone.torch.parameters",
+        "duotone.wording",
     ),
     "duotone.torch.distributed": (
         "duotone.errors",
@@ -73,7 +74,6 @@ ALLOWED = {
     "duotone.torch.call_site": ("duotone.errors",),
     "duotone.torch.near_misses": ("duotone.errors",),
     "duotone.torch.nested": (),
-    "duotone.torch.notebook": (),
     "duotone.torch.casting": (
         "duotone.errors",
         "duotone.operations",
@@ -133,9 +133,9 @@ ALLOWED = {
         "duotone.torch.casting",
         "duotone.torch.explanation",
         "duotone.torch.nested",
-        "duotone.torch.notebook",
         "duotone.torch.parameters",
         "duotone.torch.watching",
+        "duotone.wording",
     ),
     "duotone.torch.optim": (
         "duotone.errors",
@@ -196,10 +196,10 @@ ALLOWED = {
     "duotone.torch.scaling.step": (
         "duotone.errors",
         "duotone.torch.distributed.agreement",
-        "duotone.torch.notebook",
         "duotone.torch.optim",
         "duotone.torch.parameters",
         "duotone.torch.scaling.optimizer_step",
+        "duotone.wording",
     ),
     "duotone.torch.scaling.loss_scaler": (
         "duotone.errors",
@@ -257,6 +257,7 @@ ALLOWED = {
         "duotone.run_settings",
         "duotone.torch",
         "duotone.train",
+        "duotone.wording.memory",
     ),
     "duotone.compare": (*CORE, "duotone.compare", "duotone.own_folder", "duotone.torch", "duotone.train"),
     "duotone.compare.environment": ("duotone", "duotone.compare.measuring.device_state"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
-from duotone.torch.memory_use import Memory
+from duotone.wording.memory import Memory
 
 
 def transformer_like() -> nn.Sequential:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
-from duotone.torch import notebook
+from duotone.wording import notebook
 
 TABLE = ("table", "thead", "tbody", "tr", "th", "td")
 

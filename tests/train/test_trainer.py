@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from duotone.errors import CheckpointError, LossScaleCollapse, NonFiniteLoss, TaskError
-from duotone.torch.memory_use import Memory
 from duotone.torch.scaling import device_scale
 from duotone.train import Trainer, as_json
+from duotone.wording.memory import Memory
 
 from .small_task import no_batches, small_task
 

@@ -6,7 +6,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from duotone.torch.explanation import Explanation
-from duotone.torch.explanation.tables import Table
+from duotone.wording.tables import Table
 
 
 def show(explanation: Explanation, task: str, console: Console, depth: int | None = None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from duotone.torch.memory_use import Memory
+from duotone.wording.memory import Memory
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import duotone.torch as dt
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products
 from duotone.torch.explanation import Explanation, explain
 from duotone.torch.explanation.findings import NOTHING
-from duotone.torch.explanation.wording import size
+from duotone.wording.words import size
 
 WIDTH = 64
 

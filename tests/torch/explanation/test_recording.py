@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import duotone.torch as dt
 from duotone.errors import DuotoneError
 from duotone.torch.explanation import Explanation, explain
-from duotone.torch.explanation.records import OUTSIDE, Cast
+from duotone.torch.explanation.records import OUTSIDE
+from duotone.wording.records import Cast
 
 HERE = Path(__file__).name
 

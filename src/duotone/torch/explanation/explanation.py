@@ -3,19 +3,13 @@
 import json
 from dataclasses import asdict, dataclass
 
-from duotone.torch.explanation.records import (
-    Cast,
-    ModuleDtypes,
-    Operation,
-    Output,
-    RepeatedCast,
-    SavedForBackward,
-    Widening,
-)
-from duotone.torch.explanation.tables import Table, casts_table, modules_table, operations_table, saved_table
-from duotone.torch.explanation.wording import count
-from duotone.torch.notebook import block, bullets, folded, paragraph
-from duotone.torch.notebook import table as html_table
+from duotone.torch.explanation.module_groups import casts_of_groups
+from duotone.torch.explanation.records import ModuleDtypes, Output, RepeatedCast, Widening
+from duotone.torch.explanation.tables import modules_table
+from duotone.wording.page import as_html, as_text
+from duotone.wording.records import Cast, Operation, SavedForBackward
+from duotone.wording.tables import Table, casts_table, operations_table, saved_table
+from duotone.wording.words import count
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,26 +68,18 @@ class Explanation:
         Args:
             depth: how many names a module's path may have; what is inside the last ones counts as theirs.
         """
+        by = "by the policy (duotone), the model's code, or torch inside an operation"
         return (
             modules_table(self.modules, self.saved_for_backward, depth),
             operations_table(self.operations),
-            casts_table(self.casts, self.modules),
+            casts_table(casts_of_groups(self.casts, self.modules), by, "module and line"),
             saved_table(self.saved_for_backward),
         )
 
     def __str__(self) -> str:
-        findings = (f"- {finding}" for finding in self.findings)
-        return "\n".join([self.header(), "", "What stands out", *findings, *map(str, self.tables())])
+        return as_text(self.header(), self.findings, self.tables())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        tables = (
-            folded(
-                f"{table.title}: {table.about}",
-                html_table([(column.heading, column.is_number) for column in table.columns], table.rows),
-                paragraph(table.footer("in to_json()")),
-            )
-            for table in self.tables()
-        )
-        return block(self.header(), bullets(self.findings), *tables)
+        return as_html(self.header(), self.findings, self.tables())

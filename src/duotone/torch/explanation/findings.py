@@ -13,8 +13,9 @@ from typing import TypeVar
 from duotone.policy import Policy
 from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.module_groups import paths_of_groups
-from duotone.torch.explanation.records import NO_HALF, OUTSIDE, Cast, ModuleDtypes, Operation, RepeatedCast, Widening
-from duotone.torch.explanation.wording import SIXTEEN_BITS, count, first_few, label, size
+from duotone.torch.explanation.records import NO_HALF, OUTSIDE, ModuleDtypes, RepeatedCast, Widening
+from duotone.wording.records import Cast, Operation, amount
+from duotone.wording.words import SIXTEEN_BITS, at, count, first_few, label, size
 
 _ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
 NOTHING = "nothing stands out: every floating-point dtype is where the policy puts it"
@@ -113,7 +114,7 @@ class _Run:
 def _without_policy(run: _Run) -> Iterator[str]:
     casts = [cast for cast in run.explanation.casts if cast.by == "autocast"]
     if casts:
-        number, bytes_written = _amount(casts)
+        number, bytes_written = amount(casts)
         yield (
             f"torch.autocast made {number} in this pass, {bytes_written}, those of weights again in "
             'every pass; dt.cast(model, "bf16") casts the weights once'
@@ -154,7 +155,7 @@ def _repeated(run: _Run) -> Iterator[str]:
     for each in run.explanation.repeated_casts:
         named = f" ({run.tensor_name(each.name)})" if each.name else ""
         what = f"{each.times} casts of the same tensor{named} from {label(each.from_dtype)} to {label(each.to_dtype)}"
-        alike[what, f"{run.names_of(each.modules)}{_at(each.source_lines)}"].append(each)
+        alike[what, f"{run.names_of(each.modules)}{at(each.source_lines)}"].append(each)
     for (what, where), group in _largest(alike, lambda each: each.wasted_bytes):
         wasted_bytes = sum(each.wasted_bytes for each in group)
         if run.is_large(wasted_bytes, share=0.01):
@@ -175,7 +176,7 @@ def _products_in_float32(run: _Run) -> Iterator[str]:
     if calls:
         yield (
             f"{count(calls.total(), 'product')} ({first_few(names)}) ran in FP32 in {run.names_of(calls)}"
-            f"{_at(source_lines)} although the policy computes in 16 bits; look there for .float(), "
+            f"{at(source_lines)} although the policy computes in 16 bits; look there for .float(), "
             "autocast(enabled=False) or a product with an FP32 tensor"
         )
 
@@ -187,7 +188,7 @@ def _is_product_in_float32(operation: Operation) -> bool:
 def _no_half_products(run: _Run) -> Iterator[str]:
     products = [each for each in run.explanation.operations if _is_product_in_float32(each) and each.reason == NO_HALF]
     if products:
-        casts, bytes_written = _amount(run.explanation.emulated_casts)
+        casts, bytes_written = amount(run.explanation.emulated_casts)
         yield (
             f"this CPU has no FP16 products: {sum(each.calls for each in products):,} ran in FP32; their {casts} "
             f"({bytes_written}) would not be there on a GPU"
@@ -246,7 +247,7 @@ def _first_widening(run: _Run) -> Iterator[str]:
         named = f" (the {'buffer' if first.is_buffer else 'parameter'} {run.tensor_name(first.name)})"
         what = "it"
     yield (
-        f"the stream becomes FP32 in {run.names_of([first.module])}{_at([first.source_line])}: "
+        f"the stream becomes FP32 in {run.names_of([first.module])}{at([first.source_line])}: "
         f"{first.operation} of {label(first.from_dtype)} and FP32{named}; cast {what} where it is used, .to(x.dtype)"
     )
 
@@ -256,7 +257,7 @@ def _residual_in_float32(run: _Run) -> Iterator[str]:
     if additions:
         yield (
             f"{count(sum(each.calls for each in additions), 'addition')} of a 16-bit and an FP32 tensor gave FP32 in "
-            f"{run.names_of(each.module for each in additions)}{_at(each.source_line for each in additions)}: a "
+            f"{run.names_of(each.module for each in additions)}{at(each.source_line for each in additions)}: a "
             "residual stream in FP32 takes twice the bytes and a cast before every layer; cast the FP32 side once "
             "where it begins, unless FP32 is meant"
         )
@@ -278,8 +279,8 @@ def _upcasts(run: _Run) -> Iterator[str]:
             if operation is not None:
                 who, advice = f"torch's {operation} by itself", "call another operation"
             yield (
-                f"{who} casts {label(from_dtype)} to FP32{_at([source_line])} in "
-                f"{run.names_of(cast.module for cast in casts)}: {', '.join(_amount(casts))}; leave it if FP32 is "
+                f"{who} casts {label(from_dtype)} to FP32{at([source_line])} in "
+                f"{run.names_of(cast.module for cast in casts)}: {', '.join(amount(casts))}; leave it if FP32 is "
                 f"meant there, or {advice}"
             )
 
@@ -305,17 +306,6 @@ def _saved_in_float32(run: _Run) -> Iterator[str]:
             f"FP32 is {wide / total:.0%} of what is saved for backward, {size(wide)} of {size(total)}{rest}; the "
             f"largest parts: {parts}; look for casts to FP32 there"
         )
-
-
-def _amount(casts: Iterable[Cast]) -> tuple[str, str]:
-    """Return how many casts there are, and what they wrote."""
-    casts = list(casts)
-    return count(sum(cast.calls for cast in casts), "cast"), size(sum(cast.result_bytes for cast in casts))
-
-
-def _at(source_lines: Iterable[str | None]) -> str:
-    text = first_few((line for line in source_lines if line is not None), most=2)
-    return f" at {text}" if text else ""
 
 
 def _largest(groups: Mapping[Key, list[Value]], weigh: Callable[[Value], int]) -> list[tuple[Key, list[Value]]]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from duotone.torch.explanation.records import Cast, ModuleDtypes, largest_first
+from duotone.torch.explanation.records import ModuleDtypes
+from duotone.wording.records import Cast, largest_first
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from duotone.torch.casting.cast import policy_of
 from duotone.torch.casting.cast_forward import cast_forward_of
 from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.findings import findings_of
-from duotone.torch.explanation.records import ModuleDtypes, add_up, largest_first
+from duotone.torch.explanation.records import ModuleDtypes
 from duotone.torch.explanation.totals import Totals
 from duotone.torch.internals.compiler import original_of
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.watching import is_compiled, left_as_it_was, named_modules, watch
 from duotone.torch.watching.saved import dtype_name
+from duotone.wording.records import add_up, largest_first
 
 
 def explain(model: nn.Module, *batch: Any, run: Callable[[], Any] | None = None, **kwargs: Any) -> Explanation:

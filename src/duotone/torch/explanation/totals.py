@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duotone.torch.casting.operation_table import kinds, kinds_by_name
-from duotone.torch.explanation.records import (
-    NO_HALF,
-    OUTSIDE,
-    Cast,
-    Operation,
-    Output,
-    RepeatedCast,
-    SavedForBackward,
-    Widening,
-)
+from duotone.torch.explanation.records import NO_HALF, OUTSIDE, Output, RepeatedCast, Widening
 from duotone.torch.internals.autograd import version_of
 from duotone.torch.internals.dispatch import OperatorPacket
 from duotone.torch.nested import tensors_in
@@ -26,6 +17,7 @@ from duotone.torch.watching.callers import Caller, in_emulation
 from duotone.torch.watching.modes import in_keep_float32
 from duotone.torch.watching.observer import Call
 from duotone.torch.watching.saved import SavedBytes, dtype_name, storage_keys
+from duotone.wording.records import Cast, Operation, SavedForBackward
 
 # what code calls to cast; a cast inside of any other function is that function's, or autocast's for it
 _CAST_NAMES = "to float half bfloat16 double type type_as copy_ __setitem__"

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from duotone.errors import OptimizerError
 from duotone.torch.distributed.agreement import Agreement
-from duotone.torch.notebook import block, table
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.parameters.masters import check_in_place
 from duotone.torch.scaling.optimizer_step import OptimizerStep
+from duotone.wording.notebook import block, table
 
 _params_of, _grads_of = attrgetter("params"), attrgetter("grads")
 _sum_of_squares_of, _found_inf_of = attrgetter("sum_of_squares"), attrgetter("found_inf")

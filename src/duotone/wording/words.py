@@ -1,4 +1,4 @@
-"""How dtypes, sizes and counts are written in sentences and tables."""
+"""How dtypes, sizes, counts and places are written in sentences and tables."""
 
 from collections.abc import Iterable
 
@@ -55,3 +55,13 @@ def first_few(items: Iterable[str], most: int = 3) -> str:
     unique = list(dict.fromkeys(items))
     rest = f" and {len(unique) - most} more" if len(unique) > most else ""
     return ", ".join(unique[:most]) + rest
+
+
+def at(source_lines: Iterable[str | None]) -> str:
+    """Return where something is in the code, the first two lines, as the end of a phrase; "" if it is not known.
+
+    >>> at(["model.py:7", None, "model.py:7"]), at([None])
+    (' at model.py:7', '')
+    """
+    text = first_few((line for line in source_lines if line is not None), most=2)
+    return f" at {text}" if text else ""
