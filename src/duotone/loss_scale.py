@@ -1,4 +1,4 @@
-"""Loss scaling as one pure transition: one source for Python floats and NumPy, torch and JAX arrays.
+"""Loss scaling as one pure transition: one source for Python floats and NumPy, torch, JAX and TensorFlow arrays.
 
 FP16 gradients underflow, so the loss is multiplied by a scale (scaled = true * scale) that is found by trial:
 the largest power of two whose gradients stay finite (Micikevicius et al., arXiv:1710.03740, section 3.2).
@@ -198,14 +198,14 @@ def update(
         r = 3, clean:            r' = 3,  and as above, until g + 1 >= 64: from then on as if r were 4
         r = 4:                   as r = 1, but for r' = 4 where that has 1, and 0 after an overflow
 
-    There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where) nothing
-    waits for a device, many scales can share one array, and dtypes are kept.
+    There is no branch on data: with an array framework's `where` (np.where, torch.where, jnp.where, tf.where) nothing
+    waits for a device, many scales can share one array, and dtypes are kept. A framework may trace it.
 
     Args:
         settings: the loss scale's settings.
         state: the state before the step.
         found_inf: whether the step overflowed: a bool, or any number or array that is 0 for a clean step; NaN
-            is an overflow. Shape as the state's leaves.
+            is an overflow. Shape as the state's leaves. TensorFlow compares no bool with 0: give it an integer there.
         loss_is_finite: whether the loss was a finite number before it was scaled: a bool, or as `found_inf`.
         where: the framework's element-wise choice; the default is for Python numbers.
 
@@ -218,7 +218,8 @@ def update(
     ([1, 4, 16, 64, 256, 1024, 4096, 1024, 1024, 1024], 2)
     """
     overflow = found_inf != 0
-    skipped = state.skipped + overflow
+    # not state.skipped + overflow: TensorFlow adds no flags to numbers
+    skipped = where(overflow, state.skipped + 1, state.skipped)
     skipped_in_a_row = where(overflow, state.skipped_in_a_row + 1, 0)
     if not settings.is_dynamic:
         return replace(state, skipped=skipped, skipped_in_a_row=skipped_in_a_row)

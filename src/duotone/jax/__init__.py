@@ -3,7 +3,8 @@
 import duotone.jax as dj
 """
 
+from duotone.jax.scaling.value_and_grad import value_and_grad
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 
-__all__ = ["LossScale", "Policy", "Rule"]
+__all__ = ["LossScale", "Policy", "Rule", "value_and_grad"]
