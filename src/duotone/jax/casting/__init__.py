@@ -1,0 +1,1 @@
+"""Autocast: a function's program, run under the rules of a policy."""
