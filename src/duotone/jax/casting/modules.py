@@ -23,7 +23,7 @@ def keeping_state(evaluate: Evaluate) -> Evaluate:
     """Return an evaluation of functions that also keeps what they change in NNX modules among their arguments.
 
     Args:
-        evaluate: called with a function, its arguments and its keyword arguments, all pytrees of arrays; it may trace the
+        evaluate: called with a function, its arguments and its keyword arguments, all pytrees of arrays; may trace the
             function. The function returns the state of modules (None without any) and its result, `evaluate` likewise.
     """
 
