@@ -1,0 +1,80 @@
+"""Gradients as `masters` takes them: true ones, checked, read once for their norm and for what is not finite.
+
+    big = sum (2^-96 g)^2 is finite exactly where every g is; the norm comes from it where sum g^2 overflows
+
+Where a loss scale is in use, the gradient of a 16-bit weight in 16 bits is one that was never scaled, or that nobody
+has unscaled, and is refused: `duotone.jax.value_and_grad` returns FP32. The gradient of an FP32 weight is FP32 either
+way, and tells nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duotone.errors import OptimizerError
+from duotone.jax.optim.leaves import is_split, is_trained
+
+_BIG = 2.0**-96
+
+
+def check_gradient(path: str, leaf: Any, grad: Any, *, is_scaled: bool) -> None:
+    """Raise if a gradient cannot be that of a parameter.
+
+    Args:
+        path: of the parameter.
+        leaf: the parameter.
+        grad: its gradient.
+        is_scaled: whether the optimizer has a loss scale.
+
+    Raises:
+        OptimizerError: its dtype or shape is another, or it was not unscaled.
+    """
+    if not is_trained(leaf):
+        return
+    own = getattr(leaf, "dtype", jnp.dtype(jnp.float32))
+    dtype = getattr(grad, "dtype", type(grad).__name__)
+    allowed = {own, jnp.dtype(jnp.float32)} if is_split(leaf) else {own}
+    is_number = isinstance(leaf, float) and isinstance(grad, float)
+    if (dtype not in allowed and not is_number) or jnp.shape(grad) != jnp.shape(leaf):
+        names = " or ".join(sorted(map(str, allowed)))
+        raise OptimizerError(
+            f'the gradient of "{path}" is {dtype} of shape {jnp.shape(grad)}, but its parameter is {own} of shape '
+            f"{jnp.shape(leaf)}; its gradient must be {names} of that shape"
+        )
+    if is_scaled and is_split(leaf) and dtype == own:
+        raise OptimizerError(
+            f'the gradient of "{path}" is {dtype}, but this optimizer has a loss scale and takes true gradients, in '
+            "float32; take those of duotone.jax.value_and_grad(loss_fn)(state, params, ...), which scales the loss and "
+            "unscales them"
+        )
+
+
+def read_gradients(grads: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Return the norm of all gradients together, FP32, and for each one whether it holds an Inf or a NaN.
+
+    >>> norm, non_finite = read_gradients([jnp.float32([3.0, 4.0]), jnp.bfloat16([jnp.inf])])
+    >>> norm.item(), non_finite.tolist()
+    (inf, [False, True])
+    >>> round(read_gradients([jnp.float32([3e30, 4e30])])[0].item() / 5e30, 6)
+    1.0
+    """
+    if not grads:
+        return jnp.float32(0), jnp.zeros(0, bool)
+    sums, bigs = [], []
+    for grad in grads:
+        magnitude = jnp.abs(grad).astype(jnp.float32)
+        sums.append(jnp.sum(jnp.square(magnitude)))
+        bigs.append(jnp.sum(jnp.square(magnitude * _BIG)))
+    total, big = sum(sums), jnp.stack(bigs)
+    norm = jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(big.sum()) / _BIG)
+    return norm, ~jnp.isfinite(big)
+
+
+def for_inner(grad: Any, master: Any, multiplier: jax.Array | None) -> Any:
+    """Return a gradient as the inner optimizer sees it: FP32 beside an FP32 master, clipped; None beside None."""
+    if master is None:
+        return None
+    wide = grad.astype(jnp.float32) if is_split(grad) else jnp.asarray(grad)
+    return wide if multiplier is None else wide * multiplier.astype(wide.real.dtype)

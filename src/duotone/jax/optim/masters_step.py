@@ -1,0 +1,152 @@
+"""One step of `masters`: gradients are read once, the inner optimizer updates FP32 masters, or everything stays.
+
+big = sum (2^-96 g)^2 is finite exactly where every gradient is;  it is the norm, too, where sum g^2 overflows
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duotone.errors import OptimizerError
+from duotone.jax.loss_marks import is_marked
+from duotone.jax.loss_scale import after_step
+from duotone.jax.optim.exact_update import ExactUpdate, OpaqueUpdate, exact_update
+from duotone.jax.optim.gradients import check_gradient, for_inner, read_gradients
+from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
+from duotone.jax.optim.state import MastersState
+from duotone.jax.trees import is_equinox_module, leaves_of
+from duotone.jax.weights.codec import encode
+from duotone.policy import Policy
+
+
+@dataclass(frozen=True)
+class MastersStep:
+    """Parameters, gradients and tails as flat lists that fit each other.
+
+    Attributes:
+        params: the leaves of the parameters.
+        grads: as many gradients; of leaves that are not trained, whatever there is.
+        tails: as many tails; None for leaves without.
+        structure: of the parameters.
+        state: before the step.
+        clip_norm: the largest norm that the inner optimizer sees.
+        kind: of the updates of 16-bit weights.
+    """
+
+    params: Sequence[Any]
+    grads: Sequence[Any]
+    tails: Sequence[Any]
+    structure: Any
+    state: MastersState
+    clip_norm: float | jax.Array | None
+    kind: type[ExactUpdate]
+
+    @classmethod
+    def read(
+        cls, params: Any, grads: Any, state: MastersState, policy: Policy, clip_norm: float | jax.Array | None
+    ) -> "MastersStep":
+        """Return a step, checked.
+
+        Raises:
+            OptimizerError: gradients, parameters and state do not fit each other, or gradients were not unscaled.
+        """
+        leaves, structure = jax.tree.flatten(params)
+        found = leaves_of(params)
+        paths = [leaf.path for leaf in found]
+        tails = _like(params, structure, state.tails, "the state of masters", "made by tx.init of these parameters")
+        flat = _like(params, structure, grads, "the gradients", "of these parameters")
+        for path, leaf, tail, grad in zip(paths, leaves, tails, flat, strict=True):
+            check_dtype(path, leaf, policy)
+            _check_tail(path, leaf, tail, policy)
+            check_gradient(path, leaf, grad, is_scaled=not state.settings.is_none)
+        kind = OpaqueUpdate if _has_equinox_module(params) else ExactUpdate
+        return cls(leaves, flat, tails, structure, state, clip_norm, kind)
+
+    def apply(self, update: Callable[..., tuple[Any, Any]], extra: dict[str, Any]) -> tuple[Any, MastersState]:
+        """Return the updates, like the parameters, and the state after the step."""
+        trained = [grad for leaf, grad in zip(self.params, self.grads, strict=True) if is_trained(leaf)]
+        norm, non_finite = read_gradients(trained)
+        found_inf = non_finite.any()
+        loss_is_finite = ~is_marked(trained) & jnp.isfinite(extra.get("value", 0.0)).all()
+        multiplier = None if self.clip_norm is None else jnp.minimum(1.0, self.clip_norm / norm)
+        wide = [widened(leaf, tail) for leaf, tail in zip(self.params, self.tails, strict=True)]
+        true = [for_inner(grad, master, multiplier) for grad, master in zip(self.grads, wide, strict=True)]
+        inner_updates, inner = update(
+            self.structure.unflatten(true), self.state.inner, self.structure.unflatten(wide), **extra
+        )
+        changes = self.structure.flatten_up_to(inner_updates)
+        pairs = [self._update(*each, found_inf) for each in zip(self.params, self.tails, wide, changes, strict=True)]
+        state = replace(
+            self.state,
+            tails=self.structure.unflatten([tail for _, tail in pairs]),
+            inner=jax.tree.map(lambda new, old: _kept(found_inf, old, new), inner, self.state.inner),
+            loss_scale=after_step(self.state.settings, self.state.loss_scale, found_inf, loss_is_finite),
+            grad_norm=norm,
+            found_inf=found_inf,
+            non_finite=non_finite,
+        )
+        return self.structure.unflatten([change for change, _ in pairs]), state
+
+    def _update(self, leaf: Any, tail: Any, master: Any, change: Any, found_inf: jax.Array) -> tuple[Any, Any]:
+        """Return what is to be added to a leaf, and its tail after the step."""
+        if master is None:
+            return jnp.zeros_like(leaf), tail
+        change = jnp.zeros_like(master) if change is None else change
+        if tail is None:
+            return _kept(found_inf, jnp.zeros_like(change), change), None
+        new, new_tail = encode(jnp.asarray(master + change).astype(jnp.float32), leaf.dtype)
+        weight = jnp.asarray(leaf)
+        return (
+            exact_update(weight, jnp.where(found_inf, weight, new), kind=self.kind),
+            jnp.where(found_inf, tail, new_tail),
+        )
+
+
+def _kept(found_inf: jax.Array, old: Any, new: Any) -> Any:
+    """Return `old` after an overflow, else `new`, whose dtype it has."""
+    dtype = getattr(new, "dtype", None)
+    if dtype is not None and not jnp.issubdtype(dtype, jax.dtypes.extended):
+        old = jnp.asarray(old, dtype)
+    return jnp.where(found_inf, old, new)
+
+
+def _like(params: Any, structure: Any, tree: Any, what: str, needed: str) -> list[Any]:
+    """Return the leaves of a tree that has the parameters' structure."""
+    try:
+        return structure.flatten_up_to(tree)
+    except (ValueError, TypeError) as error:
+        own, others = ({leaf.path for leaf in leaves_of(each)} for each in (params, tree))
+        differing = sorted(own ^ others)
+        example = f' (only one of them has "{differing[0]}")' if differing else ""
+        raise OptimizerError(
+            f"{what} have another structure than the parameters{example}; give tx.update what was {needed}"
+        ) from error
+
+
+def _check_tail(path: str, leaf: Any, tail: Any, policy: Policy) -> None:
+    if is_split(leaf) and tail is None:
+        raise OptimizerError(
+            f'parameter "{path}" is {leaf.dtype}, but the state has no tail of it: it was to stay float32 when tx.init '
+            f'saw it; cast the parameters with duotone.jax.cast(params, "{policy.name}"), or call tx.init after the '
+            "cast"
+        )
+    if tail is not None and not is_split(leaf):
+        raise OptimizerError(
+            f'parameter "{path}" is {getattr(leaf, "dtype", type(leaf).__name__)}, but the state holds the tail of a '
+            f"{policy.param} weight; after tx.init, cast the parameters: params = duotone.jax.cast(params, "
+            f'"{policy.name}")'
+        )
+    if tail is not None and jnp.shape(tail) != jnp.shape(leaf):
+        raise OptimizerError(
+            f'parameter "{path}" has shape {jnp.shape(leaf)}, but its tail in the state {jnp.shape(tail)}; call '
+            "tx.init "
+            "anew for parameters of other shapes"
+        )
+
+
+def _has_equinox_module(tree: Any) -> bool:
+    nodes = jax.tree.leaves(tree, is_leaf=is_equinox_module)
+    return any(map(is_equinox_module, nodes))

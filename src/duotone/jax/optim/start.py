@@ -1,0 +1,55 @@
+"""The first state of `masters`: tails and the inner optimizer's state, from every bit that the parameters have."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duotone.errors import OptimizerError
+from duotone.jax.loss_scale import initial_state
+from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
+from duotone.jax.optim.state import MastersState, Paths
+from duotone.jax.weights.codec import TAIL_DTYPE, encode
+from duotone.jax.weights.plan import SPLIT_DTYPES, Weight, plan
+from duotone.loss_scale import LossScale
+from duotone.policy import Policy
+
+
+def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: LossScale) -> MastersState:
+    """Return the state before the first step.
+
+    Raises:
+        OptimizerError: the parameters have leaves but no floating-point one, or a weight's dtype is not the policy's.
+    """
+    planned = plan(params, policy)
+    leaves, structure = jax.tree.flatten(params)
+    trained = [weight.leaf.path for weight, leaf in zip(planned, leaves, strict=True) if is_trained(leaf)]
+    if leaves and not trained:
+        raise OptimizerError(
+            "the parameters hold no floating-point array, so there is nothing to train; give tx.init the pytree of "
+            "weights, of an Equinox model eqx.filter(model, eqx.is_inexact_array)"
+        )
+    for weight, leaf in zip(planned, leaves, strict=True):
+        check_dtype(weight.leaf.path, leaf, policy)
+    tails = [_tail(weight, leaf) for weight, leaf in zip(planned, leaves, strict=True)]
+    return MastersState(
+        tails=structure.unflatten(tails),
+        inner=init(structure.unflatten(map(widened, leaves, tails))),
+        loss_scale=initial_state(settings),
+        grad_norm=jnp.float32(0),
+        found_inf=jnp.bool_(False),
+        non_finite=jnp.zeros(len(trained), bool),
+        exact_starts=jnp.int32(sum(map(is_split, leaves))),
+        settings=settings,
+        policy=str(policy),
+        paths=Paths(trained),
+    )
+
+
+def _tail(weight: Weight, leaf: Any) -> jax.Array | None:
+    if is_split(leaf):
+        return jnp.zeros_like(leaf, TAIL_DTYPE)
+    if weight.dtype in SPLIT_DTYPES:
+        return encode(leaf, weight.dtype)[1]
+    return None
