@@ -16,6 +16,7 @@ ALLOWED = {
     "duotone.policy_spelling": ("duotone.errors", "duotone.formats"),
     "duotone.config_file": ("duotone.durable_files", "duotone.errors"),
     "duotone.own_folder": ("duotone.durable_files", "duotone.errors"),
+    "duotone.corpus": ("duotone.errors",),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
     "duotone.wording": ("duotone.wording",),
     # a framework of its own beside torch's: the neutral core and itself
@@ -267,6 +268,7 @@ ALLOWED = {
     "duotone.train": (
         *CORE,
         "duotone.config_file",
+        "duotone.corpus",
         "duotone.own_folder",
         "duotone.ranks",
         "duotone.run_settings",

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import duotone.torch as dt
+from duotone import corpus
 from duotone.errors import TaskError
 from duotone.torch.watching import saved_for_backward
-from duotone.train.tasks import corpus
 from duotone.train.tasks.gpt import GPT, GPTConfig, rotary_angles, rotate
 from duotone.train.tasks.stdlib_text import EPOCH_BATCHES, SIZES, Size, judged_loss, stdlib_text, text_task, window_loss
 

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from duotone import corpus
 from duotone.errors import TaskError, nearest_names
 from duotone.train.task import Task, evaluating
-from duotone.train.tasks import corpus
 from duotone.train.tasks.gpt import GPT, GPTConfig
 
 EPOCH_BATCHES = 100
