@@ -24,7 +24,7 @@ from duotone.torch.casting.operation_table import Function
 from duotone.torch.casting.recomputation import follow_checkpoint, innermost_hook
 from duotone.torch.casting.tracing import not_by_itself
 from duotone.torch.casting.widened import operands
-from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks
+from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks, transforms_are_active
 from duotone.torch.internals.dispatch import SEES_MODES, mode_at, mode_count, without_autocast
 
 # modules that call one function, which is a product
@@ -75,8 +75,9 @@ class Region:
         return any(isinstance(mode, RegionMode) and not mode.is_users for mode in modes)
 
     def is_only_mode(self) -> bool:
-        """Return whether a region with this `compute` is entered, and no other mode."""
-        if torch.compiler.is_compiling() or mode_count() != 1:
+        """Return whether a region with this `compute` is entered, and neither another mode nor one of torch.func's."""
+        # inside of vmap, torch takes a convolution apart before autocast has cast anything
+        if torch.compiler.is_compiling() or mode_count() != 1 or transforms_are_active():
             return False
         mode = mode_at(0)
         return type(mode) is RegionMode and mode.compute is self.compute and not mode.is_users

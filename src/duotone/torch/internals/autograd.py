@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 
 from duotone.torch.internals.lookup import find, has_all
@@ -110,3 +111,19 @@ def in_transform() -> bool:
     (False, tensor([1.]))
     """
     return transforms_are_active() if _transform_level is None else _transform_level() is not None
+
+
+# the level at which torch.autograd.forward_ad takes derivatives, -1 for none, which torch.func enters too; without it,
+# they need a formula that functions with a gradient of Duotone's own have not
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/autograd/forward_ad.py
+FORWARD_LEVEL = "_current_level"
+
+
+def in_forward_mode() -> bool:
+    """Return whether this is called where forward-mode derivatives may be taken.
+
+    >>> import torch
+    >>> in_forward_mode(), torch.func.jvp(lambda x: x + in_forward_mode(), (torch.zeros(1),), (torch.ones(1),))[0]
+    (False, tensor([1.]))
+    """
+    return getattr(forward_ad, FORWARD_LEVEL, -1) >= 0

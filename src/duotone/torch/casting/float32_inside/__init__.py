@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duotone.torch.casting.float32_inside.channel_norms import (
+    batch_norm_in_float32,
+    group_norm_in_float32,
+    instance_norm_in_float32,
+    torch_batch_norm_in_float32,
+    torch_instance_norm_in_float32,
+)
 from duotone.torch.casting.float32_inside.embeddings import (
     aten_embedding_to_float32,
     embedding_bag_in_float32,
@@ -27,13 +34,7 @@ from duotone.torch.casting.float32_inside.gathers import (
     take_in_float32,
 )
 from duotone.torch.casting.float32_inside.indexing import getitem_in_float32, index_in_float32
-from duotone.torch.casting.float32_inside.norms import (
-    batch_norm_in_float32,
-    group_norm_in_float32,
-    layer_norm_in_float32,
-    rms_norm_in_float32,
-    torch_batch_norm_in_float32,
-)
+from duotone.torch.casting.float32_inside.norms import layer_norm_in_float32, rms_norm_in_float32
 from duotone.torch.casting.float32_inside.resampling import interpolate_in_float32
 from duotone.torch.casting.float32_inside.windows import (
     max_pool_in_float32,
@@ -69,7 +70,8 @@ FLOAT32_INSIDE: Mapping[Function, Handler] = {
         (layer_norm_in_float32, (F.layer_norm, torch.layer_norm)),
         (rms_norm_in_float32, (F.rms_norm, torch.rms_norm)),
         (group_norm_in_float32, (F.group_norm,)),
-        (batch_norm_in_float32, (F.batch_norm, F.instance_norm)),
+        (batch_norm_in_float32, (F.batch_norm,)),
+        (instance_norm_in_float32, (F.instance_norm,)),
         (embedding_bag_in_float32, (F.embedding_bag,)),
         (getitem_in_float32, (Tensor.__getitem__,)),
         (index_select_in_float32, (torch.index_select, Tensor.index_select)),
@@ -117,6 +119,6 @@ FLOAT32_INSIDE_ON_CPU: Mapping[Function, Handler] = {
     torch.native_layer_norm: widen_to_data,
     torch.native_group_norm: widen_to_data,
     torch.batch_norm: as_handler(torch_batch_norm_in_float32),
-    torch.instance_norm: as_handler(torch_batch_norm_in_float32),
+    torch.instance_norm: as_handler(torch_instance_norm_in_float32),
     **dict.fromkeys(ANTIALIASED, widen_and_round),
 }

@@ -1,13 +1,13 @@
-"""Norms that take 16-bit data and compute in FP32: `y = round16((x - mean) * rstd * weight + bias)`.
+"""LayerNorm and RMSNorm of 16-bit data, computed in FP32: `y = round16((x - mean) * rstd * weight + bias)`.
 
 Kept for the backward pass are `x` in its 16 bits and one FP32 mean and `rstd` per row, nothing of the size of `x`.
 Gradients are rounded once to each operand's dtype, or not at all where its `grad_dtype` says so. torch 2.13 on CPUs
 sums the gradients of a LayerNorm's weight and bias in 16 bits, rounds the mean and `rstd` of norms whose weights are
-16-bit or absent, and keeps FP32 copies in `rms_norm`. So LayerNorm and GroupNorm get FP32 weights beside 16-bit data,
-for which their kernels' results differ from FP32's rounded once in one element of some thousands, and LayerNorm's sums
-are taken here; RMSNorm's results are those of FP32, rounded once. Other devices' kernels compute in FP32 but take one
-dtype: there weights are cast to that of `x`, but for BatchNorm and InstanceNorm, whose FP32 weights every kernel takes.
-Left out: forward-mode derivatives of 16-bit LayerNorm and RMSNorm on CPUs.
+16-bit or absent, and keeps FP32 copies in `rms_norm`. So LayerNorm gets FP32 weights beside 16-bit data, for which its
+kernel's results differ from FP32's rounded once in one element of some thousands, and its sums are taken here;
+RMSNorm's results are those of FP32, rounded once. Other devices' kernels compute in FP32 but take one dtype: there
+weights are cast to that of `x`. vmap's kernels take one dtype, too, and so do forward-mode derivatives: inside of them
+all of it is FP32. GroupNorm, BatchNorm and InstanceNorm are in `channel_norms`.
 """
 
 import math
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager
+from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager, leaves_gradients_to_torch
 from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of
-from duotone.torch.internals.autograd import is_batched
+from duotone.torch.internals.autograd import is_batched, transforms_are_active
 
-_NARROW = (torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
 # widened at a time: 1 MiB of FP32 stays in a CPU's caches, and no FP32 copy of the whole exists
 _ELEMENTS = 2**18
 _BACKWARD = torch.ops.aten.native_layer_norm_backward.default
@@ -35,6 +35,9 @@ class _LayerNorm(Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if takes_one_dtype(x, weight, bias):
+            y, mean, rstd = torch.native_layer_norm(x.float(), shape, widened(weight), widened(bias), eps)
+            return y.to(x.dtype), mean, rstd
         return torch.native_layer_norm(x, shape, *_beside(x, shape, weight, bias), eps)
 
     @staticmethod
@@ -49,13 +52,9 @@ class _LayerNorm(Function):
         # once: a second look would run a checkpointed part again
         x, weight, bias, mean, rstd = saved = ctx.saved_tensors
         of_x, _, of_weight, of_bias, _ = ctx.needs_input_grad
-        if (
-            torch.is_grad_enabled()
-            or (not torch.compiler.is_compiling() and is_batched(grad))
-            or grad_dtype_of(x) != x.dtype
-        ):
-            # as torch differentiates FP32 operands, second derivatives included; vmap takes one dtype
-            wide = (grad.float(), x.float(), ctx.shape, mean, rstd, _widened(weight), _widened(bias))
+        if torch.is_grad_enabled() or takes_one_dtype(grad, x, weight) or grad_dtype_of(x) != x.dtype:
+            # as torch differentiates FP32 operands, second derivatives included
+            wide = (grad.float(), x.float(), ctx.shape, mean, rstd, widened(weight), widened(bias))
             grad_x, grad_weight, grad_bias = _BACKWARD(*wide, [of_x, of_weight, of_bias])
             return grad_x, None, grad_weight, grad_bias, None
         grad_x = None
@@ -153,9 +152,11 @@ def layer_norm_in_float32(
     [1000.0, 1000.0, 1000.0, 1000.0]
     """
     dtype = input.dtype
-    if dtype not in _NARROW or not input.is_cpu or input.is_nested:
-        return func(input, normalized_shape, _cast(weight, dtype), _cast(bias, dtype), eps, *rest, **named)
-    if _records(input, weight, bias):
+    if dtype not in NARROW or not input.is_cpu or input.is_nested:
+        return func(input, normalized_shape, cast_weight(weight, dtype), cast_weight(bias, dtype), eps, *rest, **named)
+    if takes_one_dtype(input, weight, bias):
+        return func(input.float(), normalized_shape, widened(weight), widened(bias), eps, *rest, **named).to(dtype)
+    if records(input, weight, bias):
         return apply(_LayerNorm, input, tuple(normalized_shape), weight, bias, eps)[0]
     return func(input, normalized_shape, *_beside(input, normalized_shape, weight, bias), eps, *rest, **named)
 
@@ -180,100 +181,14 @@ def rms_norm_in_float32(
     tensor([[1., 1.]], dtype=torch.float16)
     """
     dtype = input.dtype
-    if dtype not in _NARROW or not input.is_cpu:
-        return func(input, normalized_shape, _cast(weight, dtype), eps)
+    if dtype not in NARROW or not input.is_cpu:
+        return func(input, normalized_shape, cast_weight(weight, dtype), eps)
     shape = tuple(normalized_shape)
     # a shape that does not fit is left to torch to refuse
     fits = shape and input.shape[-len(shape) :] == shape and (weight is None or tuple(weight.shape) == shape)
-    if fits and _records(input, weight):
+    if fits and records(input, weight) and not takes_one_dtype(input, weight):
         return apply(_RMSNorm, input, len(shape), weight, torch.finfo(torch.float32).eps if eps is None else eps)[0]
-    return func(input.float(), normalized_shape, _widened(weight), eps).to(dtype)
-
-
-def group_norm_in_float32(
-    func: Callable[..., Any],
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """Call `F.group_norm` so that its statistics are FP32 and its sums, too.
-
-    Args:
-        func: `F.group_norm`; its arguments follow. Data and weights may differ in dtype.
-
-    Returns:
-        The normalized data, in their dtype.
-
-    >>> from torch.nn import functional as F
-    >>> group_norm_in_float32(F.group_norm, torch.ones(1, 4, 2).half(), 2, bias=torch.ones(4)).dtype
-    torch.float16
-    """
-    dtype = input.dtype
-    if dtype not in _NARROW or not input.is_cpu:
-        return func(input, num_groups, _cast(weight, dtype), _cast(bias, dtype), eps)
-    # the kernel keeps its statistics in the dtype of the weight; without one, in that of x
-    if weight is None and input.dim() > 1:
-        weight = torch.ones(input.shape[1])
-    return func(input, num_groups, _widened(weight), _widened(bias), eps)
-
-
-def batch_norm_in_float32(
-    func: Callable[..., Any],
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    *rest: Any,
-    **named: Any,
-) -> Tensor:
-    """Call `F.batch_norm` or `F.instance_norm` with FP32 weights, so that its statistics are FP32 and its sums, too.
-
-    Args:
-        func: `F.batch_norm` or `F.instance_norm`; its arguments follow. Weights may be 16-bit beside data and running
-            statistics in FP32, and the other way round.
-
-    Returns:
-        The normalized data, in their dtype.
-
-    >>> from torch.nn import functional as F
-    >>> x = (1024 + torch.arange(4.0)).bfloat16().view(1, 1, 4)
-    >>> batch_norm_in_float32(F.instance_norm, x).sum()
-    tensor(0., dtype=torch.bfloat16)
-    """
-    if running_mean is None or running_mean.dtype == torch.float32:
-        weight, bias = _widened(weight), _widened(bias)
-        # the kernel keeps its statistics in the dtype of the weight; without one, in that of x
-        if weight is None and input.is_cpu and input.dtype in _NARROW and input.dim() > 1:
-            weight = torch.ones(input.shape[1])
-    return func(input, running_mean, running_var, weight, bias, *rest, **named)
-
-
-def torch_batch_norm_in_float32(
-    func: Callable[..., Any],
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *rest: Any,
-    **named: Any,
-) -> Tensor:
-    """Call `torch.batch_norm` or `torch.instance_norm`, whose arguments stand in another order, in the same way.
-
-    Args:
-        func: the function; its arguments follow.
-
-    Returns:
-        The normalized data, in their dtype.
-    """
-
-    def reordered(x: Tensor, mean: Any, var: Any, weight: Any, bias: Any, *rest: Any, **named: Any) -> Tensor:
-        return func(x, weight, bias, mean, var, *rest, **named)
-
-    return batch_norm_in_float32(reordered, input, running_mean, running_var, weight, bias, *rest, **named)
+    return func(input.float(), normalized_shape, widened(weight), eps).to(dtype)
 
 
 def _rstd(wide: Tensor, rank: int, eps: float) -> Tensor:
@@ -284,15 +199,36 @@ def _last(rank: int) -> tuple[int, ...]:
     return tuple(range(-rank, 0))
 
 
-def _records(x: Tensor, *weights: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        x.requires_grad or any(weight is not None and weight.requires_grad for weight in weights)
-    )
+def takes_one_dtype(*operands: Tensor | None) -> bool:
+    """Return whether a norm's kernels would be those of vmap, or forward-mode derivatives, which take one dtype.
+
+    >>> takes_one_dtype(torch.ones(1)), torch.func.vmap(lambda x: x + takes_one_dtype(x))(torch.zeros(1))
+    (False, tensor([1.]))
+    """
+    if leaves_gradients_to_torch():
+        return True
+    return transforms_are_active() and any(each is not None and is_batched(each) for each in operands)
 
 
-def _cast(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def records(*operands: Tensor | None) -> bool:
+    """Return whether autograd is to record what is done with tensors.
+
+    >>> records(torch.ones(1), None), records(torch.ones(1, requires_grad=True))
+    (False, True)
+    """
+    if torch.is_grad_enabled():
+        # a loop is several times as fast as a generator here
+        for each in operands:
+            if each is not None and each.requires_grad:
+                return True
+    return False
+
+
+def cast_weight(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Cast a norm's weight or bias, if it has one."""
     return None if weight is None else weight.to(dtype)
 
 
-def _widened(weight: Tensor | None) -> Tensor | None:
-    return weight.float() if weight is not None and weight.dtype in _NARROW else weight
+def widened(weight: Tensor | None) -> Tensor | None:
+    """Widen a norm's weight or bias from 16 bits to FP32."""
+    return weight.float() if weight is not None and weight.dtype in NARROW else weight
