@@ -1,0 +1,111 @@
+"""Makes the plan of a program: a step for each equation, twice, for what feeds FP32 rules alone is raised."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from duotone.jax import internals, policies, primitives
+from duotone.jax.casting import demands, kinds, numbers
+from duotone.jax.casting.loops import LOOPS
+from duotone.jax.casting.program import Equation, Program, flatten
+from duotone.jax.casting.site import Site
+from duotone.jax.casting.steps import Plan, Step
+from duotone.jax.casting.values import HELD, OPEN, OTHER, Kind, Value, is_float
+from duotone.policy import Policy
+
+
+class Planner:
+    """Makes plans under one policy, and keeps those that it has made.
+
+    Attributes:
+        policy: the policy.
+        compute: its 16-bit format.
+        residual: what residual streams start in.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.compute = jnp.dtype(policy.compute)
+        self.residual = policy.residual
+        self._plans: dict[Any, tuple[Any, Plan]] = {}
+        self._programs: dict[Any, tuple[Any, Program]] = {}
+        self._float32_scopes: dict[tuple[str, ...], bool] = {}
+
+    def plan(self, jaxpr: Any, given: Sequence[Value], scopes: tuple[str, ...] = ()) -> Plan:
+        """Return the plan of an open jaxpr.
+
+        Args:
+            jaxpr: the program.
+            given: what its constants and, after them, its inputs are.
+            scopes: the named scopes around it.
+        """
+        key = (id(jaxpr), tuple(given), scopes)
+        if key not in self._plans:
+            # the program is kept, so that no other one gets its id
+            self._plans[key] = (jaxpr, self._planned(self._program(jaxpr, scopes), list(given)))
+        return self._plans[key][1]
+
+    def _program(self, jaxpr: Any, scopes: tuple[str, ...]) -> Program:
+        key = (id(jaxpr), scopes)
+        if key not in self._programs:
+            self._programs[key] = (jaxpr, flatten(jaxpr, scopes=scopes))
+        return self._programs[key][1]
+
+    def _planned(self, program: Program, given: list[Value]) -> Plan:
+        steps, values = self._steps(program, given, frozenset())
+        places = demands.raised(program, steps)
+        if places:
+            steps, values = self._steps(program, given, places)
+        outputs = [values[number] for number in program.outputs]
+        return Plan(program, steps, given[len(program.constants) :], outputs, self.compute)
+
+    def _steps(
+        self, program: Program, given: list[Value], raised: frozenset[int]
+    ) -> tuple[list[Step], dict[int, Value]]:
+        values = {number: self.constant(value) for number, value in program.known.items()}
+        values.update(zip([*program.constants, *program.inputs], given, strict=True))
+        steps = []
+        for place, equation in enumerate(program.equations):
+            site = Site.of(self, program, equation, [values[number] for number in equation.inputs], place in raised)
+            step = self._step(site)
+            steps.append(step)
+            values.update(zip(equation.outputs, step.found, strict=True))
+        return steps, values
+
+    def constant(self, constant: Any) -> Value:
+        """Return what a literal, or an array that a program closes over, is.
+
+        A number is open. What JAX traces is a weight of a transform around this one; an array whose values are known is
+        a constant, as a buffer in torch is.
+        """
+        traced = internals.type_of(constant)
+        if not is_float(traced, self.compute):
+            return OTHER
+        if traced.dtype == self.compute:
+            return Value(Kind.HALF)
+        if not internals.is_concrete(constant):
+            return OPEN
+        found = numbers.number_of(constant)
+        return HELD if found is None else Value(Kind.OPEN, found)
+
+    def _step(self, site: Site) -> Step:
+        name = site.equation.name
+        if name in LOOPS:
+            return LOOPS[name](site)
+        if not site.floats:
+            # nothing to cast; a float that comes of no float is data
+            return site.step(None, kinds.convert(site).found if name == "convert_element_type" else HELD)
+        if name == "convert_element_type":
+            return kinds.convert(site)
+        if site.has_foreign or name not in primitives.known() or name in primitives.TRACED:
+            return site.as_traced()
+        if name not in primitives.MOVES and self._is_float32(site.equation):
+            return site.in_float32()
+        return kinds.handler_of(name)(site)
+
+    def _is_float32(self, equation: Equation) -> bool:
+        scopes = equation.scopes
+        if scopes not in self._float32_scopes:
+            self._float32_scopes[scopes] = policies.computes_float32(self.policy, scopes)
+        return self._float32_scopes[scopes]

@@ -1,0 +1,141 @@
+"""`autocast`: a function under the rules of a policy, as a transform that goes with all of JAX's."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from duotone.errors import AutocastError
+from duotone.jax import internals, policies
+from duotone.jax.casting.interpreter import run
+from duotone.jax.casting.planning import Planner
+from duotone.jax.casting.values import FLOAT32, HALF, HELD, OPEN, OTHER, Kind, Value, is_float
+from duotone.policy import Policy
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+_HALVES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
+
+
+def autocast(
+    fun: Callable[Arguments, Result], policy: str | Policy, *, argnums: int | Sequence[int] = 0
+) -> Callable[Arguments, Result]:
+    """Return `fun` with its arithmetic in the policy's 16-bit format, and FP32 where rules keep it.
+
+    The function is traced as it stands, with FP32 in place of 16-bit weights, and what was traced runs under the rules:
+    products in 16 bits, exponentials, sums and losses in FP32, as `duotone ops` lists them. It goes with `jit`, `grad`,
+    `vmap`, `jvp`, `jax.checkpoint`, `shard_map` and `export`, inside and around.
+
+    A weight, in an argument of `argnums`, is rounded where it meets 16 bits. Its gradient has its own dtype, and is
+    added up in FP32. Other arguments are data, which stay as they come: FP32 beside 16 bits gives FP32.
+
+    Results that are FP32 in `fun` leave in the policy's `output`, all others as they are in `fun`.
+
+    Args:
+        fun: any function of arrays and pytrees. What is no array (a Python number, a text, None) is a constant.
+        policy: a policy or its text; `compute`, `output`, `inputs`, `residual` and rules with `compute` by named scope.
+        argnums: the arguments that are weights.
+
+    Raises:
+        AutocastError: `fun` is no function, or there are no such arguments.
+        PolicyError: JAX cannot have the policy.
+
+    >>> import jax, jax.numpy as jnp, duotone.jax as dj
+    >>> loss_fn = dj.autocast(lambda weight, x: jax.nn.log_softmax(x @ weight).mean(), "bf16")
+    >>> grads = jax.jit(jax.grad(loss_fn))(jnp.ones((4, 3)), jnp.ones((2, 4)))
+    >>> grads.dtype
+    dtype('float32')
+    """
+    if not callable(fun):
+        raise AutocastError(f"autocast takes a function, not {fun!r:.60}; give the function that computes your loss")
+    read = policies.read(policy)
+    policies.check_arithmetic(read)
+    weights = _argnums(argnums)
+
+    @functools.wraps(fun)
+    def under_policy(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        missing = [number for number in weights if not -len(args) <= number < len(args)]
+        if missing:
+            raise AutocastError(
+                f"autocast was told by argnums that argument {missing[0]} is a weight, but there are {len(args)} "
+                "positional arguments; give weights by position, or argnums=() if there are none"
+            )
+        if read.compute == "float32":
+            return jax.tree.map(functools.partial(_output, read), fun(*args, **kwargs))
+        return _call(fun, read, {number % len(args) for number in weights}, args, kwargs)
+
+    return under_policy
+
+
+def _argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
+    given = (argnums,) if isinstance(argnums, int) else argnums
+    if not isinstance(given, Sequence) or not all(isinstance(each, int) for each in given):
+        raise AutocastError(f"argnums must be the number of an argument or a tuple of those, not {argnums!r:.60}")
+    return tuple(given)
+
+
+def _call(fun: Callable[..., Any], policy: Policy, weights: set[int], args: Any, kwargs: Any) -> Any:
+    """Trace a function, plan its program, and run it."""
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    owners = [number for number, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+    is_weight = [number in weights for number in owners] + [False] * (len(leaves) - len(owners))
+    places = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
+    planner = Planner(policy)
+    entered = [_entered(planner, leaves[place], is_weight[place]) for place in places]
+
+    def flat(*arrays: Any) -> Any:
+        whole = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            whole[place] = array
+        inner_args, inner_kwargs = jax.tree.unflatten(tree, whole)
+        return fun(*inner_args, **inner_kwargs)
+
+    # as traced: the data as they come, weights in FP32
+    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(traced for traced, _, _ in entered))
+    jaxpr, constants = internals.opened(closed)
+    given = [*map(planner.constant, constants), *(value for _, _, value in entered)]
+    plan = planner.plan(jaxpr, given)
+    found = run(plan, constants, [array for _, array, _ in entered])
+    types = [plan.program.types[number] for number in plan.program.outputs]
+    results = []
+    for array, value, traced in zip(found, plan.outputs, types, strict=True):
+        as_traced = array if value.kind is Kind.OTHER else lax.convert_element_type(array, traced.dtype)
+        results.append(_output(policy, as_traced, traced.dtype))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic) or hasattr(leaf, "__jax_array__")
+
+
+def _entered(planner: Planner, leaf: Any, is_weight: bool) -> tuple[Any, Any, Value]:
+    """Return an argument as the function is traced with it, as its program is run with it, and what it is."""
+    array = jnp.asarray(leaf)
+    compute, inputs = planner.compute, planner.policy.inputs
+    if is_weight and array.dtype in _HALVES:
+        wide = lax.convert_element_type(array, FLOAT32)
+        return wide, wide, Value(Kind.OPEN, narrow=array.dtype == compute)
+    if not is_float(internals.type_of(array), compute):
+        return array, array, OTHER
+    if is_weight:
+        # positions and class tokens, which are broadcast over a batch, are where a residual stream starts
+        starts = planner.residual == "float32" and array.ndim > 2 and array.shape[0] == 1
+        return array, array, HELD if starts else OPEN
+    if array.dtype == compute and inputs == "float32":
+        array = lax.convert_element_type(array, FLOAT32)
+    if array.dtype == compute or inputs == compute.name:
+        return array, lax.convert_element_type(array, compute), HALF
+    return array, array, OPEN if internals.is_weak(array) and not array.ndim else HELD
+
+
+def _output(policy: Policy, array: Any, traced: Any = None) -> Any:
+    """Return a result in the policy's `output`, if it is FP32 in the function."""
+    dtype = getattr(array, "dtype", None) if traced is None else traced
+    if dtype != FLOAT32 or policy.output == "float32":
+        return array
+    return lax.convert_element_type(array, jnp.dtype(policy.output))
