@@ -58,6 +58,13 @@ ALLOWED = {
         "duotone.operations",
         "duotone.policy",
     ),
+    "duotone.jax.memory_use": (
+        "duotone.jax.optim",
+        "duotone.jax.trees",
+        "duotone.jax.weights.codec",
+        "duotone.policy",
+        "duotone.wording.memory",
+    ),
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (

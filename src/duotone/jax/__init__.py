@@ -4,6 +4,7 @@ import duotone.jax as dj
 """
 
 from duotone.jax.casting.transform import autocast
+from duotone.jax.memory_use import memory
 from duotone.jax.optim.master_weights import master_weights
 from duotone.jax.optim.masters import masters
 from duotone.jax.scaling.value_and_grad import value_and_grad
@@ -11,4 +12,4 @@ from duotone.jax.weights.cast import cast
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 
-__all__ = ["LossScale", "Policy", "Rule", "autocast", "cast", "master_weights", "masters", "value_and_grad"]
+__all__ = ["LossScale", "Policy", "Rule", "autocast", "cast", "master_weights", "masters", "memory", "value_and_grad"]

@@ -4,7 +4,7 @@ Dtypes are named as `formats` names them, bytes are whole numbers, a source line
 its path: in torch that of the module in the model, in JAX the named scopes; `""` is the model itself, or no scope.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -88,7 +88,9 @@ class SavedForBackward:
 
 
 # frozen dataclasses with `calls` and `result_bytes`
-Summed = TypeVar("Summed", bound=Any)
+Summed = TypeVar("Summed")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 def add_up(records: Iterable[Summed]) -> list[Summed]:
@@ -98,12 +100,13 @@ def add_up(records: Iterable[Summed]) -> list[Summed]:
     >>> [(cast.module, cast.calls, cast.result_bytes) for cast in add_up(casts)]
     [('a', 2, 16), ('b', 1, 8)]
     """
-    sums: dict[Summed, Summed] = {}
-    for record in records:
-        key = replace(record, calls=0, result_bytes=0)
+    sums: dict[Any, Any] = {}
+    each: Any
+    for each in records:
+        key = replace(each, calls=0, result_bytes=0)
         before = sums.get(key, key)
         sums[key] = replace(
-            before, calls=before.calls + record.calls, result_bytes=before.result_bytes + record.result_bytes
+            before, calls=before.calls + each.calls, result_bytes=before.result_bytes + each.result_bytes
         )
     return list(sums.values())
 
@@ -117,3 +120,14 @@ def amount(casts: Iterable[Cast]) -> tuple[str, str]:
     """Return how many casts there are, and what they wrote, in words."""
     casts = list(casts)
     return count(sum(cast.calls for cast in casts), "cast"), size(sum(cast.result_bytes for cast in casts))
+
+
+def largest(
+    groups: Mapping[Key, list[Value]], weigh: Callable[[Value], int], most: int = 3
+) -> list[tuple[Key, list[Value]]]:
+    """Return the groups that weigh most together, in this order.
+
+    >>> largest({"a": [1], "b": [1, 2], "c": [0]}, abs, most=2)
+    [('b', [1, 2]), ('a', [1])]
+    """
+    return sorted(groups.items(), key=lambda item: -sum(map(weigh, item[1])))[:most]

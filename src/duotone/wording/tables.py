@@ -90,13 +90,14 @@ def operations_table(operations: Sequence[Operation]) -> Table:
     )
 
 
-def casts_table(casts: Sequence[Cast], about: str, place: str) -> Table:
+def casts_table(casts: Sequence[Cast], about: str, place: str, outermost: str) -> Table:
     """Return the table of casts.
 
     Args:
         casts: the largest first, those of modules that are alike added up.
         about: who makes casts.
         place: what the last column names.
+        outermost: the module whose path is "".
     """
     rows = [
         (
@@ -106,7 +107,7 @@ def casts_table(casts: Sequence[Cast], about: str, place: str) -> Table:
             size(cast.result_bytes),
             cast.by,
             cast.operation or _border(cast),
-            f"{cast.module or 'the model'} {(cast.source_line or '').rpartition('/')[2]}",
+            f"{cast.module or outermost} {(cast.source_line or '').rpartition('/')[2]}",
         )
         for cast in casts[:_MOST_CASTS]
     ]
@@ -122,10 +123,10 @@ def casts_table(casts: Sequence[Cast], about: str, place: str) -> Table:
     )
 
 
-def saved_table(saved: SavedForBackward) -> Table:
-    """Return the table of what is saved for the backward pass."""
+def saved_table(saved: SavedForBackward, names: tuple[str, str]) -> Table:
+    """Return the table of what is saved for the backward pass, its two rows by name."""
     dtypes = _ordered([*saved.activation_bytes, *saved.parameter_bytes])
-    named = ("activations", saved.activation_bytes), ("parameters and buffers, there anyway", saved.parameter_bytes)
+    named = zip(names, (saved.activation_bytes, saved.parameter_bytes), strict=True)
     return Table(
         "Saved for the backward pass",
         "each storage once",

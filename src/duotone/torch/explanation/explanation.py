@@ -3,9 +3,9 @@
 import json
 from dataclasses import asdict, dataclass
 
-from duotone.torch.explanation.module_groups import casts_of_groups
 from duotone.torch.explanation.records import ModuleDtypes, Output, RepeatedCast, Widening
 from duotone.torch.explanation.tables import modules_table
+from duotone.wording.groups import in_groups, paths_of_groups
 from duotone.wording.page import as_html, as_text
 from duotone.wording.records import Cast, Operation, SavedForBackward
 from duotone.wording.tables import Table, casts_table, operations_table, saved_table
@@ -68,12 +68,13 @@ class Explanation:
         Args:
             depth: how many names a module's path may have; what is inside the last ones counts as theirs.
         """
+        casts = in_groups(self.casts, "module", paths_of_groups(self.modules))
         by = "by the policy (duotone), the model's code, or torch inside an operation"
         return (
             modules_table(self.modules, self.saved_for_backward, depth),
             operations_table(self.operations),
-            casts_table(casts_of_groups(self.casts, self.modules), by, "module and line"),
-            saved_table(self.saved_for_backward),
+            casts_table(casts, by, "module and line", "the model"),
+            saved_table(self.saved_for_backward, ("activations", "parameters and buffers, there anyway")),
         )
 
     def __str__(self) -> str:

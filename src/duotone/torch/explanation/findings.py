@@ -5,16 +5,15 @@ policy asks for FP32, FP32 is no finding.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 from duotone.policy import Policy
 from duotone.torch.explanation.explanation import Explanation
-from duotone.torch.explanation.module_groups import paths_of_groups
 from duotone.torch.explanation.records import NO_HALF, OUTSIDE, ModuleDtypes, RepeatedCast, Widening
-from duotone.wording.records import Cast, Operation, amount
+from duotone.wording.groups import paths_of_groups
+from duotone.wording.records import Cast, Operation, amount, largest
 from duotone.wording.words import SIXTEEN_BITS, at, count, first_few, label, size
 
 _ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
@@ -23,9 +22,6 @@ _LARGE_BYTES = 1_000_000
 # FP32 in what is saved is worth a word from 1 MB on, or where it is much of what is more than a toy
 _SHARE, _MUCH, _TOY_BYTES = 0.1, 0.3, 64_000
 _MOST = 3
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 
 def findings_of(
@@ -156,7 +152,7 @@ def _repeated(run: _Run) -> Iterator[str]:
         named = f" ({run.tensor_name(each.name)})" if each.name else ""
         what = f"{each.times} casts of the same tensor{named} from {label(each.from_dtype)} to {label(each.to_dtype)}"
         alike[what, f"{run.names_of(each.modules)}{at(each.source_lines)}"].append(each)
-    for (what, where), group in _largest(alike, lambda each: each.wasted_bytes):
+    for (what, where), group in largest(alike, lambda each: each.wasted_bytes):
         wasted_bytes = sum(each.wasted_bytes for each in group)
         if run.is_large(wasted_bytes, share=0.01):
             tensors = f", {len(group)} such tensors" if len(group) > 1 else ""
@@ -273,7 +269,7 @@ def _upcasts(run: _Run) -> Iterator[str]:
         is_upcast = cast.from_dtype in SIXTEEN_BITS and cast.to_dtype == "float32"
         if cast.by in ("model", "torch") and is_upcast and not has_been_said:
             groups[cast.source_line, cast.from_dtype, cast.operation if cast.by == "torch" else None].append(cast)
-    for (source_line, from_dtype, operation), casts in _largest(groups, lambda cast: cast.result_bytes):
+    for (source_line, from_dtype, operation), casts in largest(groups, lambda cast: cast.result_bytes):
         if run.is_large(sum(cast.result_bytes for cast in casts), share=0.01):
             who, advice = "the model's own code", "drop it: the policy keeps FP32 inside the operations that need it"
             if operation is not None:
@@ -306,7 +302,3 @@ def _saved_in_float32(run: _Run) -> Iterator[str]:
             f"FP32 is {wide / total:.0%} of what is saved for backward, {size(wide)} of {size(total)}{rest}; the "
             f"largest parts: {parts}; look for casts to FP32 there"
         )
-
-
-def _largest(groups: Mapping[Key, list[Value]], weigh: Callable[[Value], int]) -> list[tuple[Key, list[Value]]]:
-    return sorted(groups.items(), key=lambda item: -sum(map(weigh, item[1])))[:_MOST]

@@ -4,7 +4,7 @@ Dtypes are named as torch names them, bytes are whole numbers, a module is named
 model itself, and `OUTSIDE` is whatever ran outside of it, a loss for instance), and a source line is `file:line`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 OUTSIDE = "outside the model"
 NO_HALF = "no FP16 on this CPU"
@@ -37,6 +37,10 @@ class ModuleDtypes:
     output_dtypes: tuple[str, ...]
     saved_bytes: dict[str, int]
     kept_float32_bytes: int = 0
+
+    def traits(self) -> "ModuleDtypes":
+        """Return everything in which alike modules are the same: all but their paths and what they saved."""
+        return replace(self, path="", saved_bytes={}, kept_float32_bytes=0)
 
 
 @dataclass(frozen=True)

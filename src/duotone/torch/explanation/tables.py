@@ -3,8 +3,8 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from duotone.torch.explanation.module_groups import ModuleGroup, group_modules
 from duotone.torch.explanation.records import OUTSIDE, ModuleDtypes
+from duotone.wording.groups import Group, groups_of
 from duotone.wording.records import SavedForBackward
 from duotone.wording.tables import OTHER, Column, Table, saved_columns, sizes
 from duotone.wording.words import label, labels
@@ -40,11 +40,11 @@ def _module_rows(
     modules: Sequence[ModuleDtypes], depth: int | None
 ) -> Iterator[tuple[str, ModuleDtypes, Mapping[str, int]]]:
     """Yield a name for each row, one of the modules that it is about, and what all of them saved."""
-    groups = group_modules(modules)
+    groups = groups_of(modules)
     saved_bytes: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for group in groups:
         saved_bytes[".".join(group.path.split(".")[:depth])] += group.saved_bytes()
-    parents: list[ModuleGroup] = []
+    parents: list[Group[ModuleDtypes]] = []
     for group in groups:
         while parents and parents[-1].depth >= group.depth:
             parents.pop()
@@ -54,7 +54,7 @@ def _module_rows(
             parents.append(group)
 
 
-def _module_name(group: ModuleGroup, parents: Sequence[ModuleGroup]) -> str:
+def _module_name(group: Group[ModuleDtypes], parents: Sequence[Group[ModuleDtypes]]) -> str:
     if not parents:
         return "the model"
     inside = group.path.removeprefix(parents[-1].path).lstrip(".")
