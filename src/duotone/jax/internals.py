@@ -9,9 +9,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray, Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core, linear_util, source_info_util
 from jax.extend.core import Literal, Var
+from jax.interpreters import ad
 
 __all__ = ["Literal", "Var"]
 
@@ -114,7 +118,7 @@ def wrapped(function: Callable[..., Any], like: Any) -> Any:
 
 def is_concrete(value: Any) -> bool:
     """Return whether a value is known, and not one that JAX traces."""
-    return not isinstance(value, jax.core.Tracer)
+    return not isinstance(value, Tracer)
 
 
 def literal_value(literal: Any) -> Any:
@@ -129,9 +133,105 @@ def type_of(value: Any) -> Any:
 
 def is_array_type(traced: Any) -> bool:
     """Return whether a type is that of an array, and not of a reference to one, a token or a key."""
-    return isinstance(traced, jax.core.ShapedArray) and not jax.dtypes.issubdtype(traced.dtype, jax.dtypes.extended)
+    return isinstance(traced, ShapedArray) and not jnp.issubdtype(traced.dtype, jax.dtypes.extended)
 
 
 def is_weak(value: Any) -> bool:
     """Return whether a value takes the dtype of what it meets, as Python numbers do."""
     return bool(getattr(jax.typeof(value), "weak_type", False))
+
+
+def bind_custom_jvp(
+    equation: Any, operands: Sequence[Any], function: Callable[..., Any], jvp: Callable[..., Any]
+) -> list[Any]:
+    """Bind a `custom_jvp` call with other functions in the place of its own two.
+
+    The public decorator would lose the rule's symbolic zeros.
+    """
+    params = equation.primitive.get_bind_params(equation.params)
+    own, own_jvp = params.pop("subfuns")
+    return list(equation.primitive.bind(*operands, subfuns=(wrapped(function, own), wrapped(jvp, own_jvp)), **params))
+
+
+def bind_custom_vjp(
+    equation: Any,
+    operands: Sequence[Any],
+    function: Callable[..., Any],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+) -> list[Any]:
+    """Bind a `custom_vjp` call with other functions in the place of its own three.
+
+    The public decorator would lose the rule's symbolic zeros, its trees, and inputs that are saved as they are.
+    """
+    params = equation.primitive.get_bind_params(equation.params)
+    own = params.pop("subfuns")
+    functions = tuple(wrapped(new, old) for new, old in zip((function, forward, backward), own, strict=True))
+    return list(equation.primitive.bind(*operands, subfuns=functions, **params))
+
+
+def adds_gradients_itself(equation: Any) -> bool:
+    """Return whether a `custom_vjp` adds its gradients in place, to references (since 0.11)."""
+    return type(getattr(equation.params["bwd"], "f", None)).__name__ == "CustomBwdWithAccums"
+
+
+def gradients_of(found: Any) -> tuple[list[Any], list[Any]]:
+    """Return the gradients among what a backward pass returned, and the rest; since 0.11 it returns logs, too."""
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list | tuple):
+        return list(found[0]), [found[1]]
+    return list(found), []
+
+
+def as_gradients(gradients: list[Any], rest: list[Any]) -> Any:
+    """Return gradients as a backward pass returns them."""
+    return (gradients, *rest) if rest else gradients
+
+
+def is_zero(gradient: Any) -> bool:
+    """Return whether a gradient is a zero without an array: of an integer, or where a rule returned None."""
+    return isinstance(gradient, ad.Zero) or is_symbolic_zero(gradient) or gradient.dtype == jax.dtypes.float0
+
+
+def zero(traced: Any) -> Any:
+    """Return the zero gradient of a value of a type."""
+    return ad.Zero(traced.to_tangent_aval())
+
+
+def is_symbolic_zero(value: Any) -> bool:
+    """Return whether a tangent or gradient is a zero that a rule sees as such."""
+    return isinstance(value, SymbolicZero)
+
+
+def symbolic_zero(primal: Any) -> Any:
+    """Return the zero tangent of a value, as a rule returns it."""
+    return SymbolicZero(jax.typeof(primal).to_tangent_aval())
+
+
+def bind_checkpoint(equation: Any, operands: Sequence[Any], function: Callable[..., Any]) -> list[Any]:
+    """Bind a checkpoint with another function in the place of its program.
+
+    `jax.checkpoint` would make a new one that does not know that it is differentiated already, as it is inside of a
+    gradient that is part of the function; XLA then computes nothing again, and keeps all.
+    """
+    jaxpr, constants = opened(jax.make_jaxpr(function)(*operands))
+    inner = jaxpr.replace(
+        constvars=(),
+        invars=[*jaxpr.constvars, *jaxpr.invars],
+        debug_info=jaxpr.debug_info.with_unknown_names(),
+        **({"consts": ()} if hasattr(jaxpr, "consts") else {}),
+    )
+    return list(equation.primitive.bind(*constants, *operands, **{**equation.params, "jaxpr": inner}))
+
+
+def placement_of(equation: Any) -> dict[str, Any]:
+    """Return what an inner jit asks for, as arguments of `jax.jit`."""
+    params = equation.params
+    found: dict[str, Any] = {}
+    for name in ("in_shardings", "out_shardings"):
+        values = tuple(None if type(each).__name__ == "UnspecifiedValue" else each for each in params[name])
+        if any(each is not None for each in values):
+            found[name] = list(values) if name == "out_shardings" else values
+    found["donate_argnums"] = tuple(place for place, is_donated in enumerate(params["donated_invars"]) if is_donated)
+    if params.get("compiler_options_kvs"):
+        found["compiler_options"] = dict(params["compiler_options_kvs"])
+    return found

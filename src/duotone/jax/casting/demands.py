@@ -13,14 +13,15 @@ from duotone.jax.casting.steps import Step
 from duotone.jax.casting.values import Kind
 
 
-def raised(program: Program, steps: list[Step]) -> frozenset[int]:
-    """Return the places of equations to be raised, given the steps that nothing raised."""
-    users: dict[int, list[int]] = {}
+def raised(program: Program, steps: list[Step]) -> tuple[frozenset[int], frozenset[int]]:
+    """Return the places of equations to be raised, and of inputs wanted in FP32, given steps of which none is."""
+    # who takes a value, and at which place of its operands
+    users: dict[int, list[tuple[int, int]]] = {}
     makers: dict[int, str] = {}
     for place, step in enumerate(steps):
         makers.update(dict.fromkeys(step.equation.outputs, step.equation.name))
-        for number in step.equation.inputs:
-            users.setdefault(number, []).append(place)
+        for operand, number in enumerate(step.equation.inputs):
+            users.setdefault(number, []).append((place, operand))
     outputs = frozenset(program.outputs)
     found: set[int] = set()
     # of those that want FP32 operands, the places
@@ -38,14 +39,19 @@ def raised(program: Program, steps: list[Step]) -> frozenset[int]:
         wanting.add(place)
         if step.form == "pointwise" and any(value.kind is Kind.HALF for value in step.given):
             found.add(place)
-    return frozenset(found)
+    wanted = {
+        place
+        for place, number in enumerate(program.inputs)
+        if number not in outputs and set(_opinions(steps, users.get(number, []), wanting)) == {True}
+    }
+    return frozenset(found), frozenset(wanted)
 
 
-def _opinions(steps: list[Step], feeds: list[int], wanting: set[int]) -> Iterator[bool]:
+def _opinions(steps: list[Step], feeds: list[tuple[int, int]], wanting: set[int]) -> Iterator[bool]:
     """Yield whether each user wants FP32; comparisons have no opinion."""
-    for place in feeds:
+    for place, operand in feeds:
         step = steps[place]
-        if place in wanting:
+        if place in wanting or operand in step.wanted:
             yield True
         elif step.form == "pointwise" and any(value.kind is Kind.HELD for value in step.found):
             # another operand is held

@@ -1,18 +1,23 @@
 """Makes the plan of a program: a step for each equation, twice, for what feeds FP32 rules alone is raised."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 
 from duotone.jax import internals, policies, primitives
 from duotone.jax.casting import demands, kinds, numbers
+from duotone.jax.casting.custom_rules import CUSTOM_RULES
 from duotone.jax.casting.loops import LOOPS
 from duotone.jax.casting.program import Equation, Program, flatten
-from duotone.jax.casting.site import Site
+from duotone.jax.casting.regions import REGIONS
+from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Plan, Step
 from duotone.jax.casting.values import HELD, OPEN, OTHER, Kind, Value, is_float
 from duotone.policy import Policy
+
+_PROGRAMS: Mapping[str, Handler] = MappingProxyType({**LOOPS, **CUSTOM_RULES, **REGIONS})
 
 
 class Planner:
@@ -54,11 +59,11 @@ class Planner:
 
     def _planned(self, program: Program, given: list[Value]) -> Plan:
         steps, values = self._steps(program, given, frozenset())
-        places = demands.raised(program, steps)
+        places, wanted = demands.raised(program, steps)
         if places:
             steps, values = self._steps(program, given, places)
         outputs = [values[number] for number in program.outputs]
-        return Plan(program, steps, given[len(program.constants) :], outputs, self.compute)
+        return Plan(program, steps, given[len(program.constants) :], outputs, self.compute, wanted)
 
     def _steps(
         self, program: Program, given: list[Value], raised: frozenset[int]
@@ -91,8 +96,8 @@ class Planner:
 
     def _step(self, site: Site) -> Step:
         name = site.equation.name
-        if name in LOOPS:
-            return LOOPS[name](site)
+        if name in _PROGRAMS:
+            return _PROGRAMS[name](site)
         if not site.floats:
             # nothing to cast; a float that comes of no float is data
             return site.step(None, kinds.convert(site).found if name == "convert_element_type" else HELD)

@@ -96,6 +96,7 @@ class Site:
         runner: Runner | None = None,
         wants_float32: bool = False,
         form: str = "",
+        wanted: frozenset[int] = frozenset(),
         inner: Sequence[Plan] = (),
     ) -> Step:
         """Return the step that casts all float operands to a dtype.
@@ -108,6 +109,7 @@ class Site:
             runner: what runs it.
             wants_float32: see `Step`.
             form: see `Step`.
+            wanted: see `Step`.
             inner: see `Step`.
         """
         targets = cast_to if isinstance(cast_to, list) else [cast_to] * len(self.given)
@@ -124,7 +126,17 @@ class Site:
         ]
         results = [self.compute if is_rounded and value.kind is Kind.HALF else None for value in values]
         return Step(
-            self.equation, self.given, operands, values, results, params or {}, runner, wants_float32, form, inner
+            self.equation,
+            self.given,
+            operands,
+            values,
+            results,
+            params or {},
+            runner,
+            wants_float32,
+            form,
+            wanted,
+            inner,
         )
 
     def as_traced(self, runner: Runner | None = None) -> Step:

@@ -28,6 +28,7 @@ class Step:
         runner: what runs it, if it is not simply bound.
         wants_float32: whether it computes in FP32 for a reason of its own, so that exact operands are worth having.
         form: "pointwise" if it can be computed in FP32 on demand, "move" if it gives what it is given.
+        wanted: the places of operands that the programs that it holds want in FP32.
         inner: the plans of the programs that it holds, for those who read plans.
     """
 
@@ -40,6 +41,7 @@ class Step:
     runner: Runner | None = None
     wants_float32: bool = False
     form: str = ""
+    wanted: frozenset[int] = frozenset()
     inner: Sequence["Plan"] = ()
 
 
@@ -53,6 +55,7 @@ class Plan:
         inputs: what its inputs are, in which dtypes they must come.
         outputs: what its outputs are.
         compute: the 16-bit format.
+        wanted: the places of inputs that are worth having in FP32, since all that they feed wants it.
     """
 
     program: Program
@@ -60,3 +63,4 @@ class Plan:
     inputs: Sequence[Value]
     outputs: Sequence[Value]
     compute: Any
+    wanted: frozenset[int] = frozenset()
