@@ -7,9 +7,23 @@ from duotone.jax.casting.transform import autocast
 from duotone.jax.memory_use import memory
 from duotone.jax.optim.master_weights import master_weights
 from duotone.jax.optim.masters import masters
+from duotone.jax.scaling.collapse import raise_if_collapsed
+from duotone.jax.scaling.report import report
 from duotone.jax.scaling.value_and_grad import value_and_grad
 from duotone.jax.weights.cast import cast
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 
-__all__ = ["LossScale", "Policy", "Rule", "autocast", "cast", "master_weights", "masters", "memory", "value_and_grad"]
+__all__ = [
+    "LossScale",
+    "Policy",
+    "Rule",
+    "autocast",
+    "cast",
+    "master_weights",
+    "masters",
+    "memory",
+    "raise_if_collapsed",
+    "report",
+    "value_and_grad",
+]

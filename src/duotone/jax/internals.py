@@ -105,6 +105,16 @@ def as_traced(equation: Any, name_stack: Any) -> Iterator[None]:
         yield
 
 
+def varying_axes(value: Any) -> frozenset[str]:
+    """Return the axes of a mesh that a value differs along, inside of `shard_map` with `check_vma`; none outside of it.
+
+    >>> varying_axes(1.0)
+    frozenset()
+    """
+    # printed types show it, as in float32[]{V:data}, but no public function returns it
+    return frozenset(jax.typeof(value).manual_axis_type.varying)
+
+
 def bind(primitive: Any, operands: Sequence[Any], params: Any) -> list[Any]:
     """Return the results of a primitive."""
     found = primitive.bind(*operands, **primitive.get_bind_params(params))

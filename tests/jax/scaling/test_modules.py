@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 from duotone.errors import LossScaleError
-from duotone.jax.scaling.value_and_grad import value_and_grad
+from duotone.jax import value_and_grad
 
 from .test_value_and_grad import state_of
 

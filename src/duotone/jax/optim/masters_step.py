@@ -87,6 +87,9 @@ class MastersStep:
             grad_norm=norm,
             found_inf=found_inf,
             non_finite=non_finite,
+            loss_is_finite=loss_is_finite,
+            last_scale=self.state.loss_scale.scale,
+            overflows_at_floor=self._overflows_at_floor(found_inf & loss_is_finite),
         )
         return self.structure.unflatten([change for change, _ in pairs]), state
 
@@ -103,6 +106,14 @@ class MastersStep:
             exact_update(weight, jnp.where(found_inf, weight, new), kind=self.kind),
             jnp.where(found_inf, tail, new_tail),
         )
+
+    def _overflows_at_floor(self, overflow: jax.Array) -> jax.Array:
+        """Return how many steps in a row have overflowed where the scale can fall no further; 0 if it cannot move."""
+        settings, before = self.state.settings, self.state.overflows_at_floor
+        if not settings.is_dynamic:
+            return before
+        is_at_floor = self.state.loss_scale.scale <= settings.min_scale
+        return jnp.where(overflow & is_at_floor, before + 1, 0)
 
 
 def _kept(found_inf: jax.Array, old: Any, new: Any) -> Any:

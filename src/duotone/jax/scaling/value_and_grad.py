@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from duotone.errors import LossScaleError
+from duotone.jax.internals import varying_axes
 from duotone.jax.loss_marks import mark
-from duotone.jax.manual_axes import varying_axes
+from duotone.jax.optim.state import state_in
 from duotone.jax.scaling.differentiation import value_and_grad_of
-from duotone.jax.scaling.finding import arrays, masters_state
+from duotone.jax.scaling.reading import loss_scale_of
 from duotone.policy import Policy
 
 
@@ -30,8 +31,8 @@ def value_and_grad(
     It is `jax.value_and_grad`, but for this: the loss is multiplied by the state's loss scale in FP32 on the way to the
     gradients, and they are divided by it. What comes back are the true loss and true gradients, a plain pytree like the
     parameters: sum them over micro-batches, average them over devices, clip and log them as you like. They are in FP32
-    where a loss is scaled or the policy says `grad=float32`, else in the dtypes of the parameters. An overflow stays
-    Inf or NaN for the optimizer to find. If the loss itself was Inf or NaN, all gradients are NaNs that say so.
+    where a loss is scaled or the policy says `grad=float32`, else in the dtypes of the parameters. An overflow is
+    a NaN there, for the optimizer to find. If the loss itself was Inf or NaN, all gradients are NaNs that say so.
 
     Modules of Flax NNX are differentiated by `nnx.value_and_grad`, those of Equinox by `equinox.filter_value_and_grad`.
 
@@ -46,14 +47,24 @@ def value_and_grad(
         of `function`. It returns `(loss, grads)`, or `((loss, aux), grads)`, and composes with every transform of JAX.
 
     Raises:
-        LossScaleError: when called: the first argument holds no state of `masters`, or several; or the loss is not one
-            floating-point number.
+        OptimizerError: when called: the first argument holds no state of `masters`, or several.
+        LossScaleError: when called: the loss is not one floating-point number.
+
+    >>> import optax
+    >>> import duotone.jax as dj
+    >>> tx = dj.masters(optax.sgd(0.1), "fp16,loss_scale=1024")
+    >>> params = {"w": jnp.float32([3.0])}
+    >>> state = tx.init(params)
+    >>> params = dj.cast(params, "fp16")
+    >>> loss, grads = dj.value_and_grad(lambda params, x: (params["w"] * x).sum())(state, params, jnp.float16(2.0))
+    >>> loss, grads["w"]
+    (Array(6., dtype=float16), Array([2.], dtype=float32))
     """
 
     @wraps(function, updated=())
     def wrapped(state: Any, *args: Any, **kwargs: Any) -> Any:
-        found = masters_state(state, "value_and_grad")
-        scale = arrays(found.loss_scale).scale
+        found = state_in(state)
+        scale = loss_scale_of(found).scale
 
         # with the signature of the function, by which NNX finds arguments that are given by name
         @wraps(function, updated=())
@@ -113,8 +124,11 @@ def _marked(grads: Any, loss: jax.Array) -> Any:
 
 
 def _true(grad: Any, scale: jax.Array | None) -> Any:
-    """Return a gradient in FP32 (FP64 stays), divided by the scale if there is one; an integer's, float0, as it is."""
+    """Return a gradient in FP32 (FP64 stays), divided by the scale if there is one; an integer's, float0, as it is.
+
+    An Inf is a NaN then: clipped to a number by each element, as by `optax.clip`, it would hide the overflow.
+    """
     if not jnp.issubdtype(grad.dtype, jnp.inexact):
         return grad
     wide = grad.astype(jnp.promote_types(grad.dtype, jnp.float32))
-    return wide if scale is None else wide / scale
+    return wide if scale is None else jnp.where(jnp.isfinite(wide), wide / scale, jnp.nan)
