@@ -3,6 +3,8 @@
 import duotone.jax as dj
 """
 
+from duotone.jax.casting.keep_float32 import keep_float32
+from duotone.jax.casting.op_rule import op_rule
 from duotone.jax.casting.transform import autocast
 from duotone.jax.memory_use import memory
 from duotone.jax.optim.master_weights import master_weights
@@ -20,9 +22,11 @@ __all__ = [
     "Rule",
     "autocast",
     "cast",
+    "keep_float32",
     "master_weights",
     "masters",
     "memory",
+    "op_rule",
     "raise_if_collapsed",
     "report",
     "value_and_grad",

@@ -245,3 +245,8 @@ def placement_of(equation: Any) -> dict[str, Any]:
     if params.get("compiler_options_kvs"):
         found["compiler_options"] = dict(params["compiler_options_kvs"])
     return found
+
+
+def is_floating_array(value: Any) -> bool:
+    """Return whether a value is an array of floating-point numbers, and no Python number."""
+    return isinstance(value, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(value.dtype, jnp.floating)

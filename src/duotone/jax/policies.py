@@ -9,10 +9,10 @@ Left out: `reduce`, for XLA reduces gradients where and in what dtype they are m
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
-from duotone.errors import PolicyError
+from duotone.errors import PolicyError, nearest_names
 from duotone.policy import ClassNames, Policy, Rule
 
 _NO_CLASSES: ClassNames = MappingProxyType({})
@@ -98,6 +98,22 @@ def computes_float32(policy: Policy, scopes: Sequence[str]) -> bool:
         if compute is not None and holds_for_scopes(rule, scopes):
             kept = compute == "float32"
     return kept
+
+
+def check_rules_hold(policy: Policy, scopes: Collection[Sequence[str]]) -> None:
+    """Raise unless each rule that sets `compute` holds for some arithmetic.
+
+    Raises:
+        PolicyError: a rule's pattern fits no named scope of the function.
+    """
+    for rule in policy.rules:
+        if "compute" in dict(rule.roles) and not any(holds_for_scopes(rule, each) for each in scopes):
+            known = sorted({".".join(each[:length]) for each in scopes for length in range(1, len(each) + 1)})
+            hint = nearest_names(rule.pattern, known) if known else "there are none"
+            raise PolicyError(
+                f'rule "{rule}" holds for no named scope of this function; {hint:.200}. Open one around the arithmetic '
+                f'by jax.named_scope("{rule.pattern}"), or call that part by dj.keep_float32'
+            )
 
 
 def holds_for_scopes(rule: Rule, scopes: Sequence[str]) -> bool:

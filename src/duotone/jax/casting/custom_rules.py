@@ -84,9 +84,7 @@ class _Passes:
         """Return the gradients of the arguments, given what was saved and the gradients of the results."""
         compute = self._site.compute
         zeros = [internals.is_symbolic_zero(each) for each in args]
-        pairs = [
-            each for each, is_zero in zip(zip(args, self._traced(), strict=True), zeros, strict=True) if not is_zero
-        ]
+        pairs = [pair for pair in zip(args, self._traced(), strict=True) if not internals.is_symbolic_zero(pair[0])]
         as_traced = [_cast(array, traced.dtype) if is_float(traced, compute) else array for array, traced in pairs]
         # what it returns, zeros without an array among it
         structure: list[Any] = []

@@ -13,6 +13,7 @@ from typing import Any
 
 from duotone.jax import internals
 from duotone.jax.casting import numbers
+from duotone.jax.casting.marks import without_marks
 from duotone.jax.casting.steps import Plan, Step
 
 
@@ -56,8 +57,8 @@ class Observation:
 
     @property
     def scope(self) -> str:
-        """The named scopes around it, as `blocks/norm`."""
-        return "/".join(self.step.equation.scopes)
+        """The user's named scopes around it, as `blocks/norm`."""
+        return "/".join(without_marks(self.step.equation.scopes))
 
 
 Watcher = Callable[[Observation], None]

@@ -13,6 +13,7 @@ from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Step
 from duotone.jax.casting.values import BIT, FLOAT32, HALF, HELD, OPEN, Kind, Value, dtype_of, is_float
 
+_PRODUCTS = frozenset((*primitives.FAMILIES["product"].split(), *primitives.FAMILIES["convolution"].split()))
 # these add what devices hold
 _SUMS_OVER_DEVICES = frozenset(
     ["psum", "psum_invariant", "unreduced_psum", "reduce_scatter", "unreduced_reduce_scatter"]
@@ -34,6 +35,13 @@ def product(site: Site) -> Step:
     if is_asked_for:
         return site.step(site.compute, HELD)
     return site.in_compute(params={"preferred_element_type": site.compute})
+
+
+def product_as_given(site: Site) -> Step:
+    """Take operands as they come."""
+    if site.has(Kind.HALF) and not site.has(Kind.HELD):
+        return site.in_compute(params={"preferred_element_type": site.compute})
+    return site.step(FLOAT32, HELD if site.has(Kind.HELD) else OPEN)
 
 
 def asks_for_float32(params: Mapping[str, Any]) -> bool:
@@ -205,6 +213,13 @@ _BY_KIND: Mapping[str, Handler] = MappingProxyType(
         "as_given": pointwise,
     }
 )
+
+
+def handler_for(kind: str, name: str) -> Handler:
+    """Return what decides for a primitive that was given a kind."""
+    if kind != "as_given":
+        return _BY_KIND[kind]
+    return product_as_given if name in _PRODUCTS else pointwise
 
 
 def handler_of(name: str) -> Handler:

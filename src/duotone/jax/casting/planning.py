@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from duotone.jax import internals, policies, primitives
-from duotone.jax.casting import demands, kinds, numbers
+from duotone.jax.casting import demands, kinds, marks, numbers
 from duotone.jax.casting.custom_rules import CUSTOM_RULES
 from duotone.jax.casting.loops import LOOPS
 from duotone.jax.casting.program import Equation, Program, flatten
@@ -36,6 +36,7 @@ class Planner:
         self._plans: dict[Any, tuple[Any, Plan]] = {}
         self._programs: dict[Any, tuple[Any, Program]] = {}
         self._float32_scopes: dict[tuple[str, ...], bool] = {}
+        self._rounds: dict[int, bool] = {}
 
     def plan(self, jaxpr: Any, given: Sequence[Value], scopes: tuple[str, ...] = ()) -> Plan:
         """Return the plan of an open jaxpr.
@@ -50,6 +51,12 @@ class Planner:
             # the program is kept, so that no other one gets its id
             self._plans[key] = (jaxpr, self._planned(self._program(jaxpr, scopes), list(given)))
         return self._plans[key][1]
+
+    @property
+    def scopes(self) -> set[tuple[str, ...]]:
+        """The user's named scopes in all programs that were planned."""
+        programs = (program for _, program in self._programs.values())
+        return {marks.without_marks(each.scopes) for program in programs for each in program.equations}
 
     def _program(self, jaxpr: Any, scopes: tuple[str, ...]) -> Program:
         key = (id(jaxpr), scopes)
@@ -96,21 +103,30 @@ class Planner:
 
     def _step(self, site: Site) -> Step:
         name = site.equation.name
+        if name == marks.border_p.name:
+            return marks.border(site, self._rounds)
         if name in _PROGRAMS:
             return _PROGRAMS[name](site)
         if not site.floats:
             # nothing to cast; a float that comes of no float is data
             return site.step(None, kinds.convert(site).found if name == "convert_element_type" else HELD)
+        return self._handler(site)(site)
+
+    def _handler(self, site: Site) -> Handler:
+        name = site.equation.name
         if name == "convert_element_type":
-            return kinds.convert(site)
+            return kinds.convert
         if site.has_foreign or name not in primitives.known() or name in primitives.TRACED:
-            return site.as_traced()
-        if name not in primitives.MOVES and self._is_float32(site.equation):
-            return site.in_float32()
-        return kinds.handler_of(name)(site)
+            return kinds.as_traced
+        if name in primitives.MOVES or name in primitives.COMPARISONS:
+            return kinds.handler_of(name)
+        kind = marks.kind_in(site.equation.scopes, name)
+        if kind is None and self._is_float32(site.equation):
+            kind = "float32"
+        return kinds.handler_of(name) if kind is None else kinds.handler_for(kind, name)
 
     def _is_float32(self, equation: Equation) -> bool:
         scopes = equation.scopes
         if scopes not in self._float32_scopes:
-            self._float32_scopes[scopes] = policies.computes_float32(self.policy, scopes)
+            self._float32_scopes[scopes] = policies.computes_float32(self.policy, marks.without_marks(scopes))
         return self._float32_scopes[scopes]

@@ -100,6 +100,7 @@ def _call(fun: Callable[..., Any], policy: Policy, weights: set[int], args: Any,
     jaxpr, constants = internals.opened(closed)
     given = [*map(planner.constant, constants), *(value for _, _, value in entered)]
     plan = planner.plan(jaxpr, given)
+    policies.check_rules_hold(policy, planner.scopes)
     found = run(plan, constants, [array for _, array, _ in entered])
     types = [plan.program.types[number] for number in plan.program.outputs]
     results = []
