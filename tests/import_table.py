@@ -140,6 +140,7 @@ ALLOWED = {
     ),
     "duotone.torch.casting.half_on_cpu": ("duotone.torch.call_site", "duotone.torch.casting.widened"),
     "duotone.torch.casting.products": ("duotone.torch.casting.widened",),
+    "duotone.torch.casting.shared_cast": (),
     "duotone.torch.casting.handlers": (
         "duotone.errors",
         "duotone.operations",
@@ -148,6 +149,7 @@ ALLOWED = {
         "duotone.torch.casting.numbers",
         "duotone.torch.casting.operation_table",
         "duotone.torch.casting.products",
+        "duotone.torch.casting.shared_cast",
         "duotone.torch.casting.widened",
         "duotone.torch.nested",
     ),

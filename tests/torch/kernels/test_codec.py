@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from duotone import rounding
-from duotone.torch.kernels import decode, encode
+from duotone.torch.kernels import codec, decode, encode
 
 EVERY_16_BITS = np.arange(2**16, dtype=np.uint32)
 # where the tail's sign and BF16's rounding turn
@@ -150,3 +150,14 @@ def test_any_shape_and_layout(masters, dtype):
     assert (weight.dtype, tail.dtype) == (dtype, torch.int16)
     assert torch.equal(weight, masters.to(dtype))
     assert torch.equal(decode(weight, tail), masters)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pieces_have_the_bits_of_the_whole(dtype, masters_for_bfloat16, masters_for_float16, monkeypatch, same_bits):
+    masters = masters_for_bfloat16 if dtype == torch.bfloat16 else masters_for_float16
+    assert masters.numel() > codec._PIECE
+    pieces = encode(masters, dtype)
+    decoded = decode(*pieces)
+    monkeypatch.setattr(codec, "_PIECE", masters.numel())
+    whole = encode(masters, dtype)
+    assert all(map(same_bits, (*pieces, decoded), (*whole, decode(*whole))))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
 from duotone.torch.call_site import warn
-from duotone.torch.casting.region import Region
+from duotone.torch.casting.region import PRODUCTS, Region
 from duotone.torch.internals.autograd import in_backward, is_jit_tracing
 from duotone.torch.internals.compiler import is_scripting_frame
 from duotone.torch.internals.dispatch import past_modes
@@ -95,8 +95,11 @@ class CastForward:
         if not self._is_border and self._pending is None:
             is_plain = self._class_without_mode is type(self._module)
             if is_plain and len(args) == 1 and type(args[0]) is Tensor and self._region.is_only_mode():
+                shared = self._region.shared
                 # a mode takes longer to call a function than a small one takes to run
                 with past_modes():
+                    if args[0].dtype is torch.float32 and shared is not None and type(self._module) in PRODUCTS:
+                        args = (shared.under_autocast(args[0]),)
                     return self._forward(*args, **kwargs)
             tracing = torch.compiler.is_compiling()
             if self._region.is_active(_device_type(self._module, args) if tracing else "cpu"):

@@ -47,6 +47,7 @@ from duotone.torch.casting.operation_table import (
     same_operation,
 )
 from duotone.torch.casting.products import KEEPS_ALL, multiply_as_given, multiply_groups
+from duotone.torch.casting.shared_cast import SharedCast
 from duotone.torch.casting.widened import operands, widen_and_round, widen_to_data
 from duotone.torch.internals.dispatch import PADDING
 from duotone.torch.nested import cast_floating
@@ -65,6 +66,7 @@ _BY_OPERATOR = (
     "cast",
 )  # fmt: skip
 _made: dict[str, "Handlers"] = {}
+_shared: dict[str, SharedCast] = {}
 
 
 @dataclass(frozen=True)
@@ -75,11 +77,18 @@ class Handlers:
         by_function: the handler of each listed function; autocast is off when it is called.
         products: the handlers of functions that may be called as they are if each operand is in the region's dtype.
         methods: tensors' methods that are written in Python, with their handlers.
+        shared: casts what several products take; None where products take FP32.
+        untraced: `by_function`, and what `shared` has to know of; a model that is traced takes no notice.
     """
 
     by_function: dict[Function, Handler]
     products: tuple[Handler, ...]
     methods: tuple[tuple[Function, Handler], ...]
+    shared: SharedCast | None = None
+
+    @functools.cached_property
+    def untraced(self) -> dict[Function, Handler]:
+        return self.by_function if self.shared is None else {**self.by_function, **self.shared.handlers()}
 
     def find(self, function: Function) -> Handler | None:
         """Return the handler of a function, or None if it is called as it is."""
@@ -140,7 +149,10 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
         emulated = compute == torch.float16 and not cpu_has_half_products()
     if residual == "float32":
         made.update(TO_FLOAT32)
-    plainly = multiply_in_float32 if emulated else call_in_compute
+    # one for every device
+    shared = _shared.setdefault(str(compute), SharedCast(compute))
+    # by its name: torch.compile compares handlers, and does not know how to compare such an object
+    plainly = functools.partial(_share_first, str(compute), multiply_in_float32 if emulated else call_in_compute)
     multiply = functools.partial(multiply_as_given, plainly, compute, None)
     put(multiply, (function for function, kind in kinds().items() if kind == "compute"))
     put(functools.partial(multiply_groups, multiply, compute), functions_named("grouped_mm"))
@@ -149,7 +161,7 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     for name, sums_nothing in KEEPS_ALL.items():
         put(outer[sums_nothing], functions_named(name))
     # made of several operations, each of which is to see autocast switched off
-    attend = plainly if emulated else functools.partial(_call_on_each_once, compute)
+    attend = multiply_in_float32 if emulated else functools.partial(_call_on_each_once, compute)
     put(functools.partial(_attend_with_heads, compute, attend), functions_named("multi_head_attention_forward"))
     put(as_handler(functools.partial(_attend, attend)), functions_named("scaled_dot_product_attention"))
     put(as_handler(functools.partial(_linear_cross_entropy, plainly)), functions_named("linear_cross_entropy"))
@@ -159,7 +171,7 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
             put(handler, overloads_named(name))
     if residual == "float32":
         put(TO_FLOAT32[torch.embedding], overloads_named("embedding"))
-    return Handlers(made, () if emulated else (multiply, outer[KEEPS_ALL["matmul"]]), _methods(made))
+    return Handlers(made, () if emulated else (multiply, outer[KEEPS_ALL["matmul"]]), _methods(made), shared)
 
 
 def _put_numbers(put: Callable[[Handler, Iterable[Function]], None]) -> None:
@@ -226,6 +238,17 @@ def _call_in(dtype: torch.dtype, func: Function, args: tuple[Any, ...], kwargs: 
         return func(*args, **kwargs)
     named = {name: cast_operand(value, dtype) for name, value in kwargs.items()}
     return func(*[cast_operand(arg, dtype) for arg in args], **named)
+
+
+def _share_first(
+    compute: str, multiply: Handler, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Call a product with its first operand cast once for all products that take it."""
+    first = args[0] if args else None
+    is_wide = isinstance(first, Tensor) and first.dtype is torch.float32
+    if is_wide and kwargs.get("out") is None and not torch.compiler.is_compiling():
+        args = (_shared[compute](first), *args[1:])
+    return multiply(func, args, kwargs)
 
 
 def _call_on_each_once(dtype: torch.dtype, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

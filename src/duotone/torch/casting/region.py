@@ -28,7 +28,7 @@ from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks, 
 from duotone.torch.internals.dispatch import SEES_MODES, mode_at, mode_count, without_autocast
 
 # modules that call one function, which is a product
-_PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # and those that call one that is not listed
 _UNLISTED = (nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.LeakyReLU, nn.Identity, nn.Dropout, nn.Flatten)
 
@@ -49,6 +49,8 @@ class Region:
         self.compute, self.residual = compute, residual
         # looked up here and not in a forward pass, where a tracer would follow
         self._on_cpu, self._elsewhere = (handlers_for(compute, device, residual) for device in ("cpu", "cuda"))
+        # what casts FP32 inputs of modules that are products
+        self.shared = self._on_cpu.shared
         handlers_for(torch.float32, "cpu")
 
     def __reduce__(self) -> Any:
@@ -88,7 +90,7 @@ class Region:
         It is so if it calls one function of torch, and that is a product, or one that is not listed.
         """
         on_cpu = self.compute == torch.float16 and not self._on_cpu.products
-        return type(module) in (_UNLISTED if on_cpu else _UNLISTED + _PRODUCTS)
+        return type(module) in (_UNLISTED if on_cpu else _UNLISTED + PRODUCTS)
 
 
 def mode_context(mode: "RegionMode") -> AbstractContextManager[Any]:
@@ -102,6 +104,8 @@ def _on(mode: "RegionMode") -> Iterator[None]:
         mode.outer_hooks = innermost_hook()
     with torch.autocast(mode.device_type, mode.compute, cache_enabled=False), mode:
         yield
+    if not torch.compiler.is_compiling():
+        mode.end()
 
 
 class _OnCpu:
@@ -124,6 +128,7 @@ class _OnCpu:
     @not_by_itself
     def __exit__(self, *error: Any) -> None:
         self._mode.__exit__(*error)
+        self._mode.end()
         if torch.autocast_decrement_nesting() == 0:
             torch.clear_autocast_cache()
         enabled, dtype = self._before
@@ -195,7 +200,7 @@ class RegionMode(TorchFunctionMode):
         # looked at here too, because this is called for every function
         if tracing or top_saved_hooks(False) is not None or func is set_grad_enabled:
             args = follow_checkpoint(self, func, args, self.outer_hooks)
-        handler = self._handlers.find(func) if tracing else self._handlers.by_function.get(func)
+        handler = self._handlers.find(func) if tracing else self._handlers.untraced.get(func)
         # nearly every product's operands have their dtype already; this spares them most of what follows
         if handler in self._handlers.products and not kwargs and are_ready(args, self.compute):
             return func(*args)
@@ -207,14 +212,20 @@ class RegionMode(TorchFunctionMode):
         elif handler is cast_constant and args and (args[0].requires_grad or args[0].dtype is not torch.float32):
             return func(*args, **kwargs) if kwargs else func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
-        if handler is None or compute_dtype(self.device_type) is not self.compute or not self._acts_on(args, kwargs):
+        if handler is None or compute_dtype(self.device_type) is not self.compute:
             return func(*args, **kwargs) if kwargs else func(*args)
-        with no_autocast(self.device_type):
+        if self.is_users and not self._acts_on(args, kwargs):
+            return func(*args, **kwargs) if kwargs else func(*args)
+        # written out, since it is run for every listed function
+        with torch.autocast(self.device_type, enabled=False) if tracing else without_autocast():
             return handler(func, args, kwargs or {})
 
+    def end(self) -> None:
+        """Note that a region in which this was the mode has ended."""
+        if self._handlers.shared is not None:
+            self._handlers.shared.end_region()
+
     def _acts_on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> bool:
-        if not self.is_users:
-            return True
         given = (args, tuple(kwargs.values())) if kwargs else args
         device_types = {operand.device.type for operand in operands(given)}
         # what makes a tensor of numbers has no operand

@@ -89,14 +89,13 @@ def _sums_together(weights: Sequence[Tensor]) -> Sequence[Tensor]:
         return list(map(sums_of_cells, weights))
     # zeros add nothing to a checksum
     zeros = torch.zeros(CELL, dtype=torch.int16, device=weights[0].device)
-    padded, counts = [], []
-    for weight in weights:
-        numel = weight.numel()
-        counts.append(-(-numel // CELL))
-        padded.append(weight.view(torch.int16))
-        if numel % CELL:
-            padded.append(zeros[numel % CELL :])
-    return sums_of_cells(torch.cat(padded)).split(counts)
+    sizes = [weight.numel() for weight in weights]
+    padded = [
+        part
+        for weight, numel in zip(weights, sizes, strict=True)
+        for part in (weight.view(torch.int16), zeros[: -numel % CELL])
+    ]
+    return sums_of_cells(torch.cat(padded)).split([-(-numel // CELL) for numel in sizes])
 
 
 def _dot(bits: Tensor, factors: Tensor) -> Tensor:

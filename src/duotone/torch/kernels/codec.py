@@ -9,6 +9,8 @@ Whatever outside code writes into a weight, decoding follows it and makes no NaN
 weight is ignored. Arithmetic is on int32 bit patterns, so FP32 subnormals are exact whatever the flush-to-zero mode.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ _INFINITY = 0x7F80_0000
 # 2^-16 in FP32: the smallest |weight| in FP16 whose tail is a difference of bit patterns
 _FP16_EXACT = 0x3780_0000
 _FP16_UNIT = 2.0**-40
+# elements that a CPU encodes at a time: what is made on the way stays in its caches
+_PIECE = 1 << 16
 
 
 def encode(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -40,7 +44,13 @@ def encode(master: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     >>> decode(weight, tail).tolist()
     [1.0, 1.00390625, 1.0010000467300415]
     """
-    return _encode_bfloat16(master) if dtype == torch.bfloat16 else _encode_float16(master)
+    encode_piece = _encode_bfloat16 if dtype == torch.bfloat16 else _encode_float16
+    # small ones, which are many, at no call
+    if master.numel() <= _PIECE or not _has_pieces(master):
+        return encode_piece(master)
+    weight, tail = torch.empty_like(master, dtype=dtype), torch.empty_like(master, dtype=torch.int16)
+    _by_pieces(encode_piece, (master,), (weight, tail))
+    return weight, tail
 
 
 def decode(weight: Tensor, tail: Tensor) -> Tensor:
@@ -55,7 +65,29 @@ def decode(weight: Tensor, tail: Tensor) -> Tensor:
         edited weight, or lies half-way to its neighbour; +-0, Inf and NaN decode to themselves when the tail cannot
         be theirs.
     """
-    return _decode_bfloat16(weight, tail) if weight.dtype == torch.bfloat16 else _decode_float16(weight, tail)
+    decode_piece = _decode_bfloat16 if weight.dtype == torch.bfloat16 else _decode_float16
+    if weight.numel() <= _PIECE or not _has_pieces(weight, tail):
+        return decode_piece(weight, tail)
+    master = torch.empty_like(weight, dtype=torch.float32)
+    _by_pieces(lambda *piece: (decode_piece(*piece),), (weight, tail), (master,))
+    return master
+
+
+def _has_pieces(*tensors: Tensor) -> bool:
+    """Return whether tensors are contiguous ones on a CPU, of which pieces are what lies in one place."""
+    return all(each.is_cpu and each.is_contiguous() for each in tensors) and not torch.compiler.is_compiling()
+
+
+@torch.no_grad()
+def _by_pieces(
+    function: Callable[..., tuple[Tensor, ...]], given: tuple[Tensor, ...], results: tuple[Tensor, ...]
+) -> None:
+    """Fill results with what an elementwise function makes of large tensors, piece by piece."""
+    pieces = [tensor.detach().view(-1).split(_PIECE) for tensor in (*given, *results)]
+    for piece in zip(*pieces, strict=True):
+        made = function(*piece[: len(given)])
+        for target, value in zip(piece[len(given) :], made, strict=True):
+            target.copy_(value)
 
 
 def _encode_bfloat16(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,9 +160,8 @@ class MasterWeights(MasterOptimizer):
             else:
                 # the stand-ins' gradients carry no scale any more
                 fused_step(self.optimizer, None, found_inf)
-        self._write(params, stand_ins, found_inf)
+        self._edits.after_step(self._write(params, stand_ins, found_inf))
         self._begun.update(params)
-        self._edits.after_step([param for param in params if storage_of(param).tail is not None])
         return loss
 
     @torch.no_grad()
@@ -248,7 +247,7 @@ class MasterWeights(MasterOptimizer):
 
     def _take_tail(self, param: Tensor) -> dict[str, Any]:
         kept = super()._take_tail(param)
-        if param.dtype in SPLIT_DTYPES and storage_of(param).rounding == Rounding.STOCHASTIC:
+        if "tail" not in kept and param.dtype in SPLIT_DTYPES and storage_of(param).rounding == Rounding.STOCHASTIC:
             step = kept.get("rounding_step", torch.zeros((), dtype=torch.int64))
             kept["rounding_step"] = step.to(param.device)
         else:
@@ -297,13 +296,21 @@ class MasterWeights(MasterOptimizer):
 
     def _write(
         self, params: Mapping[Tensor, int], stand_ins: Mapping[Tensor, Tensor], found_inf: Tensor | None
-    ) -> None:
-        for param, index in params.items():
-            self._write_one(param, stand_ins[param].detach(), index, found_inf)
-        record(*params, unless=found_inf)
+    ) -> list[Tensor]:
+        """Encode stand-ins, which stand in the order of what they stand for, and return the parameters with a tail."""
+        split = []
+        for (param, index), stand_in in zip(params.items(), stand_ins.values(), strict=True):
+            tail = storage_of(param).tail
+            self._write_one(param, stand_in.detach(), tail, index, found_inf)
+            if tail is not None:
+                split.append(param)
+        record(*split, unless=found_inf)
+        return split
 
-    def _write_one(self, param: Tensor, master: Tensor, index: int, found_inf: Tensor | None) -> None:
-        resident, master, tail = shards.local(param), shards.local(master), storage_of(param).tail
+    def _write_one(
+        self, param: Tensor, master: Tensor, tail: Tensor | None, index: int, found_inf: Tensor | None
+    ) -> None:
+        resident, master = shards.local(param), shards.local(master)
         if param.dtype == torch.float32:
             # it was not dense, or the optimizer put a new tensor in its place
             if master.data_ptr() != resident.data_ptr():

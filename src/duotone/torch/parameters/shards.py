@@ -49,7 +49,7 @@ def like(part: Tensor, whole: Tensor) -> Tensor:
         part: shaped like `local(whole)`, of any dtype.
         whole: a parameter.
     """
-    if not is_shard(whole):
+    if type(whole) in _PLAIN or not is_shard(whole):
         return part
     module: Any = sys.modules["torch.distributed.tensor"]
     return module.DTensor.from_local(
