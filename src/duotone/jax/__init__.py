@@ -6,6 +6,7 @@ import duotone.jax as dj
 from duotone.jax.casting.keep_float32 import keep_float32
 from duotone.jax.casting.op_rule import op_rule
 from duotone.jax.casting.transform import autocast
+from duotone.jax.explanation import explain
 from duotone.jax.memory_use import memory
 from duotone.jax.optim.master_weights import master_weights
 from duotone.jax.optim.masters import masters
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "autocast",
     "cast",
+    "explain",
     "keep_float32",
     "master_weights",
     "masters",

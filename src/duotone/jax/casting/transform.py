@@ -11,6 +11,7 @@ from jax import lax
 
 from duotone.errors import AutocastError
 from duotone.jax import internals, policies
+from duotone.jax.casting.autocast_record import Autocast
 from duotone.jax.casting.interpreter import run
 from duotone.jax.casting.planning import Planner
 from duotone.jax.casting.values import FLOAT32, HALF, HELD, OPEN, OTHER, Kind, Value, is_float
@@ -69,6 +70,7 @@ def autocast(
             return jax.tree.map(functools.partial(_output, read), fun(*args, **kwargs))
         return _call(fun, read, {number % len(args) for number in weights}, args, kwargs)
 
+    Autocast(under_policy, fun, read, weights).note()
     return under_policy
 
 
