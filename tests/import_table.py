@@ -75,6 +75,7 @@ ALLOWED = {
         "duotone",
         "duotone.errors",
         "duotone.jax.casting.autocast_record",
+        "duotone.jax.casting.marks",
         "duotone.jax.casting.transform",
         "duotone.jax.explanation",
         "duotone.jax.internals",

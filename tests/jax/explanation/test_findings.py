@@ -51,6 +51,21 @@ def test_a_product_that_a_rule_keeps_in_float32():
     assert "as a rule of the policy asks" in said
 
 
+def test_a_product_that_keep_float32_keeps():
+    kept = dj.keep_float32(product)
+    found = dj.explain(kept, WEIGHT, X, policy="bf16")
+    assert found.findings[0].startswith("1 product (dot_general) ran in FP32 in head at tests/jax/explanation/test_f")
+    assert found.findings[0].endswith("inside keep_float32")
+    # the mark is no scope of the user's
+    assert [each.path for each in found.scopes] == ["head"]
+
+    def ruled(weight, x):
+        with dj.op_rule("dot_general", "as_given"):
+            return product(weight, x)
+
+    assert "as op_rule asks" in findings(ruled, WEIGHT, X)
+
+
 def test_a_product_with_a_float32_result():
     def asks(weight, x):
         return lax.dot_general(x, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32).sum()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from duotone.jax import internals
+from duotone.jax.casting.marks import without_marks
 from duotone.jax.primitives import MOVES, PROGRAMS
 
 # they pass on what they are given, in another shape
@@ -41,7 +42,8 @@ class Equation:
     @property
     def scope(self) -> str:
         """The named scopes as text, as rules name them; `einsum` names its own after its formula, which is left out."""
-        return ".".join(name.replace("/", ".") for name in self.scopes if "->" not in name)
+        names = (name for name in without_marks(self.scopes) if "->" not in name)
+        return ".".join(name.replace("/", ".") for name in names)
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from functools import cached_property
 from duotone.jax.explanation.counting import CAST, bytes_of
 from duotone.jax.explanation.equations import Equations
 from duotone.jax.explanation.explanation import Explanation
-from duotone.jax.explanation.reasons import DEFAULT_PRECISION, KEPT, RULE
+from duotone.jax.explanation.reasons import DEFAULT_PRECISION, KEPT, OP_RULE, RULE
 from duotone.jax.explanation.records import Residual
 from duotone.jax.primitives import TRACED
 from duotone.policy import Policy
@@ -30,6 +30,7 @@ _REASONS: Mapping[str | None, str] = {
     None: "although the policy computes in 16 bits",
     RULE: "as a rule of the policy asks",
     KEPT: "inside keep_float32",
+    OP_RULE: "as op_rule asks",
     DEFAULT_PRECISION: "because jax.default_matmul_precision is set; leave it at the default for products in 16 bits",
     "preferred_element_type=float32": (
         "as preferred_element_type=float32 asks: operands in 16 bits, results in FP32, which are twice the bytes; "

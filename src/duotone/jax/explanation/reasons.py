@@ -6,18 +6,22 @@ import jax
 from jax import lax
 
 from duotone.jax import policies
+from duotone.jax.casting import marks
 from duotone.jax.explanation.equations import Equation
 from duotone.jax.primitives import kinds
 from duotone.policy import Policy
 
-KEPT, RULE, DEFAULT_PRECISION = "keep_float32", "rule", "jax_default_matmul_precision"
+KEPT, OP_RULE, RULE, DEFAULT_PRECISION = "keep_float32", "op_rule", "rule", "jax_default_matmul_precision"
 
 
 def reason_of(equation: Equation, policy: Policy | None) -> str | None:
     """Return what asked for a product in FP32 or for an FP32 result, None if nothing did or it is no product."""
     if policy is None or kinds().get(equation.name) != "compute" or not _is_wide(equation):
         return None
-    if policies.computes_float32(policy, equation.scopes):
+    marked = marks.kind_in(equation.scopes, equation.name)
+    if marked is not None:
+        return KEPT if marked == "float32" else OP_RULE
+    if policies.computes_float32(policy, marks.without_marks(equation.scopes)):
         return RULE
     return _asked_by_call(equation)
 
