@@ -37,6 +37,7 @@ ALLOWED = {
     "duotone.jax.weights.codec": (),
     "duotone.jax.optim": (
         "duotone.errors",
+        "duotone.jax.internals",
         "duotone.jax.loss_marks",
         "duotone.jax.loss_scale",
         "duotone.jax.optim",

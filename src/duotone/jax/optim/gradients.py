@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from duotone.errors import OptimizerError
 from duotone.jax.optim.leaves import is_split, is_trained
+from duotone.jax.optim.pieces import sum_in_pieces
 
 _BIG = 2.0**-96
 
@@ -51,8 +52,12 @@ def check_gradient(path: str, leaf: Any, grad: Any, *, is_scaled: bool) -> None:
         )
 
 
-def read_gradients(grads: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def read_gradients(grads: Sequence[jax.Array], is_true: jax.Array | bool = True) -> tuple[jax.Array, jax.Array]:
     """Return the norm of all gradients together, FP32, and for each one whether it holds an Inf or a NaN.
+
+    Args:
+        grads: of any shapes and floating or complex dtypes.
+        is_true: see `sum_in_pieces`.
 
     >>> norm, non_finite = read_gradients([jnp.float32([3.0, 4.0]), jnp.bfloat16([jnp.inf])])
     >>> norm.item(), non_finite.tolist()
@@ -62,14 +67,15 @@ def read_gradients(grads: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """
     if not grads:
         return jnp.float32(0), jnp.zeros(0, bool)
-    sums, bigs = [], []
-    for grad in grads:
+
+    def sums_of_squares(grad: jax.Array) -> jax.Array:
         magnitude = jnp.abs(grad).astype(jnp.float32)
-        sums.append(jnp.sum(jnp.square(magnitude)))
-        bigs.append(jnp.sum(jnp.square(magnitude * _BIG)))
-    total, big = sum(sums), jnp.stack(bigs)
-    norm = jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(big.sum()) / _BIG)
-    return norm, ~jnp.isfinite(big)
+        return jnp.stack([jnp.sum(jnp.square(magnitude)), jnp.sum(jnp.square(magnitude * _BIG))])
+
+    sums, bigs = jnp.stack(sum_in_pieces(sums_of_squares, grads, jnp.asarray(is_true))).T
+    total = sums.sum()
+    norm = jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(bigs.sum()) / _BIG)
+    return norm, ~jnp.isfinite(bigs)
 
 
 def for_inner(grad: Any, master: Any, multiplier: jax.Array | None) -> Any:

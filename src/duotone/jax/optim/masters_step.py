@@ -16,6 +16,7 @@ from duotone.jax.loss_scale import after_step
 from duotone.jax.optim.exact_update import ExactUpdate, OpaqueUpdate, exact_update
 from duotone.jax.optim.gradients import check_gradient, for_inner, read_gradients
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
+from duotone.jax.optim.pieces import update_in_pieces
 from duotone.jax.optim.state import MastersState
 from duotone.jax.trees import is_equinox_module, leaves_of
 from duotone.jax.weights.codec import encode
@@ -68,21 +69,43 @@ class MastersStep:
     def apply(self, update: Callable[..., tuple[Any, Any]], extra: dict[str, Any]) -> tuple[Any, MastersState]:
         """Return the updates, like the parameters, and the state after the step."""
         trained = [grad for leaf, grad in zip(self.params, self.grads, strict=True) if is_trained(leaf)]
-        norm, non_finite = read_gradients(trained)
+        # what XLA does not know: a loss scale is always more than 0
+        norm, non_finite = read_gradients(trained, self.state.loss_scale.scale > 0)
         found_inf = non_finite.any()
         loss_is_finite = ~is_marked(trained) & jnp.isfinite(extra.get("value", 0.0)).all()
         multiplier = None if self.clip_norm is None else jnp.minimum(1.0, self.clip_norm / norm)
-        wide = [widened(leaf, tail) for leaf, tail in zip(self.params, self.tails, strict=True)]
-        true = [for_inner(grad, master, multiplier) for grad, master in zip(self.grads, wide, strict=True)]
-        inner_updates, inner = update(
-            self.structure.unflatten(true), self.state.inner, self.structure.unflatten(wide), **extra
-        )
-        changes = self.structure.flatten_up_to(inner_updates)
-        pairs = [self._update(*each, found_inf) for each in zip(self.params, self.tails, wide, changes, strict=True)]
+        is_split_leaf = [tail is not None for tail in self.tails]
+
+        def move(
+            weights: list[Any], tails: list[Any], inner: Any
+        ) -> tuple[tuple[list[Any], list[Any], Any], list[Any]]:
+            """Return new weights, tails and inner state, and what is to be added to all other leaves."""
+            rest = iter(zip(weights, tails, strict=True))
+            leaves = [
+                next(rest) if split else (leaf, None) for leaf, split in zip(self.params, is_split_leaf, strict=True)
+            ]
+            wide = [widened(*leaf) for leaf in leaves]
+            true = [for_inner(grad, master, multiplier) for grad, master in zip(self.grads, wide, strict=True)]
+            unflatten = self.structure.unflatten
+            changes, new_inner = update(unflatten(true), inner, unflatten(wide), **extra)
+            flat = self.structure.flatten_up_to(changes)
+            pairs = [
+                _moved(*leaf, master, change, found_inf)
+                for leaf, master, change in zip(leaves, wide, flat, strict=True)
+            ]
+            kept = jax.tree.map(lambda new, old: _kept(found_inf, old, new), new_inner, inner)
+            new, others = _parted(pairs, is_split_leaf)
+            return ([weight for weight, _ in new], [tail for _, tail in new], kept), [change for change, _ in others]
+
+        weights, _ = _parted(self.params, is_split_leaf)
+        tails, _ = _parted(self.tails, is_split_leaf)
+        moved = list(map(jnp.asarray, weights)), tails, self.state.inner
+        (weights, tails, inner), others = update_in_pieces(lambda moved: move(*moved), moved, ~found_inf)
+        exact = [exact_update(weight, kind=self.kind) for weight in weights]
         state = replace(
             self.state,
-            tails=self.structure.unflatten([tail for _, tail in pairs]),
-            inner=jax.tree.map(lambda new, old: _kept(found_inf, old, new), inner, self.state.inner),
+            tails=self.structure.unflatten(_joined(tails, [None] * len(others), is_split_leaf)),
+            inner=inner,
             loss_scale=after_step(self.state.settings, self.state.loss_scale, found_inf, loss_is_finite),
             grad_norm=norm,
             found_inf=found_inf,
@@ -91,21 +114,7 @@ class MastersStep:
             last_scale=self.state.loss_scale.scale,
             overflows_at_floor=self._overflows_at_floor(found_inf & loss_is_finite),
         )
-        return self.structure.unflatten([change for change, _ in pairs]), state
-
-    def _update(self, leaf: Any, tail: Any, master: Any, change: Any, found_inf: jax.Array) -> tuple[Any, Any]:
-        """Return what is to be added to a leaf, and its tail after the step."""
-        if master is None:
-            return jnp.zeros_like(leaf), tail
-        change = jnp.zeros_like(master) if change is None else change
-        if tail is None:
-            return _kept(found_inf, jnp.zeros_like(change), change), None
-        new, new_tail = encode(jnp.asarray(master + change).astype(jnp.float32), leaf.dtype)
-        weight = jnp.asarray(leaf)
-        return (
-            exact_update(weight, jnp.where(found_inf, weight, new), kind=self.kind),
-            jnp.where(found_inf, tail, new_tail),
-        )
+        return self.structure.unflatten(_joined(exact, others, is_split_leaf)), state
 
     def _overflows_at_floor(self, overflow: jax.Array) -> jax.Array:
         """Return how many steps in a row have overflowed where the scale can fall no further; 0 if it cannot move."""
@@ -114,6 +123,29 @@ class MastersStep:
             return before
         is_at_floor = self.state.loss_scale.scale <= settings.min_scale
         return jnp.where(overflow & is_at_floor, before + 1, 0)
+
+
+def _parted(values: Sequence[Any], where: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """Return the values where it is so, and the others."""
+    pairs = list(zip(values, where, strict=True))
+    return [value for value, is_so in pairs if is_so], [value for value, is_so in pairs if not is_so]
+
+
+def _joined(values: Sequence[Any], others: Sequence[Any], where: Sequence[bool]) -> list[Any]:
+    """Return what `_parted` parted."""
+    both = {True: iter(values), False: iter(others)}
+    return [next(both[is_so]) for is_so in where]
+
+
+def _moved(leaf: Any, tail: Any, master: Any, change: Any, found_inf: jax.Array) -> tuple[Any, Any]:
+    """Return a 16-bit weight and its tail after the step, or what is to be added to another leaf, and None."""
+    if master is None:
+        return jnp.zeros_like(leaf), None
+    change = jnp.zeros_like(master) if change is None else change
+    if tail is None:
+        return _kept(found_inf, jnp.zeros_like(change), change), None
+    weight, new_tail = encode(jnp.asarray(master + change).astype(jnp.float32), leaf.dtype)
+    return jnp.where(found_inf, leaf, weight), jnp.where(found_inf, tail, new_tail)
 
 
 def _kept(found_inf: jax.Array, old: Any, new: Any) -> Any:
