@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import duotone.torch as dt
 from duotone.torch.casting.region import Region, compute_dtype
+from duotone.torch.internals.dispatch import past_modes
 
 NARROW = [torch.bfloat16, torch.float16]
 HALVES = pytest.mark.parametrize("dtype", NARROW, ids=["bf16", "fp16"])
@@ -62,8 +63,13 @@ def test_sums_and_exponentials_are_float32_whatever_autocast_does(dtype):
     assert {result.dtype for result in got} == {torch.float32}
 
 
-# the second is not listed, so that autocast casts its weight
-LINEARS = pytest.mark.parametrize("linear", [F.linear, torch.ops.aten.linear], ids=["listed", "not listed"])
+def linear_past_modes(x: Tensor, weight: Tensor) -> Tensor:
+    with past_modes():
+        return F.linear(x, weight)
+
+
+# the second is not seen by the region, so that torch's autocast casts its weight
+LINEARS = pytest.mark.parametrize("linear", [F.linear, linear_past_modes])
 
 
 @HALVES

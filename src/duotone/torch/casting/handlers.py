@@ -42,11 +42,11 @@ from duotone.torch.casting.operation_table import (
     functions_in,
     functions_named,
     kinds,
-    names_in,
+    kinds_by_name,
     overloads_named,
     same_operation,
 )
-from duotone.torch.casting.products import KEEPS_ALL, multiply_as_given, multiply_groups
+from duotone.torch.casting.products import KEEPS_ALL, multiply_as_given, multiply_by_equation, multiply_groups
 from duotone.torch.casting.shared_cast import SharedCast
 from duotone.torch.casting.widened import operands, widen_and_round, widen_to_data
 from duotone.torch.internals.dispatch import PADDING
@@ -58,13 +58,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 _WITH_DTYPE = ("sum", "nansum", "prod", "log_softmax", "special.log_softmax")
 # may write into an operand
 _WRITING = (F.batch_norm, F.instance_norm, F.embedding, F.embedding_bag)
-# families whose operators take what their functions take
-_BY_OPERATOR = (
-    "sparse_product", "moment", "average_pool", "maximum_pool", "random_window", "interpolation", "quantization",
-    "coordinate", "steep", "sampling", "statistic", "sum_by_index", "copy_by_index", "write", "vector_norm",
-    "remainder", "sparse_softmax", "sum", "log_softmax", "number", "number_in_place", "bound", "bound_in_place", "fill",
-    "cast",
-)  # fmt: skip
+# names under which torch.ops.aten has something else, or whose operators take other arguments than their functions
+_OTHERWISE = ("__getitem__", "__setitem__", "tensor", "as_tensor", "linear_cross_entropy")
 _made: dict[str, "Handlers"] = {}
 _shared: dict[str, SharedCast] = {}
 
@@ -160,6 +155,7 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     outer = {each: functools.partial(multiply_as_given, plainly, compute, each) for each in set(KEEPS_ALL.values())}
     for name, sums_nothing in KEEPS_ALL.items():
         put(outer[sums_nothing], functions_named(name))
+    put(functools.partial(multiply_by_equation, outer[KEEPS_ALL["einsum"]]), functions_named("einsum"))
     # made of several operations, each of which is to see autocast switched off
     attend = multiply_in_float32 if emulated else functools.partial(_call_on_each_once, compute)
     put(functools.partial(_attend_with_heads, compute, attend), functions_named("multi_head_attention_forward"))
@@ -183,6 +179,7 @@ def _put_numbers(put: Callable[[Handler, Iterable[Function]], None]) -> None:
     put(functools.partial(_hold_numbers, _to_widest), functions_named("scatter"))
     put(_where, functions_named("where"))
     put(numbers.widen_beside_number, functions_in("number"))
+    put(numbers.divide, functions_named("div", "divide", "true_divide"))
     put(numbers.add_in_place, functions_in("number_in_place"))
     put(numbers.clamp, functions_in("bound"))
     put(numbers.clamp_in_place, functions_in("bound_in_place"))
@@ -191,8 +188,9 @@ def _put_numbers(put: Callable[[Handler, Iterable[Function]], None]) -> None:
 
 def _put_operators(made: Mapping[Function, Handler], put: Callable[[Handler, Iterable[Function]], None]) -> None:
     """Give operators of `torch.ops.aten` the handlers of functions that take the same arguments."""
-    for name in (name for family in _BY_OPERATOR for name in names_in(family)):
-        # a private function that this torch has not leaves its operators as they are
+    for name in (name for name in kinds_by_name() if name not in _OTHERWISE):
+        # the first is that of torch, whose arguments are an operator's; a private one that this torch has not leaves
+        # its operators as they are
         for function in islice(functions_named(name), 1):
             put(made[function], overloads_named(name))
 
@@ -374,9 +372,9 @@ def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def _refuse(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     for operand in operands((args, tuple(kwargs.values()))):
         if operand.dtype in _NARROW:
-            dtype = str(operand.dtype).removeprefix("torch.")
+            dtype, name = str(operand.dtype).removeprefix("torch."), func.__name__.removesuffix(".default")
             raise OperationError(
-                f"{func.__name__} on probabilities in {dtype} is not safe: near 1 they have no fraction left; use "
+                f"{name} on probabilities in {dtype} is not safe: near 1 they have no fraction left; use "
                 "binary_cross_entropy_with_logits on what the sigmoid was given, or widen them with .float()"
             )
     return func(*args, **kwargs)

@@ -10,17 +10,17 @@ is -Inf. torch.autocast on CUDA has FP32 in many of these places, where softmax,
 
 Inf, NaN and 0 stay what they are. Tensors through which gradients go are no constants: they overflow as always. These
 are functions of plain tensors; `handlers` says where they stand. Left out: numbers in tensors of no dimension beside
-another tensor, which torch takes for numbers, but which cannot be read without waiting for the device; and numbers that
-torch.compile knows by a symbol alone.
+another tensor, which torch takes for numbers, but which cannot be read without waiting for the device, except divisors;
+and numbers that torch.compile knows by a symbol alone.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, autograd
+from torch import Tensor
 
-from duotone.torch.casting.float32_inside.autograd_function import apply
+from duotone.torch.casting.guards import divide_guarded, needs_guard, widen_guarded
 from duotone.torch.internals.autograd import in_transform, is_jit_tracing
 
 Function = Callable[..., Any]
@@ -79,31 +79,24 @@ def widen_beside_number(func: Function, args: tuple[Any, ...], kwargs: Mapping[s
     if not _is_finite_number(other) or held(other, input.dtype) == other:
         return func(*args, **kwargs)
     is_guard = abs(other) < 1 and input.requires_grad and torch.is_grad_enabled()
-    return _call_on(apply(_WidenGuarded, input) if is_guard else input.float(), func, args, kwargs)
+    return _call_on(widen_guarded(input) if is_guard else input.float(), func, args, kwargs)
 
 
-class _WidenGuarded(autograd.Function):
-    """Widen what a small number is to guard: `p` in `log(p + 1e-8)`.
+def divide(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a division; beside a number as `widen_beside_number`, and by a tensor in FP32 so that guards stay guards.
 
-    Where 16 bits have 0, the gradient may be 1e8 whatever the loss scale is, and is taken as the largest number: what
-    made the 0, such as a softmax, multiplies it by 0, and Inf would be NaN. Elsewhere it overflows as always.
+    A tensor without dimensions that 16 bits do not have, as of `x / (x.std() + 1e-8)`, is not rounded.
+
+    >>> x = torch.zeros(2, dtype=torch.float16)
+    >>> divide(torch.div, (x, torch.tensor(1e-8)), {})
+    tensor([0., 0.], dtype=torch.float16)
     """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return x.float()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (x,) = ctx.saved_tensors
-        largest = _LIMITS[x.dtype][0]
-        return torch.where((x == 0) & grad.isfinite(), grad.clamp(-largest, largest), grad).to(x.dtype)
+    input, rest = _input_of(args, kwargs)
+    other = rest[0] if rest else kwargs.get("other")
+    if not isinstance(other, Tensor):
+        return widen_beside_number(func, args, kwargs)
+    is_whole = kwargs.get("out") is None and kwargs.get("rounding_mode") is None
+    return divide_guarded(input, other) if is_whole and needs_guard(input, other) else func(*args, **kwargs)
 
 
 def clamp(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from duotone.torch.casting.handlers import Handlers, are_ready, handlers_for
-from duotone.torch.casting.numbers import LARGEST, SMALLEST, widen_beside_number
+from duotone.torch.casting.numbers import LARGEST, SMALLEST, divide, widen_beside_number
 from duotone.torch.casting.numbers import cast as cast_constant
 from duotone.torch.casting.operation_table import Function
 from duotone.torch.casting.recomputation import follow_checkpoint, innermost_hook
@@ -204,10 +204,14 @@ class RegionMode(TorchFunctionMode):
         # nearly every product's operands have their dtype already; this spares them most of what follows
         if handler in self._handlers.products and not kwargs and are_ready(args, self.compute):
             return func(*args)
-        if handler is widen_beside_number and not kwargs:
+        if (handler is widen_beside_number or handler is divide) and not kwargs:
             other = args[-1]
             # most are beside a tensor, or a number that 16 bits have
-            if type(other) is Tensor or (not tracing and type(other) in (float, int) and SMALLEST <= other <= LARGEST):
+            if (
+                handler is widen_beside_number or other.dtype is not torch.float32
+                if type(other) is Tensor
+                else not tracing and type(other) in (float, int) and SMALLEST <= other <= LARGEST
+            ):
                 return func(*args)
         elif handler is cast_constant and args and (args[0].requires_grad or args[0].dtype is not torch.float32):
             return func(*args, **kwargs) if kwargs else func(*args)
