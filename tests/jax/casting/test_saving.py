@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from tests.jax.casting.residuals import counts, residual_bytes, residual_dtypes, residuals
 
 from duotone.errors import AutocastError
-from duotone.jax.casting.saving import check_save, runnable
+from duotone.jax.casting.saving import check_save, run_saving
 from duotone.jax.casting.segments import segments_of
 
 TOKENS, CHANNELS, HEADS = 16, 32, 2
@@ -25,8 +25,12 @@ def saving(function: Callable[..., Any], save: Any = "compute") -> Callable[...,
     """Return a function that saves for its backward pass what `save` says."""
 
     def saves(*args: Any) -> Any:
-        program, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        return jax.tree.unflatten(jax.tree.structure(shape), runnable(program, save)(*jax.tree.leaves(args)))
+        tree = jax.tree.structure(jax.eval_shape(function, *args))
+
+        def flat(*leaves: Any) -> list[Any]:
+            return jax.tree.leaves(function(*jax.tree.unflatten(jax.tree.structure(args), leaves)))
+
+        return jax.tree.unflatten(tree, run_saving(flat, jax.tree.leaves(args), save))
 
     return saves
 

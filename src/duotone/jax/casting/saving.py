@@ -9,7 +9,7 @@ loop's body is cut by itself, so a scan over layers saves as little. A `jax.chec
 section 3, with products in the place of layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -39,12 +39,13 @@ def check_save(save: object) -> None:
         )
 
 
-def runnable(program: core.ClosedJaxpr, save: Save) -> Callable[..., list[Any]]:
-    """Return a program as a function of flat arguments that saves for its backward pass what `save` says."""
+def run_saving(function: Callable[..., list[Any]], arrays: Sequence[Any], save: Save) -> list[Any]:
+    """Return what a function of arrays returns, and save for its backward pass what `save` says."""
+    if save == "everything":
+        return function(*arrays)
     if save == "compute":
-        return core.jaxpr_as_fun(with_checkpoints(program))
-    function = core.jaxpr_as_fun(program)
-    return function if save == "everything" else jax.checkpoint(function, policy=save)
+        return core.jaxpr_as_fun(with_checkpoints(jax.make_jaxpr(function)(*arrays)))(*arrays)
+    return jax.checkpoint(function, policy=save)(*arrays)
 
 
 def with_checkpoints(program: core.ClosedJaxpr) -> core.ClosedJaxpr:

@@ -5,7 +5,7 @@ operands. What uses its result belongs to the next one. So a segment can be run 
 crosses its border, which are results of products, without a product being computed twice. Three refinements move
 equations such that less crosses:
 
-    what adds to a product's result or reorders it stays with it (x + product is saved, not both),
+    what adds to a product's result, rounds or reorders it stays with it (x + product is saved, not both),
     what depends on no product runs where it is first needed (a dropout's mask, the cast of a weight),
     what rounds a value to fewer bits stays with what made it.
 
@@ -94,6 +94,7 @@ def _as_early_as_possible(jaxpr: core.Jaxpr) -> tuple[list[int], set[core.Var]]:
     made = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], 0)
     ready = dict(made)
     independent = set(made)
+    passing = _passing(jaxpr)
     places, last_effect = [], 0
     for eqn in jaxpr.eqns:
         operands = variables(eqn.invars)
@@ -106,7 +107,7 @@ def _as_early_as_possible(jaxpr: core.Jaxpr) -> tuple[list[int], set[core.Var]]:
             before, after = place + 1, place + 1
         elif not cheap:
             before, after = place, place + 1
-        elif beside < place and _stays_with(eqn, [v for v in operands if ready[v] == place]):
+        elif beside < place and _stays_with(eqn, [v for v in operands if ready[v] == place], passing):
             before, after, place = beside, place, beside
         else:
             before, after = place, place
@@ -136,16 +137,38 @@ def _as_late_as_needed(jaxpr: core.Jaxpr, places: list[int], independent: set[co
     return places
 
 
-def _stays_with(eqn: core.JaxprEqn, products: list[core.Var]) -> bool:
+def _passing(jaxpr: core.Jaxpr) -> set[core.Var]:
+    """Return the values that only pass by linear steps into a rounding or into a sum such as a residual stream."""
+    inputs = {*jaxpr.invars, *jaxpr.constvars}
+    passing = dict.fromkeys(variables(jaxpr.outvars), False)
+    for eqn in reversed(jaxpr.eqns):
+        ends = _narrows(eqn) or all(passing.get(v, False) for v in eqn.outvars)
+        for v in variables(eqn.invars):
+            others = [other for other in variables(eqn.invars) if other is not v and other not in inputs]
+            joins = any(_bytes([other]) >= _bytes(eqn.outvars) for other in others)
+            passing[v] = passing.get(v, True) and _is_linear(eqn) and (ends or joins)
+    return {v for v, passes in passing.items() if passes}
+
+
+def _stays_with(eqn: core.JaxprEqn, products: list[core.Var], passing: set[core.Var]) -> bool:
     """Return whether to save an equation's result takes no more bytes than to save its operands, and nothing else."""
-    name = eqn.primitive.name
-    if name not in _LINEAR or (name == "mul" and len(variables(eqn.invars)) != 1):
+    if not _is_linear(eqn) or _elements(eqn.outvars) > _elements(products):
         return False
-    return _bytes(eqn.outvars) <= _bytes(products)
+    return _bytes(eqn.outvars) <= _bytes(products) or passing.issuperset(eqn.outvars)
+
+
+def _is_linear(eqn: core.JaxprEqn) -> bool:
+    name = eqn.primitive.name
+    return name in _LINEAR and (name != "mul" or len(variables(eqn.invars)) == 1)
 
 
 def _narrows(eqn: core.JaxprEqn) -> bool:
     return eqn.primitive.name == "convert_element_type" and _bytes(eqn.outvars) < _bytes(eqn.invars)
+
+
+def _elements(atoms: Iterable[core.Var | core.Literal]) -> int:
+    arrays: list[Any] = [atom.aval for atom in atoms]
+    return sum(array.size for array in arrays if hasattr(array, "size"))
 
 
 def _bytes(atoms: Iterable[core.Var | core.Literal]) -> int:
