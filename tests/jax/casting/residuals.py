@@ -43,3 +43,8 @@ def _inside(program: core.Jaxpr) -> Iterator[core.JaxprEqn]:
         yield eqn
         for inner in core.jaxprs_in_params(eqn.params):
             yield from _inside(inner)
+
+
+def operand_dtypes(function: Callable[..., Any], *args: Any, of: str = "dot_general") -> list[str]:
+    """Return the dtype of the first operand of each equation of a primitive."""
+    return [str(eqn.invars[0].aval.dtype) for eqn in equations(function, *args) if eqn.primitive.name == of]

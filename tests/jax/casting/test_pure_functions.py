@@ -1,0 +1,81 @@
+"""Plain functions in Haiku's manner: `init` and `apply` of parameters, state and keys, all of them values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.jax.casting.residuals import operand_dtypes, residual_dtypes
+
+import duotone.jax as dj
+
+X = jnp.asarray(np.random.default_rng(0).normal(0.5, 1, (16, 8)), jnp.float32)
+Y = jnp.sin(X.sum(-1, keepdims=True))
+KEY = jax.random.key(0)
+
+
+def init(key: jax.Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    first, last = jax.random.split(key)
+    params = {
+        "mlp/~/linear_0": {"w": jax.random.normal(first, (8, 16)) / 3, "b": jnp.zeros(16)},
+        "mlp/~/linear_1": {"w": jax.random.normal(last, (16, 1)) / 4, "b": jnp.zeros(1)},
+    }
+    return params, {"mlp/~/batch_norm": {"mean": jnp.zeros(16), "counter": jnp.zeros((), jnp.int32)}}
+
+
+def apply(params: Any, state: Any, key: jax.Array, x: jax.Array) -> tuple[jax.Array, Any]:
+    layer, last, statistics = params["mlp/~/linear_0"], params["mlp/~/linear_1"], state["mlp/~/batch_norm"]
+    with jax.named_scope("linear_0"):
+        x = x @ layer["w"] + layer["b"]
+    mean = x.mean(0)
+    moved = {"mean": 0.9 * statistics["mean"] + 0.1 * mean, "counter": statistics["counter"] + 1}
+    x = jax.nn.relu((x - mean) * jax.lax.rsqrt(x.var(0) + 1e-5))
+    x = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x * 2, 0)
+    with jax.named_scope("linear_1"):
+        return x @ last["w"] + last["b"], {"mlp/~/batch_norm": moved}
+
+
+def loss_fn(params: Any, state: Any, key: jax.Array, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+    found, state = apply(params, state, key, x)
+    return jnp.square(found - y).mean(), state
+
+
+def train(loss: Any, steps: int = 3) -> tuple[Any, list[float]]:
+    params, state = init(KEY)
+
+    @jax.jit
+    def step(params: Any, state: Any, key: jax.Array) -> Any:
+        (value, state), grads = jax.value_and_grad(loss, has_aux=True)(params, state, key, X, Y)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), state, value
+
+    losses = []
+    for number in range(steps):
+        params, state, value = step(params, state, jax.random.fold_in(KEY, number))
+        losses.append(float(value))
+    return state, losses
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_training_moves_state_as_in_float32(policy: str) -> None:
+    expected_state, expected = train(loss_fn)
+    state, losses = train(dj.autocast(loss_fn, policy))
+    np.testing.assert_allclose(losses, expected, rtol=0.02)
+    for found, reference in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
+        assert found.dtype == reference.dtype
+        np.testing.assert_allclose(found, reference, rtol=0.02, atol=5e-3)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_products_and_what_is_saved_are_16_bit(policy: str) -> None:
+    params, state = init(KEY)
+    loss = dj.autocast(lambda *args: loss_fn(*args)[0], policy)
+    dtype = dj.Policy.parse(policy).compute
+    assert set(operand_dtypes(jax.grad(loss), params, state, KEY, X, Y)) == {dtype}
+    # the mean of a batch is a small FP32 vector
+    assert dtype in residual_dtypes(loss, params, state, KEY, X, Y)
+
+
+def test_a_scope_keeps_its_product_in_float32() -> None:
+    loss = dj.autocast(lambda *args: loss_fn(*args)[0], "bf16; linear_1: compute=float32")
+    assert operand_dtypes(loss, *init(KEY), KEY, X, Y) == ["bfloat16", "float32"]
