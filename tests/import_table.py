@@ -29,7 +29,7 @@ ALLOWED = {
         "duotone.policy",
         "duotone.wording",
     ),
-    "duotone.jax.casting.modules": (),
+    "duotone.jax.casting.modules": ("duotone.errors",),
     "duotone.jax.casting.saving": ("duotone.errors", "duotone.jax.casting.segments"),
     "duotone.jax.casting.segments": (),
     "duotone.jax.trees": (),

@@ -10,11 +10,13 @@ import pytest
 from jax import lax
 from jax.extend import core
 from jax.sharding import PartitionSpec
-from tests.jax.casting.residuals import counts, residual_bytes, residual_dtypes, residuals
 
 from duotone.errors import AutocastError
 from duotone.jax.casting.saving import check_save, run_saving
 from duotone.jax.casting.segments import segments_of
+
+from .equations import counted
+from .residuals import residual_bytes, residual_dtypes, residuals
 
 TOKENS, CHANNELS, HEADS = 16, 32, 2
 KEY = jax.random.key(0)
@@ -118,7 +120,7 @@ def test_gradients_of_layers_point_the_same_way(loss: Callable[..., jax.Array]) 
 @pytest.mark.parametrize("loss", [block_loss, scanned_loss], ids=["block", "scan"])
 def test_no_product_is_computed_twice(loss: Callable[..., jax.Array]) -> None:
     args = (block_weights() if loss is block_loss else block_weights((3,)), X)
-    plain, saved = (counts(jax.grad(f), *args) for f in (loss, saving(loss)))
+    plain, saved = (counted(jax.grad(f), *args) for f in (loss, saving(loss)))
     assert saved["dot_general"] == plain["dot_general"]
     assert saved["exp"] > plain["exp"]
 
@@ -163,7 +165,7 @@ def test_own_checkpoint_stays_as_it_is() -> None:
     own = [eqn for eqn in jax.make_jaxpr(saving(f))(w, X).eqns if eqn.params.get("policy", 0) is None]
     assert [eqn.primitive.name for eqn in own] == ["remat2"]
     # both products again, as the checkpoint without a policy asks
-    assert counts(jax.grad(saving(f)), w, X)["dot_general"] == counts(jax.grad(f), w, X)["dot_general"]
+    assert counted(jax.grad(saving(f)), w, X)["dot_general"] == counted(jax.grad(f), w, X)["dot_general"]
     assert_same(*(jax.grad(g)(w, X) for g in (f, saving(f))))
 
 
@@ -235,8 +237,8 @@ def test_collectives_under_shard_map_happen_once() -> None:
     expected = jax.jit(jax.grad(inside))(w, X)
     for f in (saving(inside), outside):
         np.testing.assert_allclose(jax.jit(jax.grad(f))(w, X), expected, rtol=1e-5)
-        name = next(n for n in counts(inside, w, X) if n.startswith("psum"))
-        assert counts(jax.grad(f), w, X)[name] == counts(jax.grad(inside), w, X)[name]
+        name = next(n for n in counted(inside, w, X) if n.startswith("psum"))
+        assert counted(jax.grad(f), w, X)[name] == counted(jax.grad(inside), w, X)[name]
 
 
 def test_bodies_of_loops_have_no_barriers() -> None:
@@ -253,7 +255,7 @@ def test_bodies_of_loops_have_no_barriers() -> None:
 def test_saving_everything_is_plain_jax() -> None:
     args = (block_weights(), X)
     assert residual_bytes(saving(block_loss, "everything"), *args) == residual_bytes(block_loss, *args)
-    assert counts(saving(block_loss, "everything"), *args)["remat2"] == 0
+    assert counted(saving(block_loss, "everything"), *args)["remat2"] == 0
 
 
 def test_a_policy_of_jax_is_carried_out() -> None:

@@ -8,10 +8,12 @@ Equinox pass state as values; there is nothing to keep. Flax is seen only if som
 
 import sys
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import CellType, ModuleType
 from typing import Any
 
 import jax
+
+from duotone.errors import AutocastError
 
 Evaluate = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -22,12 +24,19 @@ _CONTEXT = "duotone.autocast"
 def keeping_state(evaluate: Evaluate) -> Evaluate:
     """Return an evaluation of functions that also keeps what they change in NNX modules among their arguments.
 
+    It raises an `AutocastError` around a part of a Linen model.
+
     Args:
         evaluate: called with a function, its arguments and its keyword arguments, all pytrees of arrays; may trace the
             function. The function returns the state of modules (None without any) and its result, `evaluate` likewise.
     """
 
     def evaluated(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_inside_linen(function, args, kwargs):
+            raise AutocastError(
+                "autocast is around a part of a Linen model, whose variables Flax changes in place; put it around "
+                "model.apply, and keep parts in FP32 by a rule for their scopes, such as 'Dense_0: compute=float32'"
+            )
         nnx = _nnx()
         if nnx is None or not _has_modules(nnx, (args, kwargs)):
             return evaluate(lambda *args, **kwargs: (None, function(*args, **kwargs)), args, kwargs)[1]
@@ -60,6 +69,23 @@ def weight_leaves(tree: Any) -> list[bool]:
     if isinstance(tree, Mapping) and "params" in tree:
         return [getattr(path[0], "key", None) == "params" for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return [True] * len(jax.tree.leaves(tree))
+
+
+def _is_inside_linen(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a Linen module that Flax is just running is a function, its object, its argument or around it."""
+    linen = sys.modules.get("flax.linen")
+    if linen is None:
+        return False
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    found = [function, getattr(function, "__self__", None), *cells, *jax.tree.leaves((args, kwargs))]
+    return any(isinstance(each, linen.Module) and each.scope is not None for each in found)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _nnx() -> ModuleType | None:

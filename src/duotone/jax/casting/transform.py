@@ -11,9 +11,11 @@ from jax import lax
 
 from duotone.errors import AutocastError
 from duotone.jax import internals, policies
+from duotone.jax.casting import modules
 from duotone.jax.casting.autocast_record import Autocast
 from duotone.jax.casting.interpreter import run
 from duotone.jax.casting.planning import Planner
+from duotone.jax.casting.saving import Save, check_save, run_saving
 from duotone.jax.casting.values import FLOAT32, HALF, HELD, OPEN, OTHER, Kind, Value, is_float
 from duotone.policy import Policy
 
@@ -24,7 +26,11 @@ _HALVES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 
 def autocast(
-    fun: Callable[Arguments, Result], policy: str | Policy, *, argnums: int | Sequence[int] = 0
+    fun: Callable[Arguments, Result],
+    policy: str | Policy,
+    *,
+    argnums: int | Sequence[int] = 0,
+    save: Save = "compute",
 ) -> Callable[Arguments, Result]:
     """Return `fun` with its arithmetic in the policy's 16-bit format, and FP32 where rules keep it.
 
@@ -40,10 +46,16 @@ def autocast(
     Args:
         fun: any function of arrays and pytrees. What is no array (a Python number, a text, None) is a constant.
         policy: a policy or its text; `compute`, `output`, `inputs`, `residual` and rules with `compute` by named scope.
-        argnums: the arguments that are weights.
+        argnums: the arguments that are weights. Of a Flax NNX module its `nnx.Param` are, of Linen's variables the
+            collection `params`; other state, such as statistics of BatchNorm, stays FP32. What `fun` changes in an NNX
+            module stays changed.
+        save: what is saved for the backward pass. `"compute"`: results of products, in 16 bits; norms, softmax,
+            activations and random bits are computed again, products are not, nor is what has effects, and what a
+            `jax.checkpoint` or a `custom_vjp` in `fun` saves is as it says. `"everything"`: what JAX saves by itself.
+            Or a policy of `jax.checkpoint_policies`, as for a `jax.checkpoint` around the whole.
 
     Raises:
-        AutocastError: `fun` is no function, or there are no such arguments.
+        AutocastError: `fun` is no function, or a part of a Linen model; there are no such arguments; no such `save`.
         PolicyError: JAX cannot have the policy.
 
     >>> import jax, jax.numpy as jnp, duotone.jax as dj
@@ -56,6 +68,7 @@ def autocast(
         raise AutocastError(f"autocast takes a function, not {fun!r:.60}; give the function that computes your loss")
     read = policies.read(policy)
     policies.check_arithmetic(read)
+    check_save(save)
     weights = _argnums(argnums)
 
     @functools.wraps(fun)
@@ -68,7 +81,8 @@ def autocast(
             )
         if read.compute == "float32":
             return jax.tree.map(functools.partial(_output, read), fun(*args, **kwargs))
-        return _call(fun, read, {number % len(args) for number in weights}, args, kwargs)
+        numbers = {number % len(args) for number in weights}
+        return modules.keeping_state(functools.partial(_call, read, numbers, save))(fun, args, kwargs)
 
     Autocast(under_policy, fun, read, weights).note()
     return under_policy
@@ -81,35 +95,48 @@ def _argnums(argnums: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(given)
 
 
-def _call(fun: Callable[..., Any], policy: Policy, weights: set[int], args: Any, kwargs: Any) -> Any:
-    """Trace a function, plan its program, and run it."""
+def _call(policy: Policy, weights: set[int], save: Save, fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Trace a function that returns (state of modules, result), plan its program, and run it."""
     leaves, tree = jax.tree.flatten((args, kwargs))
-    owners = [number for number, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
-    is_weight = [number in weights for number in owners] + [False] * (len(leaves) - len(owners))
+    owned = [each and number in weights for number, arg in enumerate(args) for each in modules.weight_leaves(arg)]
+    is_weight = owned + [False] * (len(leaves) - len(owned))
     places = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
     planner = Planner(policy)
     entered = [_entered(planner, leaves[place], is_weight[place]) for place in places]
+    returned: list[Any] = []
 
-    def flat(*arrays: Any) -> Any:
+    def flat(*arrays: Any) -> list[Any]:
         whole = list(leaves)
         for place, array in zip(places, arrays, strict=True):
             whole[place] = array
         inner_args, inner_kwargs = jax.tree.unflatten(tree, whole)
-        return fun(*inner_args, **inner_kwargs)
+        found, shape = jax.tree.flatten(fun(*inner_args, **inner_kwargs))
+        returned[:] = [shape, [None if _is_returned_array(leaf) else leaf for leaf in found]]
+        return [leaf for leaf in found if _is_returned_array(leaf)]
 
     # as traced: the data as they come, weights in FP32
-    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*(traced for traced, _, _ in entered))
+    closed = jax.make_jaxpr(flat)(*(traced for traced, _, _ in entered))
     jaxpr, constants = internals.opened(closed)
     given = [*map(planner.constant, constants), *(value for _, _, value in entered)]
     plan = planner.plan(jaxpr, given)
     policies.check_rules_hold(policy, planner.scopes)
-    found = run(plan, constants, [array for _, array, _ in entered])
     types = [plan.program.types[number] for number in plan.program.outputs]
-    results = []
-    for array, value, traced in zip(found, plan.outputs, types, strict=True):
-        as_traced = array if value.kind is Kind.OTHER else lax.convert_element_type(array, traced.dtype)
-        results.append(_output(policy, as_traced, traced.dtype))
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    def in_policy(*arrays: Any) -> list[Any]:
+        return [
+            array if value.kind is Kind.OTHER else lax.convert_element_type(array, traced.dtype)
+            for array, value, traced in zip(run(plan, constants, arrays), plan.outputs, types, strict=True)
+        ]
+
+    found = iter(run_saving(in_policy, [array for _, array, _ in entered], save))
+    # what is no array, such as a function in a module of Equinox, is returned as it is
+    shape, rest = returned
+    state, result = jax.tree.unflatten(shape, [next(found) if leaf is None else leaf for leaf in rest])
+    return state, jax.tree.map(functools.partial(_output, policy), result)
+
+
+def _is_returned_array(leaf: Any) -> bool:
+    return _is_array(leaf) or isinstance(leaf, bool | int | float | complex)
 
 
 def _is_array(leaf: Any) -> bool:
@@ -136,9 +163,8 @@ def _entered(planner: Planner, leaf: Any, is_weight: bool) -> tuple[Any, Any, Va
     return array, array, OPEN if internals.is_weak(array) and not array.ndim else HELD
 
 
-def _output(policy: Policy, array: Any, traced: Any = None) -> Any:
+def _output(policy: Policy, array: Any) -> Any:
     """Return a result in the policy's `output`, if it is FP32 in the function."""
-    dtype = getattr(array, "dtype", None) if traced is None else traced
-    if dtype != FLOAT32 or policy.output == "float32":
+    if getattr(array, "dtype", None) != FLOAT32 or policy.output == "float32":
         return array
     return lax.convert_element_type(array, jnp.dtype(policy.output))
