@@ -93,6 +93,7 @@ _LISTS: Mapping[str, str] = MappingProxyType(
             all_gather_reduced_start all_to_all_start all_to_all_done pbroadcast_start pbroadcast_done
             ppermute_start ppermute_done psum_start psum_done psum_invariant_start reduce_scatter_start
             reduce_scatter_done unreduced_psum_start unreduced_reduce_scatter_start precv psend
+    global_array_to_host_local_array host_local_array_to_global_array
             """,
         "integer": """
             after_all and axis_index clz create_token dim_as_value dimension_size iota iota_2x32_shape

@@ -87,12 +87,14 @@ def test_float32_that_is_saved():
     def wide(weight, x):
         return jnp.exp(jnp.exp(x @ weight)).sum()
 
-    said = findings(wide, shape(64, 4096), shape(64, 64))
+    everything = dj.autocast(wide, "bf16", save="everything")
+    said = findings(everything, shape(64, 4096), shape(64, 64), policy=None)
     assert "FP32 is " in said
     assert "of what is saved for backward" in said
     assert "exp (2.1 MB)" in said
-    # a toy says nothing
-    assert "of what is saved" not in findings(wide, WEIGHT, X)
+    # a toy says nothing, nor does a function that saves results of products alone
+    assert "of what is saved" not in findings(everything, WEIGHT, X, policy=None)
+    assert "of what is saved" not in findings(wide, shape(64, 4096), shape(64, 64))
 
 
 def test_a_large_float32_result_that_was_computed_in_16_bits():

@@ -127,7 +127,7 @@ def test_residuals_have_names_scopes_and_lines():
             hidden = checkpoint_name(jnp.exp(x @ weights["in"]), "hidden")
         return (hidden @ weights["out"]).sum()
 
-    found = dj.explain(named, {"in": WEIGHT, "out": shape(4, 3)}, X, policy="bf16")
+    found = dj.explain(dj.autocast(named, "bf16", save="everything"), {"in": WEIGHT, "out": shape(4, 3)}, X)
     (each,) = [each for each in found.residuals if "hidden" in each.origin and each.dtype == "bfloat16"]
     assert each.origin == 'cast of name "hidden"'
     assert {each.origin for each in found.residuals if each.scope == "outer"}
