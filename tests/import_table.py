@@ -73,7 +73,6 @@ ALLOWED = {
     ),
     "duotone.jax.casting.autocast_record": ("duotone.policy",),
     "duotone.jax.explanation": (
-        "duotone",
         "duotone.errors",
         "duotone.jax.casting.autocast_record",
         "duotone.jax.casting.marks",

@@ -121,6 +121,17 @@ def test_residuals_are_what_the_gradient_by_the_weights_keeps():
     assert by_both.saved_for_backward.activation_bytes == {"float32": 32}
 
 
+def test_a_cast_to_float32_and_back_is_none():
+    def f(weight, x):
+        return jnp.sum(jnp.sin(x @ weight))
+
+    narrow = shape(8, 4, dtype="bfloat16")
+    found = dj.explain(f, narrow, X, policy="bf16", argnums=(0, 1))
+    # a 16-bit weight is traced in FP32, and multiplied as it came
+    assert {each.operation for each in found.casts if each.result_bytes == 64} <= {"dot_general"}
+    assert found.saved_for_backward.parameter_bytes == {"bfloat16": 64}
+
+
 def test_residuals_have_names_scopes_and_lines():
     def named(weights, x):
         with jax.named_scope("outer"):

@@ -15,13 +15,11 @@ from typing import Any
 
 from jax.extend import source_info_util
 
-import duotone
-from duotone.jax.explanation.equations import Equation, Equations
+from duotone.jax.explanation.equations import CAST, Equation, Equations
 from duotone.jax.explanation.records import Output, Residual, Scope
 from duotone.jax.primitives import MOVES, kinds
 from duotone.wording.records import Cast, Operation, SavedForBackward, add_up, largest_first
 
-CAST = "convert_element_type"
 _FLOATS = ("float64", "float32", "bfloat16", "float16")
 # they give what they are given, so their dtypes say nothing
 _SILENT = MOVES | {CAST, "broadcast_in_dim", "broadcast_to", "pad"}
@@ -170,15 +168,15 @@ def source_line(equation: Equation) -> str | None:
 def _user_line(frames: str) -> str | None:
     # innermost last; a frame is "file:line:column (function)", or "unknown"
     lines = [frame.rpartition(" (")[0].rpartition(":")[0] for frame in frames.splitlines() if " (" in frame]
-    folders = _library_folders()
-    own = [line for line in lines if not line.startswith(folders)]
-    chosen = (own or lines)[-1:]
-    return _short(chosen[0]) if chosen else None
+    # what Duotone does at the border of a function is no line of anybody's
+    if not lines or lines[-1].startswith(_folders("duotone")):
+        return None
+    own = [line for line in lines if not line.startswith(_folders(*_LIBRARIES))]
+    return _short((own or lines)[-1])
 
 
-@cache
-def _library_folders() -> tuple[str, ...]:
-    files = [duotone.__file__, *(getattr(sys.modules.get(name), "__file__", None) for name in _LIBRARIES)]
+def _folders(*modules: str) -> tuple[str, ...]:
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in modules)
     return tuple(f"{Path(file).parent}/" for file in files if file)
 
 

@@ -1,7 +1,8 @@
 """A program of JAX as a flat list of equations: whatever holds a program is taken out, and each value is one number.
 
 The inside of a scan counts as often as it runs, that of a `while_loop` once, for nobody knows how often; of a `cond`
-every branch counts once; a `shard_map` is as one device sees it. Kernels and callbacks stay what they are.
+every branch counts once; a `shard_map` is as one device sees it. Kernels and callbacks stay what they are. A cast to a
+wider dtype and back changes no bit, and XLA drops it, so it is left out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,8 @@ from duotone.jax import internals
 from duotone.jax.casting.marks import without_marks
 from duotone.jax.primitives import MOVES, PROGRAMS
 
+CAST = "convert_element_type"
+_WIDER = {"bfloat16": ("float32", "float64"), "float16": ("float32", "float64"), "float32": ("float64",)}
 # they pass on what they are given, in another shape
 _MOVES = MOVES | {"broadcast_in_dim", "broadcast_to", "pad"}
 
@@ -71,13 +74,18 @@ class Equations:
         return self._makers.get(number)
 
     def user(self, number: int) -> Equation | None:
-        """Return the first equation that computes with a value, whatever passes it on before looked through."""
+        """Return the first equation that computes with a value; what only moves or casts it is looked through."""
         for equation in self._users.get(number, ()):
-            if equation.name not in _MOVES:
+            if equation.name != CAST and equation.name not in _MOVES:
                 return equation
             if found := self.user(equation.outputs[0]):
                 return found
         return None
+
+    def drop_unused_casts(self) -> None:
+        """Leave out casts whose results nothing takes, for what took them was left out."""
+        used = {number for equation in self.all for number in equation.inputs} | set(self.outputs)
+        self.all = [each for each in self.all if each.name != CAST or used.intersection(each.outputs)]
 
     def add(self, equation: Equation) -> None:
         """Take in an equation."""
@@ -108,6 +116,7 @@ class _Flattening:
         self.found.inputs = self._named(table, jaxpr.invars)
         self._walk(jaxpr, table, (), 1)
         self.found.outputs = tuple(_read(table, atom) for atom in jaxpr.outvars)
+        self.found.drop_unused_casts()
         return self.found
 
     def _walk(self, jaxpr: Any, table: dict[Any, int], outer: tuple[str, ...], times: int) -> None:
@@ -128,11 +137,23 @@ class _Flattening:
                     results = [_read(inner, atom) for atom in inner_jaxpr.outvars]
             if results is None:
                 outputs = self._named(table, source.outvars)
-                if not any(True for _ in _programs(source)):
+                before = self._before_widening(source, inputs)
+                if before is not None:
+                    table[source.outvars[0]] = before
+                elif not any(True for _ in _programs(source)):
                     self.found.add(Equation(source, inputs, outputs, scopes, times))
                 continue
             for variable, number in zip(source.outvars, results, strict=True):
                 table[variable] = self._new() if number is None else number
+
+    def _before_widening(self, source: Any, inputs: Sequence[int | None]) -> int | None:
+        """Return the value that a cast gives back because it undoes a widening; None if it does not."""
+        maker = self.found.maker(inputs[0]) if source.primitive.name == CAST and inputs[0] is not None else None
+        if maker is None or maker.name != CAST:
+            return None
+        dtypes = maker.source.invars[0].aval.dtype, maker.source.outvars[0].aval.dtype
+        is_exact = str(dtypes[1]) in _WIDER.get(str(dtypes[0]), ())
+        return maker.inputs[0] if is_exact and source.outvars[0].aval.dtype == dtypes[0] else None
 
     def _named(self, table: dict[Any, int], variables: Iterable[Any]) -> tuple[int, ...]:
         numbers = []

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from duotone.jax.explanation.counting import CAST, bytes_of
-from duotone.jax.explanation.equations import Equations
+from duotone.jax.explanation.counting import bytes_of
+from duotone.jax.explanation.equations import CAST, Equations
 from duotone.jax.explanation.explanation import Explanation
 from duotone.jax.explanation.reasons import DEFAULT_PRECISION, KEPT, OP_RULE, RULE
 from duotone.jax.explanation.records import Residual
