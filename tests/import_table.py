@@ -182,7 +182,8 @@ ALLOWED = {
         "duotone.torch.casting.tracing",
     ),
     "duotone.torch.casting.tracing": (),
-    "duotone.torch.casting.numbers": ("duotone.torch.casting.float32_inside.autograd_function",),
+    "duotone.torch.casting.guards": ("duotone.torch.casting.float32_inside.autograd_function",),
+    "duotone.torch.casting.numbers": ("duotone.torch.casting.guards",),
     "duotone.torch.casting.autocast": (
         "duotone.errors",
         "duotone.torch.casting.half_on_cpu",
