@@ -96,3 +96,12 @@ def test_nothing_of_it_waits_for_the_device():
     # nor does a step: no callback to the host is in the program
     step = jax.make_jaxpr(lambda state: (dj.value_and_grad(loss_of)(state, PARAMS, 1.0), dj.report(state)))(state)
     assert "callback" not in str(step)
+
+
+def test_a_report_shows_itself_where_there_are_numbers_and_where_there_are_none():
+    found = dj.report(dj.masters(optax.sgd(0.1), "fp16").init(PARAMS))
+    assert repr(found).startswith("StepReport(skipped=False, grad_norm=0, loss_scale=65536, skipped_in_a_row=0")
+    assert "loss_scale=[65536. 65536.]" in repr(jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), found))
+    shown = []
+    jax.make_jaxpr(lambda found: shown.append(repr(found)))(found)
+    assert "float32[]" in shown[0]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from duotone.errors import LossScaleCollapse, LossScaleError, NonFiniteLoss
 from duotone.jax.optim.state import MastersState, state_in
@@ -45,7 +46,7 @@ def raise_if_collapsed(state: Any, *, patience: int = PATIENCE) -> None:
         raise LossScaleError(f"patience is {patience!r}; it must be a whole number from 1 on")
     found = state_in(state)
     scale = loss_scale_of(found)
-    if isinstance(scale.scale, jax.core.Tracer):
+    if isinstance(scale.scale, Tracer):
         raise LossScaleError(
             "raise_if_collapsed reads numbers, but this state is traced; call it outside of jit, or return "
             "report(state) from there and look at that"

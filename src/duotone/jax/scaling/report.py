@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from duotone.jax.optim.state import state_in
 from duotone.jax.scaling.reading import array, loss_scale_of
@@ -32,6 +33,15 @@ class StepReport:
     skipped_in_all: jax.Array
     exact_starts: jax.Array
 
+    def __repr__(self) -> str:
+        shown = {field.name: getattr(self, field.name) for field in fields(self)}
+        # traced, stacked, or shapes alone: as any dataclass
+        if all(
+            isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and not leaf.ndim for leaf in shown.values()
+        ):
+            shown = {name: f"{leaf.item():.6g}" if leaf.dtype != bool else leaf for name, leaf in shown.items()}
+        return f"StepReport({', '.join(f'{name}={leaf}' for name, leaf in shown.items())})"
+
 
 jax.tree_util.register_dataclass(StepReport, [field.name for field in fields(StepReport)], [])
 
@@ -48,8 +58,10 @@ def report(state: Any) -> StepReport:
     >>> import optax
     >>> import duotone.jax as dj
     >>> state = dj.masters(optax.sgd(0.1), "fp16").init({"w": jax.numpy.ones(2)})
-    >>> dj.report(state).loss_scale, dj.report(state).skipped
-    (Array(65536., dtype=float32), Array(False, dtype=bool))
+    >>> print(dj.report(state))
+    StepReport(skipped=False, grad_norm=0, loss_scale=65536, skipped_in_a_row=0, skipped_in_all=0, exact_starts=0)
+    >>> dj.report(state).loss_scale
+    Array(65536., dtype=float32)
     """
     found = state_in(state)
     counts = loss_scale_of(found)
