@@ -1,5 +1,7 @@
 """Which module may import which: the arrows of the house, all of them; `test_layout.py` holds them."""
 
+from .import_table_of_jax import OF_JAX
+
 CORE = ("duotone.durable_files", "duotone.errors", "duotone.policy")
 
 # each module or package, and what of Duotone it may import at most; the longest name that fits a module counts
@@ -19,79 +21,7 @@ ALLOWED = {
     "duotone.corpus": ("duotone.errors",),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
     "duotone.wording": ("duotone.wording",),
-    # a framework of its own beside torch's: the neutral core and itself
-    "duotone.jax": (
-        "duotone.errors",
-        "duotone.formats",
-        "duotone.jax",
-        "duotone.loss_scale",
-        "duotone.operations",
-        "duotone.policy",
-        "duotone.wording",
-    ),
-    "duotone.jax.casting.modules": ("duotone.errors",),
-    "duotone.jax.casting.saving": ("duotone.errors", "duotone.jax.casting.segments"),
-    "duotone.jax.casting.segments": (),
-    "duotone.jax.trees": (),
-    "duotone.jax.weights": ("duotone.errors", "duotone.jax.trees", "duotone.jax.weights", "duotone.policy"),
-    "duotone.jax.weights.codec": (),
-    "duotone.jax.optim": (
-        "duotone.errors",
-        "duotone.jax.internals",
-        "duotone.jax.loss_marks",
-        "duotone.jax.loss_scale",
-        "duotone.jax.optim",
-        "duotone.jax.trees",
-        "duotone.jax.weights",
-        "duotone.loss_scale",
-        "duotone.policy",
-    ),
-    "duotone.jax.loss_marks": (),
-    "duotone.jax.loss_scale": ("duotone.loss_scale",),
-    "duotone.jax.scaling": (
-        "duotone.errors",
-        "duotone.jax.internals",
-        "duotone.jax.loss_marks",
-        "duotone.jax.optim.state",
-        "duotone.jax.scaling",
-        "duotone.loss_scale",
-        "duotone.policy",
-        "duotone.wording.words",
-    ),
-    "duotone.jax.internals": (),
-    "duotone.jax.primitives": ("duotone.operations",),
-    "duotone.jax.policies": ("duotone.errors", "duotone.policy"),
-    "duotone.jax.casting": (
-        "duotone.errors",
-        "duotone.jax.casting",
-        "duotone.jax.internals",
-        "duotone.jax.policies",
-        "duotone.jax.primitives",
-        "duotone.jax.trees",
-        "duotone.operations",
-        "duotone.policy",
-    ),
-    "duotone.jax.casting.autocast_record": ("duotone.policy",),
-    "duotone.jax.explanation": (
-        "duotone.errors",
-        "duotone.jax.casting.autocast_record",
-        "duotone.jax.casting.marks",
-        "duotone.jax.casting.transform",
-        "duotone.jax.explanation",
-        "duotone.jax.internals",
-        "duotone.jax.policies",
-        "duotone.jax.primitives",
-        "duotone.jax.trees",
-        "duotone.policy",
-        "duotone.wording",
-    ),
-    "duotone.jax.memory_use": (
-        "duotone.jax.optim",
-        "duotone.jax.trees",
-        "duotone.jax.weights.codec",
-        "duotone.policy",
-        "duotone.wording.memory",
-    ),
+    **OF_JAX,
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (

@@ -6,7 +6,7 @@ Flax and Equinox are recognised only where they are loaded already.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,20 @@ def leaves_of(tree: Any) -> list[Leaf]:
         owner = next((holder for holder in reversed(holders) if not is_nnx_variable(holder)), value)
         found.append(Leaf(_text(names[1:] if collection == _PARAMS else names), value, owner, variable, collection))
     return found
+
+
+def map_leaves(function: Callable[[Leaf], Any], tree: Any) -> Any:
+    """Return a pytree with `function`'s results in the place of its leaves; a module of NNX is a new one.
+
+    >>> map_leaves(lambda leaf: leaf.path, {"a": [1, 2]})
+    {'a': ['a.0', 'a.1']}
+    """
+    if is_nnx_module(tree):
+        nnx = sys.modules["flax.nnx"]
+        # a variable that stands in two places stays one
+        graph, state = nnx.split(tree)
+        return nnx.merge(graph, map_leaves(function, state))
+    return tree_util.tree_structure(tree).unflatten([function(leaf) for leaf in leaves_of(tree)])
 
 
 def classes_of(tree: Any) -> dict[str, tuple[str, ...]]:

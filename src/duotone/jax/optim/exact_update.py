@@ -59,7 +59,10 @@ class ExactUpdate:
         # with as many dimensions as were added by vmap
         factor = factors[..., 0]
         factor = factor.reshape(factor.shape + (1,) * (new.ndim - factor.ndim))
-        return jnp.where(factor == 1, new, jnp.where((factor == 0) & (new == 0), weight, jnp.nan))
+        is_due, is_none = factor == 1, (factor == 0) & (new == 0)
+        if not isinstance(is_none, jax.core.Tracer) and not (is_due | is_none).all():
+            refuse()
+        return jnp.where(is_due, new, jnp.where(is_none, weight, jnp.nan))
 
     def __add__(self, weight: Any) -> Any:
         if isinstance(weight, ExactUpdate):
@@ -71,6 +74,7 @@ class ExactUpdate:
 
     __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __neg__ = __pow__ = __abs__ = _refuse
     __array__ = __float__ = __getitem__ = _refuse
+    real = imag = property(_refuse)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(of a weight of {self._dtype} and shape {getattr(self._parts[0], 'shape', None)})"

@@ -35,13 +35,13 @@ def check_gradient(path: str, leaf: Any, grad: Any, *, is_scaled: bool) -> None:
     if not is_trained(leaf):
         return
     own = getattr(leaf, "dtype", jnp.dtype(jnp.float32))
-    dtype = getattr(grad, "dtype", type(grad).__name__)
+    dtype, shape = getattr(grad, "dtype", type(grad).__name__), getattr(grad, "shape", ())
     allowed = {own, jnp.dtype(jnp.float32)} if is_split(leaf) else {own}
     is_number = isinstance(leaf, float) and isinstance(grad, float)
-    if (dtype not in allowed and not is_number) or jnp.shape(grad) != jnp.shape(leaf):
+    if (dtype not in allowed and not is_number) or shape != jnp.shape(leaf):
         names = " or ".join(sorted(map(str, allowed)))
         raise OptimizerError(
-            f'the gradient of "{path}" is {dtype} of shape {jnp.shape(grad)}, but its parameter is {own} of shape '
+            f'the gradient of "{path}" is {dtype} of shape {shape}, but its parameter is {own} of shape '
             f"{jnp.shape(leaf)}; its gradient must be {names} of that shape"
         )
     if is_scaled and is_split(leaf) and dtype == own:
@@ -69,8 +69,10 @@ def read_gradients(grads: Sequence[jax.Array], is_true: jax.Array | bool = True)
         return jnp.float32(0), jnp.zeros(0, bool)
 
     def sums_of_squares(grad: jax.Array) -> jax.Array:
-        magnitude = jnp.abs(grad).astype(jnp.float32)
-        return jnp.stack([jnp.sum(jnp.square(magnitude)), jnp.sum(jnp.square(magnitude * _BIG))])
+        # FP64 is made small before it is made FP32
+        magnitude = jnp.abs(grad.astype(jnp.float32) if is_split(grad) else jnp.asarray(grad))
+        squares = [jnp.square(each.astype(jnp.float32)) for each in (magnitude, magnitude * _BIG)]
+        return jnp.stack([jnp.sum(each) for each in squares])
 
     sums, bigs = jnp.stack(sum_in_pieces(sums_of_squares, grads, jnp.asarray(is_true))).T
     total = sums.sum()

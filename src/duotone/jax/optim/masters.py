@@ -9,16 +9,15 @@ The inner optimizer sees FP32 masters and FP32 true gradients, and no difference
 leaves its state as it was, so that counts and schedules hold. Source: Micikevicius et al., arXiv:1710.03740, section 3.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
-from duotone.errors import OptimizerError, PolicyError
+from duotone.errors import LossScaleError, OptimizerError, PolicyError
 from duotone.jax.optim.masters_step import MastersStep
 from duotone.jax.optim.start import start
 from duotone.jax.optim.state import MastersState
+from duotone.jax.policies import read
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy
 
@@ -38,7 +37,8 @@ def masters(
     Inf or a NaN changes nothing but the loss scale and the counts of skipped steps.
 
     What `update` returns for a 16-bit weight can only be added to it: by `optax.apply_updates`,
-    `equinox.apply_updates`, `nnx.Optimizer` or `TrainState`. What is to scale or clip updates goes inside.
+    `equinox.apply_updates`, `nnx.Optimizer` or `TrainState`. What is to scale, clip or decide on updates goes inside;
+    `optax.MultiSteps`, `optax.masked` and `optax.partition` may also stand around `masters`.
 
     Args:
         inner: an Optax optimizer, a chain, or whatever else has `init` and `update`. It gets extra arguments if it
@@ -51,7 +51,8 @@ def masters(
         A gradient transformation; its state is a `MastersState`.
 
     Raises:
-        PolicyError: the policy cannot be read, or has no masters.
+        PolicyError: the policy cannot be read, JAX cannot have it, or it has no masters.
+        LossScaleError: `loss_scale` is no settings, or the policy needs none.
         OptimizerError: `inner` is no optimizer, or `clip_norm` is not positive.
 
     >>> import jax.numpy as jnp
@@ -66,13 +67,13 @@ def masters(
     >>> params["w"].dtype, dj.master_weights(params, state)["w"]
     (dtype(bfloat16), Array([0.9992676, 1.0002676], dtype=float32))
     """
-    read = _read_policy(policy)
-    settings = LossScale.parse(read.loss_scale) if loss_scale is None else loss_scale
     _check(inner, clip_norm)
+    found = _read_policy(policy)
+    settings = _read_settings(found, loss_scale)
     extended = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MastersState:
-        return start(params, extended.init, read, settings)
+        return start(params, extended.init, found, settings)
 
     def update(grads: Any, state: MastersState, params: Any = None, **extra: Any) -> tuple[Any, MastersState]:
         if params is None:
@@ -84,38 +85,47 @@ def masters(
                 f"tx.update takes the state that tx.init of this very optimizer returned, not {type(state).__name__}; "
                 "in a chain, that is the chain's own init"
             )
-        step = MastersStep.read(params, grads, state, read, clip_norm)
+        step = MastersStep.read(params, grads, state, found, clip_norm)
         return step.apply(extended.update, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _read_policy(policy: Policy | str) -> Policy:
-    read = Policy.parse(policy)
-    if read.master is None:
+    found = read(policy)
+    if found.master is None:
         raise PolicyError(
-            f'policy "{read.name}" has no masters, so duotone.jax.masters has nothing to do; write master=float32, '
-            "or give "
-            "the parameters to the Optax optimizer itself"
+            f'policy "{found.name}" has no masters, so duotone.jax.masters has nothing to do; write master=float32, or '
+            "give the parameters to the Optax optimizer itself"
         )
-    if read.state != "float32":
+    if found.state != "float32":
         raise PolicyError(
-            f"state={read.state} is not possible in JAX, where moments are made by Optax; leave it out, and "
+            f"state={found.state} is not possible in JAX, where moments are made by Optax; leave it out, and "
             'give the optimizer its own argument, such as optax.adamw(1e-3, mu_dtype="bfloat16")'
         )
-    if read.frozen != "rounded":
-        raise PolicyError(
-            f"frozen={read.frozen} is not possible in JAX, where nothing says which weights of a pytree are frozen; "
-            "leave it "
-            'out, and keep them in FP32 by a rule such as "encoder: param=float32"'
+    return found
+
+
+def _read_settings(policy: Policy, settings: LossScale | None) -> LossScale:
+    if settings is None:
+        return LossScale.parse(policy.loss_scale)
+    if not isinstance(settings, LossScale):
+        raise LossScaleError(
+            f"loss_scale is {settings!r}; give the settings as LossScale(growth_interval=1000), or write the scale "
+            "into "
+            'the policy, "fp16,loss_scale=1024"'
         )
-    return read
+    if not settings.is_none and not policy.needs_loss_scale:
+        raise LossScaleError(
+            f'policy "{policy.name}" needs no loss scale, for no gradient passes through float16; leave loss_scale out'
+        )
+    return settings
 
 
 def _check(inner: Any, clip_norm: float | None) -> None:
-    if not all(isinstance(getattr(inner, name, None), Callable) for name in ("init", "update")):
+    if not all(callable(getattr(inner, name, None)) for name in ("init", "update")):
         raise OptimizerError(
             f"masters goes around an Optax optimizer, not {inner!r}; write masters(optax.adamw(3e-4), policy)"
         )
-    if clip_norm is not None and not (isinstance(clip_norm, int | float | jax.Array) and clip_norm > 0):
+    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         raise OptimizerError(f"clip_norm is {clip_norm!r}; it must be positive, or None for no clipping")

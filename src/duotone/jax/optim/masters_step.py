@@ -57,7 +57,9 @@ class MastersStep:
         leaves, structure = jax.tree.flatten(params)
         found = leaves_of(params)
         paths = [leaf.path for leaf in found]
-        tails = _like(params, structure, state.tails, "the state of masters", "made by tx.init of these parameters")
+        tails = _like(
+            params, structure, state.tails, "the tails in the state of masters", "made by tx.init of these parameters"
+        )
         flat = _like(params, structure, grads, "the gradients", "of these parameters")
         for path, leaf, tail, grad in zip(paths, leaves, tails, flat, strict=True):
             check_dtype(path, leaf, policy)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from duotone.errors import OptimizerError
 from duotone.jax.loss_scale import initial_state
+from duotone.jax.optim.flax_serialization import register_with_flax
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
-from duotone.jax.optim.state import MastersState, Paths
+from duotone.jax.optim.state import MastersState, Paths, states_in
 from duotone.jax.weights.codec import TAIL_DTYPE, encode
 from duotone.jax.weights.plan import SPLIT_DTYPES, Weight, plan
 from duotone.loss_scale import LossScale
@@ -20,7 +21,8 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
     """Return the state before the first step.
 
     Raises:
-        OptimizerError: the parameters have leaves but no floating-point one, or a weight's dtype is not the policy's.
+        OptimizerError: the parameters have leaves but no floating-point one, a weight's dtype is not the policy's, or
+            the inner optimizer has masters itself.
     """
     planned = plan(params, policy)
     leaves, structure = jax.tree.flatten(params)
@@ -33,9 +35,15 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
     for weight, leaf in zip(planned, leaves, strict=True):
         check_dtype(weight.leaf.path, leaf, policy)
     tails = [_tail(weight, leaf) for weight, leaf in zip(planned, leaves, strict=True)]
+    inner = init(structure.unflatten(map(widened, leaves, tails)))
+    if states_in(inner):
+        raise OptimizerError(
+            "masters inside of masters would keep tails of FP32 masters; put one masters around the whole optimizer"
+        )
+    register_with_flax()
     return MastersState(
         tails=structure.unflatten(tails),
-        inner=init(structure.unflatten(map(widened, leaves, tails))),
+        inner=inner,
         loss_scale=initial_state(settings),
         grad_norm=jnp.float32(0),
         found_inf=jnp.bool_(False),

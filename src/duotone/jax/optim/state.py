@@ -71,9 +71,10 @@ class MastersState:
     paths: Paths
 
 
-_STRUCTURE = ["settings", "policy", "paths"]
+# part of the structure, not among the leaves
+STRUCTURE = ["settings", "policy", "paths"]
 tree_util.register_dataclass(
-    MastersState, [field.name for field in fields(MastersState) if field.name not in _STRUCTURE], _STRUCTURE
+    MastersState, [field.name for field in fields(MastersState) if field.name not in STRUCTURE], STRUCTURE
 )
 
 
@@ -91,13 +92,18 @@ def state_in(state: Any) -> MastersState:
     """
     found = states_in(state)
     if not found:
-        raise OptimizerError(
-            f"there is no state of duotone.jax.masters in this {type(state).__name__}; give the state that tx.init or "
-            "tx.update returned, of an optimizer made by masters"
-        )
+        raise no_state_error(state)
     if len(found) > 1:
         raise OptimizerError(
             f"there are {len(found)} states of duotone.jax.masters in this {type(state).__name__}; give one of them, "
             "or put one masters around the whole optimizer: masters(optax.multi_transform(...), policy)"
         )
     return found[0]
+
+
+def no_state_error(state: Any) -> OptimizerError:
+    """Return the error of a state of another optimizer."""
+    return OptimizerError(
+        f"there is no state of duotone.jax.masters in this {type(state).__name__}; give the state that tx.init or "
+        "tx.update returned, of an optimizer made by masters"
+    )

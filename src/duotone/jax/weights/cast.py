@@ -1,13 +1,13 @@
 """Casts parameters into a policy: the weights of any pytree, rounded as the tails of `masters` need it."""
 
-import sys
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from duotone.errors import PolicyError
-from duotone.jax.trees import Leaf, is_nnx_module, leaves_of
+from duotone.jax.policies import read
+from duotone.jax.trees import Leaf, map_leaves
 from duotone.jax.weights.codec import encode
 from duotone.jax.weights.plan import SPLIT_DTYPES, plan
 from duotone.policy import Policy
@@ -34,32 +34,21 @@ def cast(params: Tree, policy: Policy | str) -> Tree:
         A new pytree; the old one is as it was.
 
     Raises:
-        PolicyError: the policy cannot be read, there is no weight, a rule that sets `param` holds for none, or a
-            weight is too large for FP16.
+        PolicyError: the policy cannot be read, JAX cannot have it, there is no weight, a rule that sets `param`
+            holds for none, or a weight is too large for FP16.
 
     >>> params = cast({"dense": {"kernel": jnp.ones((2, 2))}, "LayerNorm_0": {"scale": jnp.ones(2)}}, "bf16")
     >>> params["dense"]["kernel"].dtype, params["LayerNorm_0"]["scale"].dtype
     (dtype(bfloat16), dtype('float32'))
     """
-    read = Policy.parse(policy)
-    planned = plan(params, read)
+    planned = plan(params, read(policy))
     if not any(weight.dtype is not None for weight in planned):
         raise PolicyError(
             f"there is no float32, bfloat16 or float16 array to cast in this {type(params).__name__}; give cast the "
             "pytree of weights"
         )
     dtypes = {weight.leaf.path: weight.dtype for weight in planned}
-    if is_nnx_module(params):
-        nnx = sys.modules["flax.nnx"]
-        # a module that stands in two places stays one
-        graph, state = nnx.split(params)
-        return nnx.merge(graph, _cast_leaves(state, dtypes))
-    return _cast_leaves(params, dtypes)
-
-
-def _cast_leaves(tree: Any, dtypes: dict[str, Any]) -> Any:
-    structure = jax.tree.structure(tree)
-    return structure.unflatten([_cast(leaf, dtypes.get(leaf.path)) for leaf in leaves_of(tree)])
+    return map_leaves(lambda leaf: _cast(leaf, dtypes.get(leaf.path)), params)
 
 
 def _cast(leaf: Leaf, dtype: Any) -> Any:

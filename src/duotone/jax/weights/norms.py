@@ -14,7 +14,8 @@ from duotone.jax.trees import Leaf, children_of
 
 _CLASS = re.compile(r"norm(\d+d)?$", re.IGNORECASE)
 _PART = re.compile(r"(layer|batch|group|rms|instance)_?norm|(^|_)norm($|_|\d)|(^|_)ln($|_|\d)", re.IGNORECASE)
-_BESIDE_SCALE = {"scale", "bias", "offset"}
+# running statistics of an NNX state among them
+_BESIDE_SCALE = {"scale", "bias", "offset", "mean", "var"}
 # operands of products, whatever their shape
 _OPERANDS = {"kernel", "weight", "w", "embedding", "embeddings"}
 
