@@ -1,5 +1,6 @@
 """What the tests of duotone.torch share."""
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ def same_bits() -> Callable[[Tensor, Tensor], bool]:
 def calls_in() -> Callable[[Callable[[], object]], int]:
     """Return a function that counts the calls, of functions in Python and in C, that Python code makes in a function.
 
-    Unlike time, that is the same on every machine; it is not the same for every version of torch and Python.
+    Unlike time, that is the same on every machine; it is not the same for every version of torch and Python. Garbage
+    of other tests is collected before, for its finalizers would be counted.
     """
 
     def count(function: Callable[[], object]) -> int:
@@ -40,11 +42,14 @@ def calls_in() -> Callable[[Callable[[], object]], int]:
             calls += event in ("call", "c_call")
 
         before = sys.getprofile()
+        gc.collect()
+        gc.disable()
         sys.setprofile(note)
         try:
             function()
         finally:
             sys.setprofile(before)
+            gc.enable()
         return calls
 
     return count
