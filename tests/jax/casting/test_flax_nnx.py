@@ -116,6 +116,14 @@ def test_running_statistics_are_state_and_no_weights() -> None:
     np.testing.assert_allclose(found, normed(module, X), rtol=2e-4)
 
 
+def test_weights_in_16_bits_stay_so() -> None:
+    trained = dj.cast(model(), "bf16")
+    before = [leaf.dtype for leaf in jax.tree.leaves(nnx.state(trained))]
+    assert jnp.bfloat16 in before
+    dj.autocast(loss_fn, "bf16")(trained, X, Y)
+    assert [leaf.dtype for leaf in jax.tree.leaves(nnx.state(trained))] == before
+
+
 def test_two_names_of_one_module_stay_one() -> None:
     class Twice(nnx.Module):
         def __init__(self, rngs: Any) -> None:

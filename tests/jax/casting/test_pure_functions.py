@@ -91,3 +91,11 @@ def test_products_and_what_is_saved_are_16_bit(policy: str) -> None:
 def test_a_scope_keeps_its_product_in_float32() -> None:
     loss = dj.autocast(loss_alone, "bf16; linear_1: compute=float32")
     assert operand_dtypes(loss, *init(KEY), KEY) == ["bfloat16", "float32"]
+
+
+def test_weights_in_16_bits_are_saved_in_16_bits() -> None:
+    def f(weights: list[jax.Array], x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ weights[0]) @ weights[1]
+
+    weights = [jnp.ones((8, 64), jnp.bfloat16), jnp.ones((64, 3), jnp.bfloat16)]
+    assert residual_dtypes(dj.autocast(f, "bf16"), weights, X) == {"bfloat16"}

@@ -12,6 +12,8 @@ from types import CellType, ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import tree_util
 
 from duotone.errors import AutocastError
 
@@ -49,11 +51,23 @@ def keeping_state(evaluate: Evaluate) -> Evaluate:
 
         with nnx.update_context(_CONTEXT):
             pure_args, pure_kwargs = nnx.to_tree((args, kwargs), ctxtag=_CONTEXT)
-            pair = evaluate(pure, pure_args, pure_kwargs)
+            state, result = evaluate(pure, pure_args, pure_kwargs)
+            state = _in_dtypes_of(_modules_alone(nnx, (pure_args, pure_kwargs)), state)
             # puts the state into the caller's modules
-            return nnx.from_tree(pair, is_inner=False, ctxtag=_CONTEXT)[1]
+            return nnx.from_tree((state, result), is_inner=False, ctxtag=_CONTEXT)[1]
 
     return evaluated
+
+
+def _in_dtypes_of(before: Any, after: Any) -> Any:
+    """Return state with 16-bit variables in 16 bits again, which `autocast` traces in FP32: the weights."""
+    dtypes = {path: leaf.dtype for path, leaf in tree_util.tree_leaves_with_path(before) if hasattr(leaf, "dtype")}
+
+    def again(path: Any, leaf: Any) -> Any:
+        is_widened = getattr(leaf, "dtype", None) == jnp.float32 and dtypes.get(path) in (jnp.bfloat16, jnp.float16)
+        return leaf.astype(dtypes[path]) if is_widened else leaf
+
+    return tree_util.tree_map_with_path(again, after)
 
 
 def weight_leaves(tree: Any) -> list[bool]:

@@ -123,6 +123,8 @@ def _call(policy: Policy, weights: set[int], save: Save, fun: Callable[..., Any]
     types = [plan.program.types[number] for number in plan.program.outputs]
 
     def in_policy(*arrays: Any) -> list[Any]:
+        # in here, so that 16-bit weights are saved in 16 bits, not widened
+        arrays = tuple(_widened(array, value) for array, (_, _, value) in zip(arrays, entered, strict=True))
         return [
             array if value.kind is Kind.OTHER else lax.convert_element_type(array, traced.dtype)
             for array, value, traced in zip(run(plan, constants, arrays), plan.outputs, types, strict=True)
@@ -148,8 +150,7 @@ def _entered(planner: Planner, leaf: Any, is_weight: bool) -> tuple[Any, Any, Va
     array = jnp.asarray(leaf)
     compute, inputs = planner.compute, planner.policy.inputs
     if is_weight and array.dtype in _HALVES:
-        wide = lax.convert_element_type(array, FLOAT32)
-        return wide, wide, Value(Kind.OPEN, narrow=array.dtype == compute)
+        return lax.convert_element_type(array, FLOAT32), array, Value(Kind.OPEN, narrow=array.dtype == compute)
     if not is_float(internals.type_of(array), compute):
         return array, array, OTHER
     if is_weight:
@@ -161,6 +162,10 @@ def _entered(planner: Planner, leaf: Any, is_weight: bool) -> tuple[Any, Any, Va
     if array.dtype == compute or inputs == compute.name:
         return array, lax.convert_element_type(array, compute), HALF
     return array, array, OPEN if internals.is_weak(array) and not array.ndim else HELD
+
+
+def _widened(array: Any, value: Value) -> Any:
+    return lax.convert_element_type(array, FLOAT32) if value.kind is Kind.OPEN and array.dtype in _HALVES else array
 
 
 def _output(policy: Policy, array: Any) -> Any:
