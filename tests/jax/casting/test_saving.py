@@ -11,9 +11,11 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
+import duotone.jax as dj
 from duotone.errors import AutocastError
+from duotone.jax import primitives
 from duotone.jax.casting.saving import check_save, run_saving
-from duotone.jax.casting.segments import segments_of
+from duotone.jax.casting.segments import RECOMPUTED, segments_of
 
 from .equations import counted
 from .residuals import residual_bytes, residual_dtypes, residuals
@@ -283,3 +285,62 @@ def test_segments_hold_every_equation_once_and_can_run() -> None:
             known.update(eqn.outvars)
             found.append(id(eqn))
     assert sorted(found) == sorted(map(id, program.eqns))
+
+
+def test_no_primitive_is_recomputed_that_is_not_listed() -> None:
+    assert primitives.known() >= RECOMPUTED
+    families = ("exponential", "steep", "sum", "number", "bound")
+    cheap = {name for name, family in primitives.families().items() if family in families} - {"polygamma"}
+    assert not (cheap | primitives.POINTWISE | primitives.COMPARISONS) - RECOMPUTED
+    products = "dot_general conv_general_dilated ragged_dot_general scatter-add sort top_k fft cholesky pallas_call"
+    # sends something, has other numbers when it is run again, or is no one step
+    others = "psum all_gather ppermute device_put rng_uniform random_gamma while scan"
+    assert not RECOMPUTED & {*products.split(), *others.split()}
+
+
+class TestUnderAutocast:
+    """A block in FP32 that knows nothing of formats, as people write it, saves a sixth of FP32's bytes."""
+
+    @staticmethod
+    def loss(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        heads = (TOKENS, HEADS, CHANNELS // HEADS)
+        normed = jax.nn.standardize(x) * weights["gain"] + weights["shift"]
+        query, key, value = jnp.split(normed @ weights["attention"] + weights["bias"], 3, axis=-1)
+        query, key, value = (part.reshape(heads).transpose(1, 0, 2) for part in (query, key, value))
+        scores = jnp.where(jnp.tri(TOKENS, dtype=bool), query @ key.swapaxes(1, 2) / heads[-1] ** 0.5, -1e9)
+        attended = (jax.nn.softmax(scores) @ value).transpose(1, 0, 2).reshape(x.shape)
+        x = x + attended @ weights["projection"] + weights["shift"]
+        hidden = (jax.nn.standardize(x) * weights["gain"]) @ weights["up"]
+        return (x + jax.nn.gelu(hidden) @ weights["down"] + weights["shift"]).sum()
+
+    @staticmethod
+    def args() -> tuple[dict[str, jax.Array], jax.Array]:
+        weights = block_weights() | {"bias": jnp.ones(3 * CHANNELS)}
+        return weights | {"gain": jnp.ones(CHANNELS), "shift": jnp.ones(CHANNELS)}, X
+
+    @pytest.mark.parametrize("policy", ["bf16", "fp16"])
+    def test_at_most_40_bytes_per_token_and_channel(self, policy: str) -> None:
+        cast = dj.autocast(self.loss, policy)
+        assert residual_dtypes(cast, *self.args()) == {dj.Policy.parse(policy).compute}
+        per_token_and_channel = residual_bytes(cast, *self.args()) / X.size
+        assert per_token_and_channel <= 20
+        assert residual_bytes(self.loss, *self.args()) / X.size > 140
+        assert residual_bytes(dj.autocast(self.loss, policy, save="everything"), *self.args()) / X.size > 140
+
+    def test_no_product_is_computed_twice(self) -> None:
+        plain, cast = (jax.grad(dj.autocast(self.loss, "bf16", save=save)) for save in ("everything", "compute"))
+        assert counted(cast, *self.args())["dot_general"] == counted(plain, *self.args())["dot_general"]
+
+    def test_a_checkpoint_around_computes_products_once_more(self) -> None:
+        around = {save: jax.checkpoint(dj.autocast(self.loss, "bf16", save=save)) for save in ("everything", "compute")}
+        assert residuals(around["compute"], *self.args()) == []
+        products = {save: counted(jax.grad(function), *self.args())["dot_general"] for save, function in around.items()}
+        assert products["compute"] <= products["everything"]
+
+    def test_a_checkpoint_around_with_a_policy_saves_what_it_says(self) -> None:
+        dots = jax.checkpoint(dj.autocast(self.loss, "bf16"), policy=jax.checkpoint_policies.dots_saveable)
+        assert residual_bytes(dots, *self.args()) / X.size <= 40
+        assert (
+            counted(jax.grad(dots), *self.args())["dot_general"]
+            == counted(jax.grad(self.loss), *self.args())["dot_general"]
+        )

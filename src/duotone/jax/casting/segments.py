@@ -21,7 +21,7 @@ from jax.extend import core
 
 # reorder or repeat values; no arithmetic
 _MOVES = """
-    broadcast_in_dim concatenate copy copy_p expand_dims mesh_cast name optimization_barrier pad pvary reshape rev
+    broadcast_in_dim concatenate copy copy_p expand_dims name optimization_barrier pad pvary reshape rev
     sharding_constraint slice split squeeze stop_gradient tile transpose
 """
 _ARITHMETIC = """
@@ -53,7 +53,8 @@ class Segment:
 
 def segments_of(jaxpr: core.Jaxpr) -> list[Segment]:
     """Return the equations of a program by segment, in an order in which they can run; effects keep theirs."""
-    places = _as_late_as_needed(jaxpr, *_as_early_as_possible(jaxpr))
+    passing = _passing(jaxpr, *_as_early_as_possible(jaxpr))
+    places = _as_late_as_needed(jaxpr, _as_early_as_possible(jaxpr, passing)[0])
     segments = [Segment() for _ in range(max(places, default=-1) + 1)]
     for eqn, place in zip(jaxpr.eqns, places, strict=True):
         segment = segments[place]
@@ -88,40 +89,47 @@ def has_effects(eqn: core.JaxprEqn) -> bool:
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
 
 
-def _as_early_as_possible(jaxpr: core.Jaxpr) -> tuple[list[int], set[core.Var]]:
-    """Return each equation's first segment, and the values that depend on no product and nothing that stands apart."""
-    # the segment of a value, and the first where it may be used in what is not linear
+def _as_early_as_possible(
+    jaxpr: core.Jaxpr, passing: set[core.Var] | None = None
+) -> tuple[list[int], dict[core.Var, int]]:
+    """Return the first segment of each equation, and the first in which each value may be used.
+
+    Args:
+        jaxpr: a program.
+        passing: values that may stay with a product in a wider format; None to let nothing stay with products.
+    """
+    # the segment that a value is made in, and the first where it may be used in what is not linear
     made = dict.fromkeys([*jaxpr.invars, *jaxpr.constvars], 0)
     ready = dict(made)
-    independent = set(made)
-    passing = _passing(jaxpr)
     places, last_effect = [], 0
     for eqn in jaxpr.eqns:
         operands = variables(eqn.invars)
         place = max((ready[v] for v in operands), default=0)
         beside = max((made[v] for v in operands), default=0)
-        cheap, apart = is_recomputed(eqn), is_apart(eqn)
         if has_effects(eqn):
             place = last_effect = max(place, last_effect)
-        if apart:
+        if is_apart(eqn):
             before, after = place + 1, place + 1
-        elif not cheap:
+        elif not is_recomputed(eqn):
             before, after = place, place + 1
-        elif beside < place and _stays_with(eqn, [v for v in operands if ready[v] == place], passing):
+        elif (
+            passing is not None
+            and beside < place
+            and _stays_with(eqn, [v for v in operands if ready[v] == place], passing)
+        ):
             before, after, place = beside, place, beside
         else:
             before, after = place, place
         places.append(place)
         for v in eqn.outvars:
             made[v], ready[v] = before, after
-        if cheap and not apart and independent.issuperset(operands):
-            independent.update(eqn.outvars)
-    return places, independent
+    return places, ready
 
 
-def _as_late_as_needed(jaxpr: core.Jaxpr, places: list[int], independent: set[core.Var]) -> list[int]:
+def _as_late_as_needed(jaxpr: core.Jaxpr, places: list[int]) -> list[int]:
     """Move what depends on no product to its first use, and what rounds beside its origin; return the segments."""
     places = list(places)
+    independent = _independent(jaxpr)
     needed: dict[core.Var, int] = {}
     for number in reversed(range(len(places))):
         eqn = jaxpr.eqns[number]
@@ -137,16 +145,28 @@ def _as_late_as_needed(jaxpr: core.Jaxpr, places: list[int], independent: set[co
     return places
 
 
-def _passing(jaxpr: core.Jaxpr) -> set[core.Var]:
-    """Return the values that only pass by linear steps into a rounding or into a sum such as a residual stream."""
+def _independent(jaxpr: core.Jaxpr) -> set[core.Var]:
+    """Return the values that depend on no product, and on nothing that stands apart."""
+    found = {*jaxpr.invars, *jaxpr.constvars}
+    for eqn in jaxpr.eqns:
+        if found.issuperset(variables(eqn.invars)) and is_recomputed(eqn) and not is_apart(eqn):
+            found.update(eqn.outvars)
+    return found
+
+
+def _passing(jaxpr: core.Jaxpr, places: list[int], ready: dict[core.Var, int]) -> set[core.Var]:
+    """Return the values that only pass by linear steps into a rounding, or into a sum with what was there before.
+
+    Such a sum is a residual stream's. Its other operand is no input, which is saved in any case.
+    """
     inputs = {*jaxpr.invars, *jaxpr.constvars}
     passing = dict.fromkeys(variables(jaxpr.outvars), False)
-    for eqn in reversed(jaxpr.eqns):
+    for eqn, place in zip(reversed(jaxpr.eqns), reversed(places), strict=True):
         ends = _narrows(eqn) or all(passing.get(v, False) for v in eqn.outvars)
+        stream = [v for v in variables(eqn.invars) if v not in inputs and ready[v] < place]
+        joins = any(_bytes([v]) >= _bytes(eqn.outvars) for v in stream)
         for v in variables(eqn.invars):
-            others = [other for other in variables(eqn.invars) if other is not v and other not in inputs]
-            joins = any(_bytes([other]) >= _bytes(eqn.outvars) for other in others)
-            passing[v] = passing.get(v, True) and _is_linear(eqn) and (ends or joins)
+            passing[v] = passing.get(v, True) and _is_linear(eqn) and (ends or (joins and v not in stream))
     return {v for v, passes in passing.items() if passes}
 
 
