@@ -10,6 +10,7 @@ import pickle
 import sys
 import traceback
 from multiprocessing.connection import Client
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +52,9 @@ def _timeout() -> Any:
 
 def main() -> None:
     """Answer calls, in this process and in forks of it."""
+    # files of tests may import others
+    sys.path.append(str(Path(__file__).parents[1]))
+
     import torch
     import torch.distributed.checkpoint
     import torch.distributed.fsdp

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.torch.optim.changed_weights import MARKS, OPTIMIZERS, every_policy, give_gradients, make
 from torch import Tensor, nn
 
 import duotone.torch as dt
@@ -16,35 +17,18 @@ from duotone.torch.optim.edit_watch import WINDOW
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.storage import storage_of
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:this CPU has no FP16"),
-    pytest.mark.filterwarnings("ignore:the model's policy scales the loss"),
-    pytest.mark.filterwarnings("ignore:Initializing zero-element"),
-]
-every_policy = pytest.mark.parametrize("policy", ["bf16", "fp16"])
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "AdamW": lambda params: dt.AdamW(params, lr=1e-3),
-    "AdamW, reference": lambda params: dt.AdamW(params, lr=1e-3, backend="reference"),
-    "MasterWeights": lambda params: dt.MasterWeights(torch.optim.SGD(params, lr=1e-2)),
-}
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+pytestmark = [*MARKS, pytest.mark.filterwarnings("ignore:Initializing zero-element")]
+every_optimizer = pytest.mark.parametrize("name", ["AdamW", "AdamW, reference", "MasterWeights"])
 Edit = Callable[[Tensor, int], Any]
 
 
 def train(edit: Edit, policy: str = "fp16", name: str = "AdamW", steps: int = 3 * WINDOW, shard: bool = False) -> Any:
-    torch.manual_seed(0)
-    model = dt.cast(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 1, bias=False)), policy)
-    if shard:
-        dt.fully_shard(model)
+    model = make(policy, 8, 6, shard=shard)
     optimizer = OPTIMIZERS[name](model.parameters())
     for number in range(steps):
-        generator = torch.Generator().manual_seed(number)
-        for param in model.parameters():
-            whole = torch.randn(param.shape, generator=generator).to(param.grad_dtype)
-            param.grad = shards.cut(whole, param)
-            with torch.no_grad():
+        give_gradients(model, number)
+        with torch.no_grad():
+            for param in model.parameters():
                 edit(param, number)
         optimizer.step()
     return optimizer

@@ -2,11 +2,11 @@
 
 import copy
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tests.torch.optim.changed_weights import MARKS, OPTIMIZERS, every_policy, give_gradients, make
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -16,27 +16,12 @@ from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import read_master
 from duotone.torch.parameters.storage import storage_of
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.filterwarnings("ignore:this CPU has no FP16"),
-    pytest.mark.filterwarnings("ignore:the model's policy scales the loss"),
-    pytest.mark.filterwarnings("error:other code"),
-]
-every_policy = pytest.mark.parametrize("policy", ["bf16", "fp16"])
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "AdamW": lambda params: dt.AdamW(params, lr=1e-3),
-    "AdamW, reference": lambda params: dt.AdamW(params, lr=1e-3, backend="reference"),
-    "SGD": lambda params: dt.SGD(params, lr=1e-2),
-    "Lion": lambda params: dt.Lion(params, lr=1e-3),
-    "MasterWeights": lambda params: dt.MasterWeights(torch.optim.SGD(params, lr=1e-2)),
-}
+pytestmark = [*MARKS, pytest.mark.filterwarnings("error:other code")]
 
 
 def trained(policy: str, name: str = "AdamW", steps: int = 3) -> tuple[nn.Module, Any]:
     """Return a model whose masters are no 16-bit numbers, and its optimizer."""
-    torch.manual_seed(0)
-    model = dt.cast(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 1, bias=False)), policy)
+    model = make(policy, 40, 30)
     optimizer = OPTIMIZERS[name](model.parameters())
     for seed in range(steps):
         step(model, optimizer, seed)
@@ -44,9 +29,7 @@ def trained(policy: str, name: str = "AdamW", steps: int = 3) -> tuple[nn.Module
 
 
 def step(model: nn.Module, optimizer: Any, seed: int = 0, **arguments: Tensor) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in model.parameters():
-        param.grad = torch.randn(param.shape, generator=generator).to(param.grad_dtype)
+    give_gradients(model, seed)
     optimizer.step(**arguments)
 
 
@@ -244,25 +227,18 @@ def test_another_memory_layout_is_no_edit(policy):
 
 def both_on_ranks(policy: str, name: str, way: str) -> list[Any]:
     edit = next(each for each in WAYS if each.__name__ == way)
-    made = []
-    for sharded in (True, False):
-        torch.manual_seed(0)
-        model = dt.cast(nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 1, bias=False)), policy)
-        if sharded:
-            dt.fully_shard(model)
-        made.append((model, OPTIMIZERS[name](model.parameters())))
-    (sharded, optimizer), (alone, its_optimizer) = made
+    models = make(policy, 40, 30, shard=True), make(policy, 40, 30)
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in models]
+    sharded, alone = models
     differing = []
     for number in range(4):
-        step(alone, its_optimizer, number)
-        for param, other in zip(sharded.parameters(), alone.parameters(), strict=True):
-            param.grad = shards.cut(other.grad, param)
-        optimizer.step()
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, number)
         masters = {key: value.full_tensor() for key, value in dt.master_weights(sharded).items()}
         expected = dt.master_weights(alone)
         differing += [(number, key) for key, value in expected.items() if not torch.equal(masters[key], value)]
         if number == 1:
-            for model in (sharded, alone):
+            for model in models:
                 for param in model.parameters():
                     edit(shards.local(param))
     return differing

@@ -289,3 +289,48 @@ def test_empty_and_lazy_models():
         lazy(X)
     assert dt.master_weights(empty) == {}
     dt.master_weights(lazy)
+
+
+def move_by_hand(model: nn.Module, learner: nn.Module) -> None:
+    with torch.no_grad():
+        for weight, learned in zip(model.parameters(), learner.parameters(), strict=True):
+            weight.lerp_(learned.to(weight.dtype), 0.25)
+
+
+def move_masters(model: nn.Module, learner: nn.Module) -> None:
+    with dt.full_precision(model), dt.full_precision(learner):
+        move_by_hand(model, learner)
+
+
+def learn_by_copies(model: nn.Module, move: Callable[[nn.Module, nn.Module], None], copies: int = 3) -> None:
+    for _ in range(copies):
+        learner = copy.deepcopy(model)
+        optimizer = dt.SGD(learner.parameters(), lr=0.1, backend="reference")
+        loss_of(learner).backward()
+        optimizer.step()
+        move(model, learner)
+
+
+@every_policy
+def test_a_model_that_is_moved_towards_its_copies_is_said_once(policy):
+    model = made(policy)
+    with pytest.warns(DuotoneWarning, match='"0.weight" is one.*one copy of the model to the next, as Rept') as caught:
+        learn_by_copies(model, move_by_hand)
+    assert [each.filename for each in caught] == [__file__]
+    learn_by_copies(model, move_by_hand)
+    learn_by_copies(made(policy), move_masters)
+
+
+def test_copies_of_a_model_that_was_changed_once_or_trains_are_no_matter():
+    model = made()
+    with torch.no_grad():
+        model[0].weight[:8] = 0
+    for _ in range(3):
+        copy.deepcopy(model)
+    optimizer = dt.SGD(model.parameters(), lr=0.1, backend="reference")
+    for _ in range(3):
+        loss_of(model).backward()
+        optimizer.step()
+        with torch.no_grad():
+            model[0].weight[:8] = torch.randn(8, 16)
+        copy.deepcopy(model)

@@ -160,6 +160,8 @@ class CastForward:
         memo[id(self)] = copied
         if self._is_border:
             say_if_copied_for_average(self._module)
+        if self.passes is not None:
+            self.passes.look_at_copy(self._module)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         # torch copies a parameter without its attributes; a module's parameters are copied before its forward
         for param in self._module.parameters():

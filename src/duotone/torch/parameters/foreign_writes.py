@@ -6,6 +6,7 @@ in every `WINDOW`th forward pass: torch counts the writes (its version), and che
 
 - Many writes without a forward pass between them: a loop over the weights.
 - Other values in one window after the other, and no step at all: training by hand.
+- Other values in one copy of the model after the other, which Duotone has not written: averages with what copies learn.
 
 Left out: writes through `weight.data` that change no bit, which nothing shows; compiled forward passes.
 """
@@ -23,7 +24,15 @@ from duotone.torch.internals.autograd import in_transform
 from duotone.torch.internals.training import gathering_of
 from duotone.torch.kernels.checksums import sums_of_cells
 from duotone.torch.kernels.layout import dense
-from duotone.torch.parameters.edits import is_edited, note_versions, passes, steps, versions_of, writes_since
+from duotone.torch.parameters.edits import (
+    checksums_of,
+    is_edited,
+    note_versions,
+    passes,
+    steps,
+    versions_of,
+    writes_since,
+)
 from duotone.torch.parameters.shards import is_sharded, local
 from duotone.torch.parameters.storage import storage_of
 
@@ -83,6 +92,8 @@ class PassWatch:
         self._before = (0, -1)
         # its checksums at the last look, if it was not as Duotone wrote it
         self._sums: Tensor | None = None
+        # as the model was last copied: its checksums as Duotone wrote it last, and as it was
+        self._at_copy: tuple[Tensor, Tensor] | None = None
         self._has_warned = False
 
     def __reduce__(self) -> Any:
@@ -99,12 +110,38 @@ class PassWatch:
             self._look(model)
         return self._passes == 1
 
-    def _look(self, model: nn.Module) -> None:
+    @torch.no_grad()
+    def look_at_copy(self, model: nn.Module) -> None:
+        """Look at the weights of a model that is being copied."""
+        weight = None if self._has_warned else self._watched(model)
+        before, self._at_copy = self._at_copy, None
+        tail = None if weight is None else storage_of(weight).tail
+        if weight is None or tail is None or not is_edited(weight):
+            return
+        written, sums = checksums_of(weight, tail)[:-1].clone(), _sums_of(weight)
+        self._at_copy = written, sums
+        if before is not None and torch.equal(before[0], written) and not torch.equal(before[1], sums):
+            self._has_warned = True
+            warn(
+                f'other code changes 16-bit weights ("{storage_of(weight).name}" is one) from one copy of the model to '
+                f"the next, as Reptile does: each time they are rounded to {UNITS[weight.dtype]}, and small changes "
+                f"are lost; make them {_WAY_OUT}",
+                between=("copy",),
+            )
+
+    def _watched(self, model: nn.Module) -> Tensor | None:
+        """Return the weight that is looked at, or None if there is none, or it cannot be read now."""
         weight = None if self._weight is None else self._weight()
         if weight is None or storage_of(weight).tail is None:
             weight = _largest(model)
             self._weight = None if weight is None else ref(weight)
         if weight is None or in_transform() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        return weight
+
+    def _look(self, model: nn.Module) -> None:
+        weight = self._watched(model)
+        if weight is None:
             return
         before, self._before = self._before, (versions_of(weight), steps[0])
         trains = torch.is_grad_enabled() and model.training
@@ -127,9 +164,7 @@ class PassWatch:
         tail = storage_of(weight).tail
         if tail is None or not is_edited(weight):
             return
-        flat = dense(local(weight.detach()))
-        flat = flat.as_strided((flat.numel(),), (1,))
-        self._sums = sums_of_cells(flat)
+        self._sums = _sums_of(weight)
         if sums is None or torch.equal(sums, self._sums):
             return
         self._has_warned = True
@@ -140,6 +175,11 @@ class PassWatch:
             "duotone.torch.AdamW, SGD or Lion, which update FP32 masters, or make the changes "
             f"{_WAY_OUT}"
         )
+
+
+def _sums_of(weight: Tensor) -> Tensor:
+    flat = dense(local(weight.detach()))
+    return sums_of_cells(flat.as_strided((flat.numel(),), (1,)))
 
 
 def _largest(model: nn.Module) -> Tensor | None:
