@@ -108,7 +108,8 @@ class _Passes:
         """Return the traced types of what the backward pass is given; inputs may be saved as they are."""
         _, _, forwarded = self._params["out_trees"]()
         saved = iter(self._saved)
-        types = self._site.types[self._n_constants :]
+        # places among all that it is given, constants too
+        types = self._site.types
         return [*(next(saved) if place is None else types[place] for place in forwarded), *self._site.types_out]
 
 
@@ -138,7 +139,7 @@ class _Planned:
     def run(self, program: Any, constants: Sequence[Any], args: Sequence[Any], given: Sequence[Value]) -> list[Any]:
         """Run another of its programs; what comes after `given` is a tangent, in the dtype that it has."""
         planner, compute = self._site.planner, self._site.compute
-        types = [variable.aval for variable in program.invars]
+        types = [variable.aval for variable in [*program.constvars, *program.invars]][len(constants) :]
         values = [*given]
         values += [
             _as_it_comes(array, traced, compute)

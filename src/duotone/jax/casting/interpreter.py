@@ -89,10 +89,10 @@ def run(plan: Plan, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """
     program = plan.program
     values: dict[int, Any] = dict(program.known)
-    values.update(zip(program.constants, constants, strict=True))
-    values.update(zip(program.inputs, args, strict=True))
+    # since 0.11 constants of a program that does not hold them are inputs
+    values.update(zip([*program.constants, *program.inputs], [*constants, *args], strict=True))
     watcher = _WATCHER.get()
-    for step in plan.steps:
+    for step, last_used in zip(plan.steps, program.last_used, strict=True):
         given = [values[number] for number in step.equation.inputs]
         with internals.as_traced(step.equation.source, step.equation.name_stack):
             operands = _operands(step, given)
@@ -101,6 +101,9 @@ def run(plan: Plan, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         if watcher is not None:
             watcher(_observed(step, given, operands, found, results))
         values.update(zip(step.equation.outputs, results, strict=True))
+        # without a jit this is when memory is free again
+        for number in last_used:
+            del values[number]
     return [values[number] for number in program.outputs]
 
 

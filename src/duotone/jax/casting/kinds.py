@@ -72,9 +72,16 @@ def float32_inside(site: Site) -> Step:
 
 def repeat(site: Site) -> Step:
     """Copy; where elements are repeated, their gradient is a sum, which is FP32."""
-    value = site.given[0]
-    is_repeated = math.prod(site.types_out[0].shape) > math.prod(site.types[0].shape)
-    return site.rounded("move") if value.kind is Kind.HALF and is_repeated else move(site)
+    return site.rounded("move") if site.given[0].kind is Kind.HALF and _is_repeated(site) else move(site)
+
+
+def _is_repeated(site: Site) -> bool:
+    if site.equation.name != "broadcast_in_dim":
+        return True
+    # without products of sizes, which may be symbols in what is exported
+    shape, dimensions = site.types_out[0].shape, site.equation.params["broadcast_dimensions"]
+    kept = dict(zip(dimensions, site.types[0].shape, strict=True))
+    return any(size != kept.get(axis, 1) for axis, size in enumerate(shape))
 
 
 def lookup(site: Site) -> Step:

@@ -134,6 +134,8 @@ def branches(site: Site) -> Step:
     types = site.types_out
     dtypes = [dtype_of(value, traced, site.compute) for value, traced in zip(found, types, strict=True)]
 
+    platforms = site.equation.params.get("branches_platforms")
+
     def branch(plan: Plan, constants: list[Any]) -> Callable[..., list[Any]]:
         def inside(*args: Any) -> list[Any]:
             results = run(plan, constants, args)
@@ -145,7 +147,12 @@ def branches(site: Site) -> Step:
 
     def runner(operands: list[Any]) -> list[Any]:
         index, *args = operands
-        return list(lax.switch(index, functions, *args))
+        if platforms is None:
+            return list(lax.switch(index, functions, *args))
+        # a branch is compiled for its own platforms alone, where its kernels are known
+        of_platform = {name: each for names, each in zip(platforms, functions, strict=True) for name in names or ()}
+        default = next((each for names, each in zip(platforms, functions, strict=True) if names is None), None)
+        return list(lax.platform_dependent(*args, default=default, **of_platform))
 
     return site.step(None, found, runner=runner, inner=plans)
 

@@ -51,6 +51,7 @@ class Program:
         outputs: values that it gives.
         types: the traced type of each value.
         known: literals, and constants of inner programs, by value.
+        last_used: for each equation, the values that nothing after it uses.
     """
 
     equations: Sequence[Equation]
@@ -59,6 +60,7 @@ class Program:
     outputs: Sequence[int]
     types: Sequence[Any]
     known: Mapping[int, Any] = field(default_factory=dict)
+    last_used: Sequence[Sequence[int]] = ()
 
 
 def flatten(jaxpr: Any, name_stack: Any = None, scopes: tuple[str, ...] = ()) -> Program:
@@ -69,7 +71,18 @@ def flatten(jaxpr: Any, name_stack: Any = None, scopes: tuple[str, ...] = ()) ->
     inputs = [builder.new(table, variable) for variable in jaxpr.invars]
     equations = list(builder.equations(jaxpr, table, name_stack, scopes))
     outputs = [builder.read(table, atom) for atom in jaxpr.outvars]
-    return Program(equations, constants, inputs, outputs, builder.types, builder.known)
+    last_used = _last_used(equations, outputs)
+    return Program(equations, constants, inputs, outputs, builder.types, builder.known, last_used)
+
+
+def _last_used(equations: Sequence[Equation], outputs: Sequence[int]) -> list[list[int]]:
+    seen = set(outputs)
+    found = []
+    for equation in reversed(equations):
+        new = {*equation.inputs, *equation.outputs} - seen
+        seen |= new
+        found.append(sorted(new))
+    return found[::-1]
 
 
 class _Builder:
