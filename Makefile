@@ -17,7 +17,7 @@ JAX_TESTS := tests/jax src/duotone/jax
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-jax test-jax-newest test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench docs evidence clean
+.PHONY: train compare test test-jax test-jax-newest test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -73,6 +73,10 @@ bench: $(VENV)/.installed-test  ## measure the step, averages and casting, about
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/casting.py
+
+bench-jax:  ## a GPT in JAX against Flax, jmp and Optax, about ten minutes on two cores
+	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
+	.venv-jax/bin/python benchmarks/jax_gpt.py
 
 docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs build/docs
