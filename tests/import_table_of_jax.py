@@ -36,11 +36,12 @@ OF_JAX = {
         "duotone.policy",
     ),
     "duotone.jax.loss_marks": (),
-    "duotone.jax.loss_scale": ("duotone.loss_scale",),
+    "duotone.jax.loss_scale": ("duotone.errors", "duotone.loss_scale"),
     "duotone.jax.scaling": (
         "duotone.errors",
         "duotone.jax.internals",
         "duotone.jax.loss_marks",
+        "duotone.jax.loss_scale",
         "duotone.jax.optim.state",
         "duotone.jax.scaling",
         "duotone.loss_scale",

@@ -5,15 +5,19 @@ The transition itself is `duotone.loss_scale.update`, the same for every framewo
 rest.
 """
 
+import warnings
 from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
 
+from duotone.errors import DuotoneWarning
 from duotone.loss_scale import LossScale, LossScaleState, init_state, update
 
 _LEAVES = [field.name for field in fields(LossScaleState)]
 _DTYPES = {"scale": jnp.float32}
+# what this process has done: "scaled" a loss, "warned" that none was
+_done: set[str] = set()
 
 jax.tree_util.register_dataclass(LossScaleState, data_fields=_LEAVES, meta_fields=[])
 
@@ -44,3 +48,24 @@ def after_step(
     1.0
     """
     return update(settings, state, found_inf, loss_is_finite=loss_is_finite, where=jnp.where)
+
+
+def note_scaled_loss() -> None:
+    """Remember that a loss was scaled in this process, or that a program was traced which does it."""
+    _done.add("scaled")
+
+
+def warn_if_no_loss_was_scaled() -> None:
+    """Warn, once, if gradients come to an optimizer with a loss scale in a process that has scaled no loss.
+
+    Gradients of FP32 weights are FP32 either way, so nothing about them tells.
+    """
+    if not _done:
+        _done.add("warned")
+        warnings.warn(
+            "this optimizer has a loss scale, and no loss was scaled so far: without that, small gradients become 0 in "
+            "float16; take gradients with duotone.jax.value_and_grad(loss_fn)(state, params, ...) in the place of "
+            "jax.value_and_grad(loss_fn)(params, ...)",
+            DuotoneWarning,
+            stacklevel=4,
+        )

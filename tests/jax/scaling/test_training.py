@@ -1,5 +1,7 @@
 """Whole runs under a loss scale: whatever the scale does, masters are what they are without it."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from jax import lax
 
 import duotone.jax as dj
+from duotone.errors import DuotoneWarning
 
 STEPS = 12
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -71,3 +74,23 @@ def test_losses_that_are_not_finite_leave_all_and_the_scale():
     assert set(np.flatnonzero(reports.skipped)) == {3, 4}
     assert set(reports.loss_scale.tolist()) == {2.0**8}
     check_equal(found, run(settings, [None if n in {3, 4} else 1.0 for n in range(STEPS)])[0])
+
+
+def test_where_no_loss_was_scaled_it_is_said_once(monkeypatch):
+    monkeypatch.setattr("duotone.jax.loss_scale._done", set())
+    tx = dj.masters(optax.sgd(0.1), "fp16-mixed")
+    state, grads = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
+    with pytest.warns(
+        DuotoneWarning, match="no loss was scaled so far: .* take gradients with duotone.jax.value"
+    ):
+        tx.update(grads, state, PARAMS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tx.update(grads, state, PARAMS)
+        # nor is it said to those who scale, or need not
+        monkeypatch.setattr("duotone.jax.loss_scale._done", set())
+        dj.value_and_grad(lambda params: params["b"].sum())(state, PARAMS)
+        tx.update(grads, state, PARAMS)
+        monkeypatch.setattr("duotone.jax.loss_scale._done", set())
+        tx = dj.masters(optax.sgd(0.1), "bf16-mixed")
+        tx.update(grads, tx.init(PARAMS), PARAMS)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from duotone.errors import OptimizerError
 from duotone.jax.loss_marks import is_marked
-from duotone.jax.loss_scale import after_step
+from duotone.jax.loss_scale import after_step, warn_if_no_loss_was_scaled
 from duotone.jax.optim.exact_update import ExactUpdate, OpaqueUpdate, exact_update
 from duotone.jax.optim.gradients import check_gradient, for_inner, read_gradients
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
@@ -65,6 +65,8 @@ class MastersStep:
             check_dtype(path, leaf, policy)
             _check_tail(path, leaf, tail, policy)
             check_gradient(path, leaf, grad, is_scaled=not state.settings.is_none)
+        if not state.settings.is_none and not any(tail is not None for tail in tails):
+            warn_if_no_loss_was_scaled()
         kind = OpaqueUpdate if _has_equinox_module(params) else ExactUpdate
         return cls(leaves, flat, tails, structure, state, clip_norm, kind)
 

@@ -17,6 +17,7 @@ from jax import lax
 from duotone.errors import LossScaleError
 from duotone.jax.internals import varying_axes
 from duotone.jax.loss_marks import mark
+from duotone.jax.loss_scale import note_scaled_loss
 from duotone.jax.optim.state import state_in
 from duotone.jax.scaling.differentiation import value_and_grad_of
 from duotone.jax.scaling.reading import loss_scale_of
@@ -77,6 +78,7 @@ def value_and_grad(
         differentiate = value_and_grad_of(args, argnums)
         (_, (loss, aux)), grads = differentiate(scaled, argnums=argnums, has_aux=True, **others)(*args, **kwargs)
         if not found.settings.is_none:
+            note_scaled_loss()
             grads = jax.tree.map(lambda grad: _true(grad, scale), grads)
         elif Policy.parse(found.policy).grad == "float32":
             grads = jax.tree.map(lambda grad: _true(grad, None), grads)
