@@ -80,9 +80,7 @@ def test_where_no_loss_was_scaled_it_is_said_once(monkeypatch):
     monkeypatch.setattr("duotone.jax.loss_scale._done", set())
     tx = dj.masters(optax.sgd(0.1), "fp16-mixed")
     state, grads = tx.init(PARAMS), jax.tree.map(jnp.ones_like, PARAMS)
-    with pytest.warns(
-        DuotoneWarning, match="no loss was scaled so far: .* take gradients with duotone.jax.value"
-    ):
+    with pytest.warns(DuotoneWarning, match="no loss was scaled so far: .* take gradients with duotone.jax.value"):
         tx.update(grads, state, PARAMS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
