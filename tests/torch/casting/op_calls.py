@@ -182,6 +182,7 @@ CALLS: dict[str, list[Arguments]] = {
     "sum_to_size": [takes(X, (1, 6))],
     "multinomial": [takes(P, 3)],
     "standard_gamma": [takes(P)],
+    "sample_dirichlet": [takes(P)],
     "bucketize": [takes(X, VECTOR.sort().values)],
     "searchsorted": [takes(VECTOR.sort().values, X)],
     "grouped_mm": [takes(signed(16, 8), signed(2, 8, 16), offs=torch.tensor([8, 16], dtype=torch.int32))],
@@ -365,4 +366,4 @@ def all_calls() -> dict[str, Call]:
 
 def is_random(call: Call) -> bool:
     """Return whether a call draws random numbers."""
-    return call.name in ("gumbel_softmax", "rrelu", "binomial", "multinomial", "standard_gamma")
+    return call.name in ("gumbel_softmax", "rrelu", "binomial", "multinomial", "standard_gamma", "sample_dirichlet")

@@ -34,6 +34,7 @@ from duotone.torch.casting.float32_inside.accumulation import (
     add_duplicates_in_float32,
 )
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
+from duotone.torch.casting.float32_inside.dirichlet import sample_in_float32
 from duotone.torch.casting.float32_inside.gathers import needs_sum
 from duotone.torch.casting.float32_inside.quantization import observe_and_quantize_in_float32
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products, multiply_in_float32
@@ -114,6 +115,7 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     _put_numbers(put)
     # a method in Python that asks for its super() cannot be traced in a mode
     made[Tensor.unflatten] = _unflatten
+    put(as_handler(sample_in_float32), functions_named("sample_dirichlet"))
     put(_sum_to_float32, functions_named(*_WITH_DTYPE))
     put(_norm_to_float32, functions_named("linalg.vector_norm"))
     if compute == torch.float32:

@@ -72,7 +72,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
             norm nuclear_norm frobenius_norm renorm normalize linalg.norm linalg.vector_norm linalg.matrix_norm
             lp_pool1d lp_pool2d lp_pool3d local_response_norm
         """,
-        "sampling": "gumbel_softmax multinomial standard_gamma",
+        "sampling": "gumbel_softmax multinomial standard_gamma sample_dirichlet",
         "distance": "dist cdist pdist pairwise_distance cosine_similarity",
         "loss": """
             cross_entropy linear_cross_entropy nll_loss binary_cross_entropy_with_logits mse_loss l1_loss smooth_l1_loss

@@ -1,6 +1,8 @@
 """Private names of torch's autograd: hooks on saved tensors, versions, backward passes, transforms of torch.func."""
 
+import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -127,3 +129,23 @@ def in_forward_mode() -> bool:
     (False, tensor([1.]))
     """
     return getattr(forward_ad, FORWARD_LEVEL, -1) >= 0
+
+
+# the autograd function in which torch.distributions draws from a Dirichlet distribution; without it, samples whose
+# concentrations are 16-bit have no gradient
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributions/dirichlet.py
+_draw: Any = find("torch.distributions.dirichlet:_Dirichlet.forward")
+# functions of modes and handlers between it and the kernel
+_DEPTH = 12
+
+
+def context_of_sample() -> Any:
+    """Return the context of the function in which a Dirichlet distribution is drawn from, or None if none is."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None or _draw is None:
+            return None
+        if frame.f_code is _draw.__code__:
+            return frame.f_locals.get("ctx")
+        frame = frame.f_back
+    return None

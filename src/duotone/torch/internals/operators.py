@@ -15,6 +15,7 @@ _FOUND: Mapping[str, Any] = {
     "sparse.sum": find("torch:_sparse_sum"),
     # what torch.distributions calls
     "standard_gamma": find("torch:_standard_gamma"),
+    "sample_dirichlet": find("torch:_sample_dirichlet"),
 }
 HIDDEN_FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     name: (function,) for name, function in _FOUND.items() if function is not None
@@ -32,6 +33,7 @@ OPERATORS: Mapping[str, str] = {
     "affine_grid": "affine_grid_generator",
     "fold": "col2im",
     "standard_gamma": "_standard_gamma",
+    "sample_dirichlet": "_sample_dirichlet",
 }
 # antialiased resampling, which `F.interpolate` calls; without them, it is widened where that function is called alone
 ANTIALIASED: tuple[Callable[..., Any], ...] = tuple(
