@@ -95,7 +95,11 @@ CLASSES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 WHAT = ("sample", "log_prob", "entropy", "mean", "variance", "kl")
 # off by more than a few roundings, and why
-MORE = {("ContinuousBernoulli", "variance"): "differences of 16-bit probabilities that cancel, as under torch.amp"}
+MORE = {
+    ("ContinuousBernoulli", "variance"): "differences of 16-bit probabilities that cancel, as under torch.amp",
+    ("LowRankMultivariateNormal", "log_prob"): "differences of products, each in 16 bits, as under torch.amp",
+    ("LowRankMultivariateNormal", "kl"): "the same",
+}
 # whose values add up to 1, or are triangles of such, which rounded ones do not
 IN_FLOAT32 = ("Beta", "Dirichlet", "LKJCholesky", "LogisticNormal", "RelaxedOneHotCategorical")
 
