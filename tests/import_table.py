@@ -83,6 +83,7 @@ ALLOWED = {
         "duotone.torch.casting.float32_inside",
         "duotone.torch.casting.widened",
     ),
+    "duotone.torch.casting.float32_inside.dirichlet": ("duotone.errors",),
     "duotone.torch.casting.half_on_cpu": ("duotone.torch.call_site", "duotone.torch.casting.widened"),
     "duotone.torch.casting.products": ("duotone.torch.casting.widened",),
     "duotone.torch.casting.shared_cast": (),

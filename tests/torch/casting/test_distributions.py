@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch import distributions as D
 
 import duotone.torch as dt
+from duotone.errors import OperationError
 from duotone.torch.casting.region import Region
+from duotone.torch.internals import autograd
 
 from .op_by_hand import NARROW
 
@@ -180,6 +182,13 @@ def test_a_sample_without_a_gradient_needs_none():
         x = D.Beta(torch.ones(3).half(), torch.ones(3).half()).sample()
     assert x.dtype == torch.float32
     assert not x.requires_grad
+
+
+def test_a_gradient_that_torch_does_not_let_be_taken_is_refused(monkeypatch):
+    monkeypatch.setattr(autograd, "_draw", None)
+    concentration = torch.ones(3).half().requires_grad_()
+    with Region(torch.float16).on("cpu"), pytest.raises(OperationError, match=r"no gradient in float16 here.*x\.float"):
+        D.Dirichlet(concentration).rsample()
 
 
 def test_a_policy_of_two_numbers_trains():
