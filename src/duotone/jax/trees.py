@@ -1,7 +1,8 @@
 """Pytrees as Duotone reads them: every leaf with its path as dotted text, and what holds it.
 
 `{"blocks": [{"kernel": w}]}` has the leaf `blocks.0.kernel`. Paths are those of the model's own modules in every
-library: the collection `params` of Flax Linen, the `~` of Haiku and the level inside of an NNX variable are left out.
+library: the collection `params` of Flax Linen, the `~` of Haiku and the level inside of a box around one array, such
+as a variable of NNX, are left out.
 Flax and Equinox are recognised only where they are loaded already.
 """
 
@@ -13,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import tree_util
 
-# what containers of the language are called says nothing about a model
-_PLAIN = (dict, list, tuple)
+# what these are called says nothing about a model, and a state of NNX is one
+_PLAIN = (Mapping, list)
 _LANGUAGE = {"builtins", "abc", "collections.abc", "typing"}
 _PARAMS = "params"
 
@@ -26,8 +27,10 @@ class Leaf:
     Attributes:
         path: dotted text.
         value: the leaf itself.
-        owner: the container that holds it; the leaf itself if it is the whole tree. An NNX variable is looked through.
+        owner: the container that holds it; the leaf itself if it is the whole tree. Boxes around a single array,
+            such as a variable of NNX and `linen.Partitioned`, are looked through.
         variable: the NNX variable that it is the value of, or None.
+        is_state: whether it is in Equinox's state of a model, such as running statistics.
         collection: the collection of Flax Linen that it is in, where the tree is a dict of such, or None.
     """
 
@@ -35,6 +38,7 @@ class Leaf:
     value: Any
     owner: Any
     variable: Any = None
+    is_state: bool = False
     collection: str | None = None
 
 
@@ -49,8 +53,10 @@ def leaves_of(tree: Any) -> list[Leaf]:
     for names, value, holders in _walk(tree, (), (tree,)):
         collection = names[0] if is_linen else None
         variable = next((holder for holder in reversed(holders) if is_nnx_variable(holder)), None)
-        owner = next((holder for holder in reversed(holders) if not is_nnx_variable(holder)), value)
-        found.append(Leaf(_text(names[1:] if collection == _PARAMS else names), value, owner, variable, collection))
+        owner = next((holder for holder in reversed(holders) if not _is_box(holder)), value)
+        is_state = any(_is_of("equinox.nn", name, holder) for holder in holders for name in ("State", "StateIndex"))
+        path = _text(names[1:] if collection == _PARAMS else names)
+        found.append(Leaf(path, value, owner, variable, is_state, collection))
     return found
 
 
@@ -78,9 +84,9 @@ def classes_of(tree: Any) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for names, _, holders in _walk(tree, (), (tree,)):
         for depth, holder in enumerate(holders[: len(names)]):
-            if type(holder) not in _PLAIN and not is_nnx_variable(holder):
+            if not isinstance(holder, _PLAIN) and not _is_box(holder):
                 found.setdefault(_text(names[:depth]), _class_names(type(holder)))
-    return found
+    return {path: names for path, names in found.items() if names}
 
 
 def is_floating(leaf: Any) -> bool:
@@ -128,8 +134,12 @@ def _walk(node: Any, names: tuple[str, ...], holders: tuple[Any, ...]) -> Iterat
             yield names, node, holders[:-1]
         return
     for key, child in children:
-        own = () if is_nnx_variable(node) else (_name(key),)
+        own = () if _is_box(node) else (_name(key),)
         yield from _walk(child, (*names, *own), (*holders, child))
+
+
+def _is_box(node: Any) -> bool:
+    return is_nnx_variable(node) or _is_of("flax.core.meta", "AxisMetadata", node)
 
 
 def _name(key: Any) -> str:

@@ -82,6 +82,12 @@ def test_partition_around_masters() -> None:
     assert_equal(dj.master_weights(params, state), train(INNER, policy=None)[0])
 
 
+def test_a_rule_may_be_about_what_is_masked() -> None:
+    policy = "bf16; dense: param=float32"
+    tx = optax.partition({"a": dj.masters(INNER, policy), "b": INNER}, {"dense": "b", "LayerNorm_0": "a"})
+    assert jax.tree.leaves(dj.master_weights(*train(tx, policy=policy)))
+
+
 def test_masters_made_by_inject_hyperparams() -> None:
     tx = optax.inject_hyperparams(lambda rate: dj.masters(optax.sgd(rate, 0.5), "bf16"))(rate=0.25)
     assert_equal(dj.master_weights(*train(tx)), train(INNER, policy=None)[0])

@@ -151,7 +151,7 @@ def test_mixed_trees_train_what_can_be_trained() -> None:
         state = tx.init(params)
         params = dj.cast(params, "bf16")
         grads = dict(params, steps=np.zeros(2, jax.dtypes.float0), key=None)
-        updates, after = tx.update(grads, state, params)
+        updates, after = jax.jit(tx.update)(grads, state, params)
         new = optax.apply_updates({**params, "key": None}, {**updates, "key": None})
         assert {name: str(leaf.dtype) for name, leaf in new.items() if hasattr(leaf, "dtype")} == {
             name: str(leaf.dtype) for name, leaf in params.items() if hasattr(leaf, "dtype") and name != "key"

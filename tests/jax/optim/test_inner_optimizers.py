@@ -143,16 +143,28 @@ def test_compiled_within_units_in_the_last_place_of_weights_near_one(name: str, 
         np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-20)
 
 
-def test_extra_arguments_reach_the_inner_optimizer() -> None:
+@pytest.mark.parametrize("name", ["polyak_sgd", pytest.param("lbfgs", marks=pytest.mark.slow)])
+def test_extra_arguments_reach_the_inner_optimizer(name: str) -> None:
     def loss(params: dict) -> jax.Array:
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    tx = dj.masters(contrib.sophia(0.01), "bf16")
-    params = dj.cast(parameters(), "bf16")
-    state = tx.init(parameters())
-    updates, state = tx.update(gradients(0), state, params, obj_fn=loss)
-    assert not bool(state.found_inf)
-    assert jax.tree.structure(optax.apply_updates(params, updates)) == jax.tree.structure(params)
+    inner = getattr(optax, name)()
+    tx = dj.masters(inner, "bf16")
+    params, wide = dj.cast(parameters(), "bf16"), parameters()
+    state, inner_state = tx.init(wide), inner.init(wide)
+
+    @jax.jit
+    def step(params: dict, state: object, wide: dict, inner_state: object) -> tuple:
+        value, grads = jax.value_and_grad(loss)(wide)
+        extra = {"value": value} if name == "polyak_sgd" else {"value": value, "grad": grads, "value_fn": loss}
+        updates, state = tx.update(grads, state, params, **extra)
+        own, inner_state = inner.update(grads, inner_state, wide, **extra)
+        return optax.apply_updates(params, updates), state, optax.apply_updates(wide, own), inner_state
+
+    for _ in range(2):
+        params, state, wide, inner_state = step(params, state, wide, inner_state)
+    for one, other in zip(jax.tree.leaves(dj.master_weights(params, state)), jax.tree.leaves(wide), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-20)
 
 
 # Optax's own generic test of optimizers: init and update under jit, and dtypes of their state

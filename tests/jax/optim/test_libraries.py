@@ -10,6 +10,7 @@ from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
 import duotone.jax as dj
+from duotone.errors import PolicyError
 
 INNER = optax.adamw(0.01)
 X = jax.random.normal(jax.random.key(1), (4, 8))
@@ -34,7 +35,7 @@ class EquinoxModel(eqx.Module):
         return self.linear(self.norm(x).astype(self.linear.weight.dtype))
 
 
-@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+@pytest.mark.parametrize("policy", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_equinox(policy: str) -> None:
     model = EquinoxModel(eqx.nn.LayerNorm(8), eqx.nn.Linear(8, 3, key=jax.random.key(0)), "model")
     tx = dj.masters(INNER, policy)
@@ -91,11 +92,19 @@ def test_nnx_optimizer(*, cast_first: bool) -> None:
     assert_near(nnx.as_pure(dj.master_weights(nnx.state(model, nnx.Param), optimizer.opt_state)), wide)
 
 
+def test_a_rule_by_type_is_refused_where_there_are_no_classes() -> None:
+    tx = dj.masters(INNER, "bf16; type=Linear: param=float32")
+    with pytest.raises(PolicyError, match="for nothing in this pytree has a class; name weights by their path"):
+        nnx.Optimizer(NnxModel(), tx, wrt=nnx.Param)
+
+
 def linear(params: dict, x: jax.Array) -> jax.Array:
     return x.astype(params["kernel"].dtype) @ params["kernel"] + params["bias"]
 
 
-@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp16-mixed", "fp32"])
+@pytest.mark.parametrize(
+    "policy", ["fp16", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("bf16", "fp16-mixed", "fp32"))]
+)
 def test_train_state_and_flax_serialization(policy: str) -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (8, 3)), "bias": jnp.zeros(3)}
     state = TrainState.create(apply_fn=linear, params=params, tx=dj.masters(INNER, policy, clip_norm=0.5))

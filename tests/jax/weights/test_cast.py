@@ -33,7 +33,8 @@ class LinenModel(linen.Module):
 
 
 def test_linen() -> None:
-    variables = LinenModel().init(KEY, jnp.ones((2, 4, 8)))
+    shapes = jax.eval_shape(LinenModel().init, KEY, jnp.ones((2, 4, 8)))
+    variables = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
     dense = {f"{name}.{leaf}" for name in ("Dense_0", "Dense_1") for leaf in ("kernel", "bias")}
     assert narrow(dj.cast(variables["params"], "bf16")) == dense
     assert narrow(dj.cast(freeze(variables["params"]), "bf16")) == dense
@@ -41,6 +42,15 @@ def test_linen() -> None:
     cast = dj.cast(variables, "fp16; Dense_1: param=float32")
     assert narrow(cast) == {"params.Dense_0.kernel", "params.Dense_0.bias"}
     assert "pos_embedding" in narrow(dj.cast(variables["params"], "bf16,residual=compute"))
+
+
+def test_boxes_of_linen_are_looked_through() -> None:
+    box = linen.Partitioned(jnp.ones((2, 2)), names=("a", "b"))
+    params = {"Dense_0": {"kernel": box}, "LayerNorm_0": {"scale": linen.Partitioned(jnp.ones(2), names=("a",))}}
+    cast = dj.cast(params, "bf16")
+    assert cast["Dense_0"]["kernel"].names == ("a", "b")
+    assert narrow(cast) == {"Dense_0.kernel"}
+    assert narrow(dj.cast(params, "bf16; LayerNorm_0.scale: param=bfloat16")) == {"Dense_0.kernel", "LayerNorm_0.scale"}
 
 
 def test_haiku() -> None:
@@ -85,6 +95,12 @@ def test_equinox() -> None:
     assert "layers.1.weight" not in narrow(dj.cast(EquinoxModel(), "bf16; layers: param=bfloat16"))
     filtered = eqx.filter(EquinoxModel(), eqx.is_inexact_array)
     assert narrow(dj.cast(filtered, "bf16")) == narrow(model)
+
+
+def test_the_state_of_a_model_of_equinox_stays() -> None:
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="batch")
+    weights = {"linear": jnp.ones(2)}
+    assert narrow(dj.cast((model, state, weights), "bf16")) == {"2.linear"}
 
 
 class NnxModel(nnx.Module):

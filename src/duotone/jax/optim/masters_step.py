@@ -1,6 +1,7 @@
 """One step of `masters`: gradients are read once, the inner optimizer updates FP32 masters, or everything stays.
 
-big = sum (2^-96 g)^2 is finite exactly where every gradient is;  it is the norm, too, where sum g^2 overflows
+Whether the loss itself was finite, which the loss scale has to know, is in the gradients of `value_and_grad`, or in the
+extra argument `value`, as Optax calls a loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -184,13 +185,13 @@ def _check_tail(path: str, leaf: Any, tail: Any, policy: Policy) -> None:
         raise OptimizerError(
             f'parameter "{path}" is {getattr(leaf, "dtype", type(leaf).__name__)}, but the state holds the tail of a '
             f"{policy.param} weight; after tx.init, cast the parameters: params = duotone.jax.cast(params, "
-            f'"{policy.name}")'
+            f'"{policy.name}"). Where cast keeps it float32 by its class, which a state of NNX does not show, write '
+            f'a rule: "{path}: param=float32"'
         )
     if tail is not None and jnp.shape(tail) != jnp.shape(leaf):
         raise OptimizerError(
             f'parameter "{path}" has shape {jnp.shape(leaf)}, but its tail in the state {jnp.shape(tail)}; call '
-            "tx.init "
-            "anew for parameters of other shapes"
+            "tx.init anew for parameters of other shapes"
         )
 
 

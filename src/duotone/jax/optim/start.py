@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from duotone.errors import OptimizerError
 from duotone.jax.loss_scale import initial_state
@@ -24,7 +25,8 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
         OptimizerError: the parameters have leaves but no floating-point one, a weight's dtype is not the policy's, or
             the inner optimizer has masters itself.
     """
-    planned = plan(params, policy)
+    # optax.masked and optax.partition show a part of the weights, and rules may be about the others
+    planned = plan(params, policy, is_whole=not _is_masked(params))
     leaves, structure = jax.tree.flatten(params)
     trained = [weight.leaf.path for weight, leaf in zip(planned, leaves, strict=True) if is_trained(leaf)]
     if leaves and not trained:
@@ -56,6 +58,13 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
         policy=str(policy),
         paths=Paths(trained),
     )
+
+
+def _is_masked(tree: Any) -> bool:
+    def is_mask(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return any(map(is_mask, jax.tree.leaves(tree, is_leaf=is_mask)))
 
 
 def _tail(weight: Weight, leaf: Any) -> jax.Array | None:

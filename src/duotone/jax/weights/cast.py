@@ -13,6 +13,8 @@ from duotone.jax.weights.plan import SPLIT_DTYPES, plan
 from duotone.policy import Policy
 
 Tree = TypeVar("Tree")
+# one program for each shape, in place of one for each operation
+_encode = jax.jit(encode, static_argnums=1)
 _LARGEST_FLOAT16 = 65504.0
 
 
@@ -66,4 +68,4 @@ def _cast(leaf: Leaf, dtype: Any) -> Any:
                 f'parameter "{leaf.path}" holds {largest:.6g}, beyond FP16\'s largest 65504; use policy "bf16", or '
                 f'keep it in FP32 by a rule: "{leaf.path}: param=float32,compute=float32"'
             )
-    return encode(wide, dtype)[0]
+    return _encode(wide, dtype)[0]

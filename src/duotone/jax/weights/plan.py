@@ -15,7 +15,6 @@ from duotone.policy import Policy, Rule
 SPLIT_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 FLOAT32 = jnp.dtype(jnp.float32)
 _CASTABLE = (FLOAT32, *SPLIT_DTYPES)
-_NO_WEIGHTS = "State", "StateIndex"
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,13 @@ class Weight:
     dtype: jnp.dtype | None
 
 
-def plan(tree: Any, policy: Policy) -> list[Weight]:
+def plan(tree: Any, policy: Policy, *, is_whole: bool = True) -> list[Weight]:
     """Return what becomes of every leaf, in JAX's order.
+
+    Args:
+        tree: any pytree.
+        policy: one that JAX can have.
+        is_whole: whether all weights are in the tree, so that a rule that holds for none is a mistake.
 
     Raises:
         PolicyError: a rule that sets `param` holds for no weight, or roles do not fit each other.
@@ -43,9 +47,10 @@ def plan(tree: Any, policy: Policy) -> list[Weight]:
     [('dense.kernel', 'bfloat16'), ('norm.scale', 'float32'), ('step', 'None')]
     """
     leaves, classes = leaves_of(tree), classes_of(tree)
-    weights = [leaf for leaf in leaves if _is_weight(leaf, classes)]
+    weights = [leaf for leaf in leaves if _is_weight(leaf)]
     rules = [rule for rule in policy.rules if "param" in dict(rule.roles)]
-    _check_rules(rules, weights, classes)
+    if is_whole:
+        _check_rules(rules, weights, classes)
     made: dict[tuple[Rule, ...], Policy] = {}
     dtypes = {}
     for leaf in weights:
@@ -64,14 +69,12 @@ def _dtype(leaf: Leaf, policy: Policy, rules: list[Rule], classes: Mapping[str, 
     return FLOAT32 if stays and not is_named else jnp.dtype(policy.param)
 
 
-def _is_weight(leaf: Leaf, classes: Mapping[str, tuple[str, ...]]) -> bool:
+def _is_weight(leaf: Leaf) -> bool:
     if not is_floating(leaf.value) or leaf.value.dtype not in _CASTABLE:
         return False
     if leaf.variable is not None and not is_nnx_param(leaf.variable):
         return False
-    # Equinox keeps running statistics in these
-    owner = classes.get(leaf.path.rpartition(".")[0], ())
-    return leaf.collection in (None, "params") and not any(name in _NO_WEIGHTS for name in owner[:1])
+    return leaf.collection in (None, "params") and not leaf.is_state
 
 
 def _check_rules(rules: list[Rule], weights: list[Leaf], classes: Mapping[str, tuple[str, ...]]) -> None:
