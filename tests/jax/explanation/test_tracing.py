@@ -206,3 +206,15 @@ def test_bad_input(call, message):
 def test_a_policy_that_jax_cannot_have():
     with pytest.raises(PolicyError, match="JAX has no"):
         dj.explain(dense, WEIGHT, X, policy="bf16,rounding=stochastic,master=none")
+
+
+def test_a_loop_that_works_with_float32_weights_alone_is_explained():
+    def layers(weights, x):
+        start = x.astype(weights.dtype)
+        return lax.scan(lambda h, w: (h + jnp.float32(1) * (h @ w), None), start, weights)[0].sum()
+
+    weights = jax.ShapeDtypeStruct((2, 4, 4), jnp.bfloat16)
+    with pytest.raises(TypeError, match="carry"):
+        jax.eval_shape(layers, weights, shape(3, 4))
+    found = dj.explain(layers, weights, shape(3, 4), policy="bf16")
+    assert [each.name for each in found.operations if each.compute_dtype == "bfloat16"][:1] == ["dot_general"]

@@ -7,6 +7,7 @@ merges afterwards, and the casts of the backward pass.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,7 +71,7 @@ def explain(
     program = equations_of(closed)
     written = [program]
     if under.policy is not None:
-        written = [equations_of(flat.trace(under.written, wide=wide)[0]) for wide in (False, True)]
+        written = [equations_of(each) for each in flat.as_written(under.written)]
     backward, saved = flat.trace_backward(under.function, has_aux)
     weights = frozenset(f"argument {name}" for name in flat.weight_names)
     numbers = frozenset(program.inputs[place] for place in flat.weights)
@@ -161,6 +162,17 @@ class _Flat:
                 arrays[index] = jax.ShapeDtypeStruct(arrays[index].shape, jnp.float32)
         closed = jax.make_jaxpr(lambda *arrays: self._call(function, arrays))(*arrays)
         return closed, internals.opened(closed)[0].outvars
+
+    def as_written(self, function: Callable[..., Any]) -> list[Any]:
+        """Return the programs of a function without a policy, with FP32 weights and, where it works so, with these.
+
+        A loop whose carry is 16-bit before its body and FP32 after it has no program with 16-bit weights, and needs
+        none under autocast, which traces with FP32.
+        """
+        programs = [self.trace(function, wide=True)[0]]
+        with suppress(TypeError):
+            programs.append(self.trace(function)[0])
+        return programs
 
     def trace_backward(self, function: Callable[..., Any], has_aux: bool) -> tuple[Equations, Sequence[Any]]:
         """Return the program whose outputs are what is saved for the gradient by the weights, and their variables."""
