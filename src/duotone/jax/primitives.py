@@ -23,7 +23,10 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "product": "dot_general ragged_dot_general",
         "convolution": "conv_general_dilated",
         "lookup": "gather",
-        "sum_by_index": "scatter-add scatter-sub scatter-mul scatter-min scatter-max",
+        "sum_by_index": """
+            scatter-add scatter-sub scatter-mul scatter-min scatter-max psum psum_invariant unreduced_psum
+            reduce_scatter unreduced_reduce_scatter
+        """,
         "remainder": "rem",
         "average_pool": "reduce_window_sum",
         "maximum_pool": "reduce_window_max reduce_window_min select_and_scatter_add select_and_gather_add",
@@ -31,7 +34,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "quantization": "reduce_precision",
         "exponential": "exp exp2 expm1 log log1p log2 pow integer_pow square rsqrt reciprocal",
         "steep": "acos acosh asin atanh cosh sinh tan erf_inv lgamma digamma polygamma atan2",
-        "sum": "reduce_sum reduce_prod cumsum cumprod cumlogsumexp polynomial",
+        "sum": "add_any reduce_sum reduce_prod cumsum cumprod cumlogsumexp polynomial",
         "sampling": "random_gamma rng_uniform random_gamma_grad",
         "fourier": "fft",
         "complex": "complex",
@@ -43,7 +46,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "join": "concatenate stack pad",
         "mixed_operands": "select_n",
         "copy_by_index": "scatter dynamic_update_slice",
-        "number": "add add_any sub mul div",
+        "number": "add sub mul div",
         "bound": "max min clamp",
         "cast": "convert_element_type",
         "scaled_product": "scaled_dot scaled_matmul scaled_matmul_wrapper",
@@ -57,9 +60,8 @@ _LISTS: Mapping[str, str] = MappingProxyType(
             name sort top_k reduce_max reduce_min cummax cummin optimization_barrier sharding_constraint reshard
             layout_constraint relayout device_put with_memory_space_constraint stage pin unpin tie all_gather
             all_gather_invariant all_gather_reduced all_to_all pbroadcast pbroadcast_dynamic ppermute pvary preduced
-            reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p pmax pmin psum
-            psum_invariant unreduced_psum unreduced_pmax unreduced_pmin reduce_scatter unreduced_reduce_scatter
-            approx_top_k xla_metadata_value real imag conj
+            reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p pmax pmin unreduced_pmax
+            unreduced_pmin approx_top_k xla_metadata_value real imag conj
             """,
         "pointwise": """
             abs neg sign floor ceil round asinh atan cbrt cos erf erfc logistic sin sqrt tanh one_minus_square
@@ -106,7 +108,6 @@ _LISTS: Mapping[str, str] = MappingProxyType(
     }
 )
 MOVES = frozenset(_LISTS["moves"].split())
-# sums over devices add a few numbers, which the dtype of what is sent must not change
 POINTWISE = frozenset(_LISTS["pointwise"].split())
 # near their limits 16 bits have few values: 1 + erf(x), 1 - tanh(x)
 BOUNDED = frozenset(_LISTS["bounded"].split())

@@ -15,16 +15,17 @@ X = jax.random.normal(jax.random.key(1), (5, 8))
 
 def equations(function: Callable[..., Any], *args: Any) -> list[Any]:
     """Return all equations of a function's program, those of inner programs too."""
-    return list(_walk(jax.make_jaxpr(function)(*args)))
+    return list(all_equations(jax.make_jaxpr(function)(*args)))
 
 
-def _walk(program: Any) -> Iterator[Any]:
+def all_equations(program: Any) -> Iterator[Any]:
+    """Yield the equations of a program, and those of inner programs."""
     for equation in getattr(program, "jaxpr", program).eqns:
         yield equation
         for value in equation.params.values():
             for each in value if isinstance(value, tuple | list) else (value,):
                 if hasattr(getattr(each, "jaxpr", each), "eqns"):
-                    yield from _walk(each)
+                    yield from all_equations(each)
 
 
 def operand_dtypes(function: Callable[..., Any], *args: Any, of: str = "dot_general") -> list[str]:

@@ -14,10 +14,6 @@ from duotone.jax.casting.steps import Step
 from duotone.jax.casting.values import BIT, FLOAT32, HALF, HELD, OPEN, Kind, Value, dtype_of, is_float
 
 _PRODUCTS = frozenset((*primitives.FAMILIES["product"].split(), *primitives.FAMILIES["convolution"].split()))
-# these add what devices hold
-_SUMS_OVER_DEVICES = frozenset(
-    ["psum", "psum_invariant", "unreduced_psum", "reduce_scatter", "unreduced_reduce_scatter"]
-)
 
 
 def product(site: Site) -> Step:
@@ -31,7 +27,7 @@ def product(site: Site) -> Step:
     if site.has(Kind.HELD) and _sums_nothing(site):
         return site.in_float32(wants=False, form="")
     (traced,) = site.types_out
-    is_asked_for = traced.dtype == FLOAT32 and all(each.dtype == site.compute for each in site.types)
+    is_asked_for = traced.dtype == FLOAT32 and all(site.types[place].dtype == site.compute for place in site.floats)
     if is_asked_for:
         return site.step(site.compute, HELD)
     return site.in_compute(params={"preferred_element_type": site.compute})
@@ -92,21 +88,25 @@ def lookup(site: Site) -> Step:
     value = site.given[0]
     if value.kind is Kind.OPEN and len(site.types[0].shape) == 2 and _reads_rows(site):
         return site.rounded() if site.planner.residual == "compute" else site.step(None, HELD)
-    return site.rounded() if value.kind is Kind.HALF else site.step(None, value)
+    # what is out of bounds is NaN or 0, so it is no longer known to be one number
+    return site.rounded() if value.kind is Kind.HALF else site.step(None, Value(value.kind, narrow=value.narrow))
 
 
 def _reads_rows(site: Site) -> bool:
-    numbers_ = site.equation.params["dimension_numbers"]
-    sizes = site.equation.params["slice_sizes"]
-    return tuple(numbers_.collapsed_slice_dims) == (0,) and sizes[1] == site.types[0].shape[1]
+    return tuple(site.equation.params["slice_sizes"]) == (1, site.types[0].shape[1])
 
 
 def widest(site: Site) -> Step:
     """Cast operands to the widest among them; a number that 16 bits lack is the nearest that they have."""
     if site.has(Kind.HELD):
         return site.in_float32(wants=False, form="pointwise" if site.equation.name == "select_n" else "")
+    if site.is_raised:
+        return site.step(FLOAT32, HELD if _has_lost(site) else OPEN, form="pointwise")
     if site.has(Kind.HALF):
         return site.in_compute("pointwise" if site.equation.name == "select_n" else "")
+    if _has_lost(site):
+        # a mask that is made before it meets 16 bits
+        return site.step(None, HELD)
     values = site.float_values
     narrow = bool(values) and all(
         value.narrow or (value.number is not None and numbers.is_exact(value.number, site.compute)) for value in values
@@ -138,11 +138,14 @@ def number(site: Site) -> Step:
     """Do the same; beside a number that would become 0 or Inf in 16 bits the result is FP32, and so is 1 / x."""
     if site.equation.params.get("out_dtype") is not None:
         return site.as_traced()
-    if site.has(Kind.HALF):
-        is_reciprocal = site.equation.name == "div" and site.given[0].number is not None
-        if is_reciprocal or any(numbers.is_lost(each, site.compute) for each in site.numbers()):
-            return site.in_float32()
+    is_reciprocal = site.equation.name == "div" and site.given[0].number is not None
+    if _has_lost(site) or (is_reciprocal and site.has(Kind.HALF)):
+        return site.in_float32(wants=site.has(Kind.HALF))
     return pointwise(site)
+
+
+def _has_lost(site: Site) -> bool:
+    return any(numbers.is_lost(each, site.compute) for each in site.numbers())
 
 
 def bound(site: Site) -> Step:
@@ -168,8 +171,6 @@ def move(site: Site) -> Step:
     if len(values) != len(site.types_out):
         own = site.float_values
         values = [own[0] if own else HELD] * len(site.types_out)
-    if site.equation.name in _SUMS_OVER_DEVICES:
-        values = [Value(value.kind) for value in values]
     # the real part of a complex number is FP32
     values = [HELD if value.kind is Kind.OTHER else value for value in values]
     return site.step(None, values, form="move")

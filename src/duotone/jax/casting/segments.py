@@ -13,6 +13,7 @@ Equations with effects, loops, branches and whatever has a rule of its own for t
 the segments, never in one.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -194,4 +195,9 @@ def _elements(atoms: Iterable[core.Var | core.Literal]) -> int:
 def _bytes(atoms: Iterable[core.Var | core.Literal]) -> int:
     # tokens and the like have no size
     arrays: list[Any] = [atom.aval for atom in atoms if hasattr(atom.aval, "dtype")]
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+    return sum(_size(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+def _size(shape: Iterable[Any]) -> int:
+    # sizes of what is exported may be symbols, which cannot be compared: large, and all the same
+    return math.prod(each if isinstance(each, int) else 1024 for each in shape)

@@ -11,7 +11,7 @@ from jax import lax
 
 from duotone.errors import AutocastError
 from duotone.jax import internals, policies
-from duotone.jax.casting import modules
+from duotone.jax.casting import marks, modules
 from duotone.jax.casting.autocast_record import Autocast
 from duotone.jax.casting.interpreter import run
 from duotone.jax.casting.planning import Planner
@@ -80,7 +80,9 @@ def autocast(
                 "positional arguments; give weights by position, or argnums=() if there are none"
             )
         if read.compute == "float32":
-            return jax.tree.map(functools.partial(_output, read), fun(*args, **kwargs))
+            # inside of another autocast it stays FP32
+            with marks.float32_scope():
+                return jax.tree.map(functools.partial(_output, read), fun(*args, **kwargs))
         numbers = {number % len(args) for number in weights}
         return modules.keeping_state(functools.partial(_call, read, numbers, save))(fun, args, kwargs)
 
@@ -115,7 +117,15 @@ def _call(policy: Policy, weights: set[int], save: Save, fun: Callable[..., Any]
         return [leaf for leaf in found if _is_returned_array(leaf)]
 
     # as traced: the data as they come, weights in FP32
-    closed = jax.make_jaxpr(flat)(*(traced for traced, _, _ in entered))
+    try:
+        closed = jax.make_jaxpr(flat)(*(traced for traced, _, _ in entered))
+    except TypeError as error:
+        if any(traced.dtype == planner.compute for traced, _, _ in entered):
+            error.add_note(
+                f"Under dj.autocast weights are traced in FP32, and data are {planner.compute} here; write "
+                f"inputs={planner.compute} in the policy to trace these in FP32 too, or cast them in the function."
+            )
+        raise
     jaxpr, constants = internals.opened(closed)
     given = [*map(planner.constant, constants), *(value for _, _, value in entered)]
     plan = planner.plan(jaxpr, given)
@@ -149,23 +159,25 @@ def _entered(planner: Planner, leaf: Any, is_weight: bool) -> tuple[Any, Any, Va
     """Return an argument as the function is traced with it, as its program is run with it, and what it is."""
     array = jnp.asarray(leaf)
     compute, inputs = planner.compute, planner.policy.inputs
-    if is_weight and array.dtype in _HALVES:
-        return lax.convert_element_type(array, FLOAT32), array, Value(Kind.OPEN, narrow=array.dtype == compute)
-    if not is_float(internals.type_of(array), compute):
-        return array, array, OTHER
-    if is_weight:
+    wide = lax.convert_element_type(array, FLOAT32) if array.dtype in _HALVES else array
+    if is_weight and wide.dtype == FLOAT32:
         # positions and class tokens, which are broadcast over a batch, are where a residual stream starts
         starts = planner.residual == "float32" and array.ndim > 2 and array.shape[0] == 1
-        return array, array, HELD if starts else OPEN
-    if array.dtype == compute and inputs == "float32":
-        array = lax.convert_element_type(array, FLOAT32)
-    if array.dtype == compute or inputs == compute.name:
-        return array, lax.convert_element_type(array, compute), HALF
+        return wide, array, Value(Kind.HELD if starts else Kind.OPEN, narrow=array.dtype == compute)
+    if not is_float(internals.type_of(array), compute):
+        return array, array, OTHER
+    if inputs == "float32":
+        return wide, wide, HELD
+    if inputs == compute.name:
+        return wide, lax.convert_element_type(array, compute), HALF
+    if array.dtype == compute:
+        return array, array, HALF
     return array, array, OPEN if internals.is_weak(array) and not array.ndim else HELD
 
 
 def _widened(array: Any, value: Value) -> Any:
-    return lax.convert_element_type(array, FLOAT32) if value.kind is Kind.OPEN and array.dtype in _HALVES else array
+    is_wide = value.kind in (Kind.OPEN, Kind.HELD)
+    return lax.convert_element_type(array, FLOAT32) if is_wide and array.dtype in _HALVES else array
 
 
 def _output(policy: Policy, array: Any) -> Any:
