@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 VOCABULARY, TOKENS, CHANNELS, HEADS = 61, 12, 32, 4
@@ -12,11 +13,14 @@ VOCABULARY, TOKENS, CHANNELS, HEADS = 61, 12, 32, 4
 
 def parameters(n_layers: int) -> dict[str, Any]:
     """Return FP32 parameters; `blocks` is a list of layers."""
-    keys = iter(jax.random.split(jax.random.key(0), 100))
+    # NumPy compiles nothing
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int, scale: float) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape) * scale, jnp.float32)
 
     def dense(n_in: int, n_out: int) -> dict[str, jax.Array]:
-        kernel = jax.random.normal(next(keys), (n_in, n_out)) * n_in**-0.5
-        return {"kernel": kernel, "bias": jax.random.normal(next(keys), (n_out,)) * 0.1}
+        return {"kernel": normal(n_in, n_out, scale=n_in**-0.5), "bias": normal(n_out, scale=0.1)}
 
     def norm() -> dict[str, jax.Array]:
         return {"scale": jnp.ones(CHANNELS), "bias": jnp.zeros(CHANNELS)}
@@ -32,8 +36,8 @@ def parameters(n_layers: int) -> dict[str, Any]:
         }
 
     return {
-        "tokens": jax.random.normal(next(keys), (VOCABULARY, CHANNELS)) * 0.5,
-        "positions": jax.random.normal(next(keys), (1, TOKENS, CHANNELS)) * 0.1,
+        "tokens": normal(VOCABULARY, CHANNELS, scale=0.5),
+        "positions": normal(1, TOKENS, CHANNELS, scale=0.1),
         "blocks": [block() for _ in range(n_layers)],
         "norm": norm(),
         "head": dense(CHANNELS, VOCABULARY),
@@ -78,4 +82,4 @@ def loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
 
 def batch() -> jax.Array:
     """Return token numbers."""
-    return jax.random.randint(jax.random.key(1), (4, TOKENS + 1), 0, VOCABULARY)
+    return jnp.asarray(np.random.default_rng(1).integers(0, VOCABULARY, (4, TOKENS + 1)), jnp.int32)
