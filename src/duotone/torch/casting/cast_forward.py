@@ -99,7 +99,7 @@ class CastForward:
                 # a mode takes longer to call a function than a small one takes to run
                 with past_modes():
                     if args[0].dtype is torch.float32 and shared is not None and type(self._module) in PRODUCTS:
-                        args = (shared.under_autocast(args[0]),)
+                        args = (shared(args[0], by_autocast=True),)
                     return self._forward(*args, **kwargs)
             tracing = torch.compiler.is_compiling()
             if self._region.is_active(_device_type(self._module, args) if tracing else "cpu"):

@@ -72,9 +72,12 @@ class Region:
         if torch.compiler.is_compiling() or not SEES_MODES:
             # a tracer does not show its modes
             return compute_dtype(device_type) is not None
-        # the innermost mode first: it is the one nearly always
-        modes = (mode_at(place) for place in range(mode_count() - 1, -1, -1))
-        return any(isinstance(mode, RegionMode) and not mode.is_users for mode in modes)
+        # the innermost mode first: it is the one nearly always; a loop makes fewer calls than a generator
+        for place in range(mode_count() - 1, -1, -1):
+            mode = mode_at(place)
+            if type(mode) is RegionMode and not mode.is_users:
+                return True
+        return False
 
     def is_only_mode(self) -> bool:
         """Return whether a region with this `compute` is entered, and neither another mode nor one of torch.func's."""
@@ -216,11 +219,14 @@ class RegionMode(TorchFunctionMode):
         elif handler is cast_constant and args and (args[0].requires_grad or args[0].dtype is not torch.float32):
             return func(*args, **kwargs) if kwargs else func(*args)
         # another dtype there: a region inside of this one, or the user's own autocast
-        if handler is None or compute_dtype(self.device_type) is not self.compute:
+        # (`compute_dtype` and `no_autocast` are written out here, where every listed function comes by)
+        if (
+            handler is None
+            or torch.get_autocast_dtype(self.device_type) is not self.compute
+            or not (self.compute is torch.float32 or torch.is_autocast_enabled(self.device_type))
+            or (self.is_users and not self._acts_on(args, kwargs))
+        ):
             return func(*args, **kwargs) if kwargs else func(*args)
-        if self.is_users and not self._acts_on(args, kwargs):
-            return func(*args, **kwargs) if kwargs else func(*args)
-        # written out, since it is run for every listed function
         with torch.autocast(self.device_type, enabled=False) if tracing else without_autocast():
             return handler(func, args, kwargs or {})
 

@@ -49,29 +49,30 @@ class SharedCast(threading.local):
         # whether somebody has been shown the memory of a tensor
         self._is_shown = False
 
-    def under_autocast(self, operand: Tensor) -> Tensor:
-        """Return an FP32 tensor as `__call__` does where autocast is on, and as it is where it is not."""
-        device_type = operand.device.type
-        is_on = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is self._dtype
-        return self(operand) if is_on and operand.numel() >= LEAST else operand
-
-    def __call__(self, operand: Tensor) -> Tensor:
+    def __call__(self, operand: Tensor, *, by_autocast: bool = False) -> Tensor:
         """Return an FP32 tensor in 16 bits, rounded to nearest even, in memory that it may share.
 
-        Called where no function mode is on.
+        Called where no function mode is on, for many products: what costs a call is asked last.
+
+        Args:
+            operand: what a product takes.
+            by_autocast: whether autocast is to cast it if this does not; then it is returned as it is where autocast
+                is off, or casts to another dtype, and where it is small.
         """
+        if by_autocast:
+            device_type = operand.device.type
+            is_on = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) is self._dtype
+            if operand.numel() < LEAST or not is_on:
+                return operand
         cast = operand.to(self._dtype)
         if (
-            operand.numel() < LEAST
-            or operand.is_leaf
-            or not torch.is_grad_enabled()
+            operand.is_leaf
             or self._is_shown
             or not (operand.is_cpu or operand.is_cuda)
             # others may be made of several tensors
             or type(operand) is not Tensor
             or operand.layout is not torch.strided
             or operand.is_nested
-            or transforms_are_active()
         ):
             return cast
         # without a count of writes, nothing is shared
@@ -82,7 +83,8 @@ class SharedCast(threading.local):
         if last is not None and last[0]() is operand and last[1] == version is not None and last[3] == stream:
             first = last[2]()
             if first is not None:
-                cast.data = first
+                if operand.numel() >= LEAST and torch.is_grad_enabled() and not transforms_are_active():
+                    cast.data = first
                 return cast
         self._last = ref(operand), version, ref(cast), stream
         return cast
