@@ -87,13 +87,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def provenance(where: dict[str, Any], command: str = "make bench") -> str:
-    """Return date, hardware, versions and the command to repeat it, as a sentence."""
+def provenance(where: dict[str, Any], command: str = "make bench", libraries: str | None = None) -> str:
+    """Return date, hardware, versions (torch's, if none are given) and the command to repeat it, as a sentence."""
     device = where["gpu"] or f"{where['cores']} cores of an {where['cpu']}"
-    return (
-        f"Measured {where['date']} on {device}, torch {where['torch']}, Python {where['python']}. Repeat it with "
-        f"`{command}`.\n"
-    )
+    libraries = libraries or f"torch {where['torch']}"
+    return f"Measured {where['date']} on {device}, {libraries}, Python {where['python']}. Repeat it with `{command}`.\n"
 
 
 def quartiles(values: list[float]) -> dict[str, float]:

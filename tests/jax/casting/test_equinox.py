@@ -103,6 +103,18 @@ def test_products_are_16_bit_and_functions_stay() -> None:
     assert set(operand_dtypes(lambda arrays, x: call(eqx.combine(arrays, rest), x)[1], arrays, X)) == {"bfloat16"}
 
 
+def test_rules_by_the_scopes_of_equinox() -> None:
+    trained, state = model()
+    arrays, rest = eqx.partition(eqx.nn.inference_mode(trained), eqx.is_array)
+
+    def call(arrays: Any, x: jax.Array) -> jax.Array:
+        with jax.named_scope("model"):
+            return jax.vmap(lambda x: eqx.combine(arrays, rest)(x, state, KEY)[0], axis_name="batch")(x)
+
+    kept = dj.autocast(call, "bf16; eqx.nn.Linear: compute=float32")
+    assert set(operand_dtypes(kept, arrays, X)) == {"float32"}
+
+
 def test_a_module_itself_is_a_function() -> None:
     linear = eqx.nn.Linear(8, 4, key=KEY)
     np.testing.assert_allclose(dj.autocast(linear, "bf16", argnums=())(X[0]), linear(X[0]), rtol=0.05, atol=0.02)

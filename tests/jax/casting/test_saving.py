@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
 import duotone.jax as dj
 from duotone.errors import AutocastError
 from duotone.jax import primitives
-from duotone.jax.casting.saving import check_save, run_saving
+from duotone.jax.casting.saving import check_save, run_saving, with_checkpoints
 from duotone.jax.casting.segments import RECOMPUTED, segments_of
 
 from .equations import counted
@@ -285,6 +285,22 @@ def test_segments_hold_every_equation_once_and_can_run() -> None:
             known.update(eqn.outvars)
             found.append(id(eqn))
     assert sorted(found) == sorted(map(id, program.eqns))
+    core.check_jaxpr(with_checkpoints(core.ClosedJaxpr(program, ())).jaxpr)
+
+
+def test_sizes_may_be_symbolic() -> None:
+    def f(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.exp(half(x) @ half(w) + x[:, :4]).sum()
+
+    rows, columns = export.symbolic_shape("rows, columns")
+    shapes = jax.ShapeDtypeStruct((columns, 4), jnp.float32), jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+    exported = export.export(jax.jit(jax.grad(saving(f))))(*shapes)
+    assert exported.out_avals[0].shape == (columns, 4)
+
+
+def test_no_tracer_leaks() -> None:
+    with jax.checking_leaks():
+        jax.jit(jax.grad(dj.autocast(lambda w, x: jnp.exp(x @ w).sum(), "bf16")))(jnp.ones((2, 2)), jnp.ones((2, 2)))
 
 
 def test_no_primitive_is_recomputed_that_is_not_listed() -> None:

@@ -165,7 +165,7 @@ def _passing(jaxpr: core.Jaxpr, places: list[int], ready: dict[core.Var, int]) -
     for eqn, place in zip(reversed(jaxpr.eqns), reversed(places), strict=True):
         ends = _narrows(eqn) or all(passing.get(v, False) for v in eqn.outvars)
         stream = [v for v in variables(eqn.invars) if v not in inputs and ready[v] < place]
-        joins = any(_bytes([v]) >= _bytes(eqn.outvars) for v in stream)
+        joins = any(_is_at_most(_bytes(eqn.outvars), _bytes([v])) for v in stream)
         for v in variables(eqn.invars):
             passing[v] = passing.get(v, True) and _is_linear(eqn) and (ends or (joins and v not in stream))
     return {v for v, passes in passing.items() if passes}
@@ -173,9 +173,9 @@ def _passing(jaxpr: core.Jaxpr, places: list[int], ready: dict[core.Var, int]) -
 
 def _stays_with(eqn: core.JaxprEqn, products: list[core.Var], passing: set[core.Var]) -> bool:
     """Return whether to save an equation's result takes no more bytes than to save its operands, and nothing else."""
-    if not _is_linear(eqn) or _elements(eqn.outvars) > _elements(products):
+    if not _is_linear(eqn) or not _is_at_most(_elements(eqn.outvars), _elements(products)):
         return False
-    return _bytes(eqn.outvars) <= _bytes(products) or passing.issuperset(eqn.outvars)
+    return passing.issuperset(eqn.outvars) or _is_at_most(_bytes(eqn.outvars), _bytes(products))
 
 
 def _is_linear(eqn: core.JaxprEqn) -> bool:
@@ -184,7 +184,18 @@ def _is_linear(eqn: core.JaxprEqn) -> bool:
 
 
 def _narrows(eqn: core.JaxprEqn) -> bool:
-    return eqn.primitive.name == "convert_element_type" and _bytes(eqn.outvars) < _bytes(eqn.invars)
+    if eqn.primitive.name != "convert_element_type":
+        return False
+    avals: list[Any] = [eqn.outvars[0].aval, eqn.invars[0].aval]
+    return avals[0].dtype.itemsize < avals[1].dtype.itemsize
+
+
+def _is_at_most(first: Any, second: Any) -> bool:
+    """Return whether a size is at most another; of symbolic sizes that nobody knows, no."""
+    try:
+        return bool(first <= second)
+    except core.InconclusiveDimensionOperation:
+        return False
 
 
 def _elements(atoms: Iterable[core.Var | core.Literal]) -> int:
