@@ -199,3 +199,32 @@ def test_a_checkpoint_saves_16_bit_weights_as_they_are() -> None:
         and any(inner.primitive.name == "dot_general" for inner in each.params["jaxpr"].eqns)
     ]
     assert sorted(str(each.aval.dtype) for each in region.invars) == ["bfloat16", "float32"]
+
+
+def test_custom_jvp_with_integer_operands_and_results() -> None:
+    @jax.custom_jvp
+    def largest(x, shift):
+        return x.max(-1), x.argmax(-1) + shift
+
+    @largest.defjvp
+    def _(primals, tangents):
+        (x, shift), (x_dot, _) = primals, tangents
+        place = x.argmax(-1)
+        found = jnp.take_along_axis(x_dot, place[..., None], -1)[..., 0]
+        return (x.max(-1), place + shift), (found * 5, np.zeros(place.shape, jax.dtypes.float0))
+
+    def loss(weight, x, shift):
+        value, place = largest(x @ weight, shift)
+        return (value * (place >= 0)).sum()
+
+    fast, shift = dj.autocast(loss, "bf16"), jnp.arange(5)
+    assert_near(jax.grad(fast)(WEIGHT, X, shift), jax.grad(loss)(WEIGHT, X, shift), 0.05)
+
+
+def test_autocast_in_a_loop_in_autocast() -> None:
+    inner = dj.autocast(lambda weight, h: jnp.tanh(h @ weight), "bf16")
+
+    def loss(weight, x):
+        return jax.lax.scan(lambda h, _: (inner(weight, h), None), x, None, length=3)[0].sum()
+
+    assert_near(jax.grad(dj.autocast(loss, "bf16"))(WEIGHT, X), jax.grad(loss)(WEIGHT, X), 0.05)

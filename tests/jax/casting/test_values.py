@@ -273,3 +273,11 @@ def test_16_bit_data_beside_weights_in_code_that_takes_one_dtype() -> None:
         dj.autocast(forward, "bf16")(kernel, image)
     assert "write inputs=bfloat16 in the policy" in raised.value.__notes__[-1]
     assert dj.autocast(forward, "bf16,inputs=bfloat16")(kernel, image).max() == 27
+
+
+def test_what_jax_lowers_in_two_steps() -> None:
+    def forward(weight, x):
+        return jnp.interp(x @ weight, jnp.linspace(-3, 3, 7), jnp.linspace(0, 1, 7))
+
+    fast = dj.autocast(forward, "bf16")
+    assert_near(jax.jit(fast)(WEIGHT, X), forward(WEIGHT, X))

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from duotone.jax import internals
@@ -35,7 +36,7 @@ def custom_jvp(site: Site) -> Step:
         primals_out = planned.as_results(found[: len(zeros_out)])
         rest = iter(found[len(zeros_out) :])
         tangents_out = [
-            internals.symbolic_zero(primal) if is_zero else _cast(next(rest), primal.dtype)
+            internals.symbolic_zero(primal) if is_zero else _tangent(next(rest), primal)
             for primal, is_zero in zip(primals_out, zeros_out, strict=True)
         ]
         return [*primals_out, *tangents_out]
@@ -161,6 +162,11 @@ def _as_it_comes(array: Any, traced: Any, compute: Any) -> Value:
     if not is_float(traced, compute):
         return OTHER
     return HALF if array.dtype == compute else HELD
+
+
+def _tangent(array: Any, primal: Any) -> Any:
+    """Return a tangent in the dtype of its primal; that of an integer has no dtype to speak of."""
+    return _cast(array, primal.dtype) if jnp.issubdtype(primal.dtype, jnp.floating) else array
 
 
 def _cast(array: Any, dtype: Any) -> Any:

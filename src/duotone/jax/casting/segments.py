@@ -82,7 +82,9 @@ def is_apart(eqn: core.JaxprEqn) -> bool:
         return True
     if eqn.primitive.name == "custom_jvp_call" or is_recomputed(eqn):
         return False
-    return any(True for _ in core.jaxprs_in_params(eqn.params)) or eqn.primitive.name.startswith("custom_vjp_call")
+    # what JAX lowers in two steps (since 0.11) it finds only where JAX itself has put it
+    has_own_rule = eqn.primitive.name.startswith(("custom_vjp_call", "call_hi_primitive"))
+    return has_own_rule or any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
 def has_effects(eqn: core.JaxprEqn) -> bool:
