@@ -1,6 +1,7 @@
 """How the pages are built: Sphinx, Markdown by MyST, the notebook as it was run, the API from docstrings."""
 
 import re
+from importlib.util import find_spec
 
 import duotone
 
@@ -38,6 +39,13 @@ def _indent_blocks(app, what, name, obj, options, lines):
             lines[number] = f"    {line}"
 
 
+def _without_jax(app, docname, source):
+    """Leave out the docstrings of duotone.jax where there is no JAX, and so nothing to import."""
+    if find_spec("jax") is None:
+        source[0] = re.sub(r"^\.\. auto\w+:: duotone\.jax\..*\n", "", source[0], flags=re.MULTILINE)
+
+
 def setup(app):
     """Have Sphinx call what stands above."""
+    app.connect("source-read", _without_jax)
     app.connect("autodoc-process-docstring", _indent_blocks)
