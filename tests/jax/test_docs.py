@@ -20,7 +20,7 @@ def _param(where: str) -> object:
     return where if "duotone" in EXAMPLES[where] else pytest.param(where, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("where", map(_param, EXAMPLES))
+@pytest.mark.parametrize("where", [_param(where) for where in EXAMPLES])
 def test_an_example_runs(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(EXAMPLES[where], where, "exec"), {"__name__": "__main__"})

@@ -58,6 +58,7 @@ def test_a_product_that_keep_float32_keeps():
     assert found.findings[0].endswith("inside keep_float32")
     # the mark is no scope of the user's
     assert [each.path for each in found.scopes] == ["head"]
+    assert [each.name for each in dj.explain(kept, WEIGHT, X).operations] == ["dot_general", "reduce_sum"]
 
     def ruled(weight, x):
         with dj.op_rule("dot_general", "as_given"):

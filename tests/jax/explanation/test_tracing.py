@@ -3,9 +3,11 @@
 import json
 from collections import Counter
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -69,6 +71,7 @@ def test_what_is_explained_is_what_runs():
     under = dj.autocast(dense, "bf16")
     assert dj.explain(under, WEIGHT, X) == by_policy
     assert dj.explain(jax.jit(under), WEIGHT, X).casts == by_policy.casts
+    assert dj.explain(nnx.jit(under), WEIGHT, X).policy == dj.explain(eqx.filter_jit(under), WEIGHT, X).policy == "bf16"
     # arrays are as good as shapes, by name as by position
     assert dj.explain(under, jnp.ones((8, 4)), x=jnp.ones((2, 8))).operations == by_policy.operations
 

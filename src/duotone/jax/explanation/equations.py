@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from duotone.jax import internals
-from duotone.jax.casting.marks import without_marks
+from duotone.jax.casting.marks import border_p, without_marks
 from duotone.jax.primitives import MOVES, PROGRAMS
 
 CAST = "convert_element_type"
@@ -123,7 +123,8 @@ class _Flattening:
         for source in jaxpr.eqns:
             scopes = outer + internals.scopes_of(internals.name_stack_of(source))
             inputs = tuple(_read(table, atom) for atom in source.invars)
-            results = None
+            # a border of keep_float32 or op_rule, which is nothing where nobody casts
+            results = list(inputs) if source.primitive is border_p else None
             for program, given, repeats in _programs(source):
                 inner_jaxpr, _ = internals.opened(program)
                 inner: dict[Any, int] = {}
