@@ -183,6 +183,7 @@ CALLS: dict[str, list[Arguments]] = {
     "multinomial": [takes(P, 3)],
     "standard_gamma": [takes(P)],
     "sample_dirichlet": [takes(P)],
+    "constant_pad_nd": [takes(X, (1, 2), 0.5)],
     "bucketize": [takes(X, VECTOR.sort().values)],
     "searchsorted": [takes(VECTOR.sort().values, X)],
     "grouped_mm": [takes(signed(16, 8), signed(2, 8, 16), offs=torch.tensor([8, 16], dtype=torch.int32))],

@@ -93,6 +93,7 @@ STORES = {
     "threshold": lambda x, n: F.threshold(x, 0.0, n),
     "nan_to_num": lambda x, n: x.masked_fill(x < 0, -torch.inf).nan_to_num(neginf=n),
     "pad": lambda x, n: F.pad(x, (1, 1), value=n),
+    "constant_pad_nd": lambda x, n: torch.constant_pad_nd(x, (1, 1), n),
     "pad_sequence": lambda x, n: nn.utils.rnn.pad_sequence([x[0], x[1, :2]], padding_value=n),
     "pad_packed_sequence": lambda x, n: nn.utils.rnn.pad_packed_sequence(
         nn.utils.rnn.pack_padded_sequence(x[:, :, None], [2, 1], batch_first=True), padding_value=n, total_length=3

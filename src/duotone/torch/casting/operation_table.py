@@ -129,7 +129,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
         "bound_in_place": "clamp_ clip_ clamp_min_ clamp_max_",
         "fill": """
             masked_fill masked_fill_ full full_like new_full fill fill_ fill_diagonal_ index_fill index_fill_ tensor
-            as_tensor scalar_tensor new_tensor nan_to_num nan_to_num_ hardtanh threshold copy_
+            as_tensor scalar_tensor new_tensor nan_to_num nan_to_num_ hardtanh threshold copy_ constant_pad_nd
         """,
         "cast": "to half bfloat16 type type_as",
         "pool": """
