@@ -92,7 +92,7 @@ def tables(results: dict[str, Any]) -> str:
     libraries = ", ".join(f"{name} {where[name]}" for name in ("jax", "flax", "jmp", "optax"))
     return "\n".join(lines) + (
         "\n\nMedians, with quartiles, of ratios taken round by round. "
-        f"{report.provenance(where, 'python benchmarks/jax_casting.py', libraries)}"
+        f"{report.provenance(where, 'make bench-jax', libraries)}"
     )
 
 
