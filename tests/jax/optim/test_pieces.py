@@ -51,6 +51,10 @@ def trained(inner, policy, steps=3, **settings):
     return dj.master_weights(params, state), state, lowered.as_text()
 
 
+def without_empty(params):
+    return jax.tree.map(lambda leaf: "muon" if leaf.size else "adam", params)
+
+
 @pytest.mark.parametrize(
     ("inner", "policy", "settings"),
     [
@@ -60,7 +64,13 @@ def trained(inner, policy, steps=3, **settings):
         pytest.param(optax.adam(1e-2, mu_dtype=jnp.bfloat16), "bf16", {}, marks=pytest.mark.slow),
         pytest.param(optax.lion(1e-3), "bf16", {"clip_norm": 1.0}, marks=pytest.mark.slow),
         pytest.param(optax.adafactor(1e-2), "bf16", {}, marks=pytest.mark.slow),
-        pytest.param(optax.contrib.muon(1e-2), "fp16", {}, marks=pytest.mark.slow),
+        # Muon itself divides by the lengths of each matrix
+        pytest.param(
+            optax.partition({"muon": optax.contrib.muon(1e-2), "adam": optax.adam(1e-2)}, without_empty),
+            "fp16",
+            {},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(optax.contrib.schedule_free_adamw(1e-2), "bf16", {}, marks=pytest.mark.slow),
     ],
 )
@@ -74,8 +84,9 @@ def test_pieces_give_what_the_whole_gives(in_pieces, inner, policy, settings):
     for one, other in zip(jax.tree.leaves((masters, state)), jax.tree.leaves((again, state_again)), strict=True):
         assert (one.dtype, one.shape, one.weak_type) == (other.dtype, other.shape, other.weak_type)
         if one.dtype != jnp.int16:
-            # XLA's CPU compiler contracts other multiply-adds in other loops
-            np.testing.assert_allclose(np.asarray(one, np.float64), np.asarray(other, np.float64), rtol=1e-5, atol=3e-7)
+            # XLA's CPU compiler contracts other multiply-adds in other loops; a moment in BF16 is rounded after that
+            rtol = 2.0**-7 if one.dtype == jnp.bfloat16 else 1e-5
+            np.testing.assert_allclose(np.asarray(one, np.float64), np.asarray(other, np.float64), rtol=rtol, atol=3e-7)
 
 
 def bytes_for_each_parameter(tx, policy, shapes, grad_dtype):
