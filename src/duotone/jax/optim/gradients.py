@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from duotone.errors import OptimizerError
+from duotone.jax.optim.agreement import AxisName, summed_over_ranks
 from duotone.jax.optim.leaves import is_split, is_trained
 from duotone.jax.optim.pieces import sum_in_pieces
 
@@ -52,21 +53,31 @@ def check_gradient(path: str, leaf: Any, grad: Any, *, is_scaled: bool) -> None:
         )
 
 
-def read_gradients(grads: Sequence[jax.Array], is_true: jax.Array | bool = True) -> tuple[jax.Array, jax.Array]:
-    """Return the norm of all gradients together, FP32, and for each one whether it holds an Inf or a NaN.
+def read_gradients(
+    grads: Sequence[jax.Array],
+    loss_is_finite: jax.Array | bool = True,
+    *,
+    axis_name: AxisName = None,
+    is_true: jax.Array | bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what the gradients of all ranks say: their norm, whether each is finite, whether the loss was.
 
     Args:
         grads: of any shapes and floating or complex dtypes.
+        loss_is_finite: bool, 0-d.
+        axis_name: see `summed_over_ranks`.
         is_true: see `sum_in_pieces`.
 
-    >>> norm, non_finite = read_gradients([jnp.float32([3.0, 4.0]), jnp.bfloat16([jnp.inf])])
+    Returns:
+        The norm of all gradients together, FP32, 0-d; for each of them whether it holds an Inf or a NaN; and
+        `loss_is_finite`. All three are the same on all ranks.
+
+    >>> norm, non_finite, _ = read_gradients([jnp.float32([3.0, 4.0]), jnp.bfloat16([jnp.inf])])
     >>> norm.item(), non_finite.tolist()
     (inf, [False, True])
     >>> round(read_gradients([jnp.float32([3e30, 4e30])])[0].item() / 5e30, 6)
     1.0
     """
-    if not grads:
-        return jnp.float32(0), jnp.zeros(0, bool)
 
     def sums_of_squares(grad: jax.Array) -> jax.Array:
         # FP64 is made small before it is made FP32
@@ -74,10 +85,13 @@ def read_gradients(grads: Sequence[jax.Array], is_true: jax.Array | bool = True)
         squares = [jnp.square(each.astype(jnp.float32)) for each in (magnitude, magnitude * _BIG)]
         return jnp.stack([jnp.sum(each) for each in squares])
 
-    sums, bigs = jnp.stack(sum_in_pieces(sums_of_squares, grads, jnp.asarray(is_true))).T
+    bad_losses = 1 - jnp.asarray(loss_is_finite, jnp.float32).reshape(1)
+    own = [*sum_in_pieces(sums_of_squares, grads, jnp.asarray(is_true)), bad_losses]
+    *pairs, bad_losses = summed_over_ranks(own, axis_name)
+    sums, bigs = jnp.stack(pairs).T if pairs else jnp.zeros((2, 0), jnp.float32)
     total = sums.sum()
     norm = jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(bigs.sum()) / _BIG)
-    return norm, ~jnp.isfinite(bigs)
+    return norm, ~jnp.isfinite(bigs), bad_losses[0] == 0
 
 
 def for_inner(grad: Any, master: Any, multiplier: jax.Array | None) -> Any:

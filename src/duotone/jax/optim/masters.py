@@ -14,6 +14,7 @@ from typing import Any
 import optax
 
 from duotone.errors import LossScaleError, OptimizerError, PolicyError
+from duotone.jax.optim.agreement import AxisName
 from duotone.jax.optim.masters_step import MastersStep
 from duotone.jax.optim.start import start
 from duotone.jax.optim.state import MastersState
@@ -28,6 +29,7 @@ def masters(
     *,
     clip_norm: float | None = None,
     loss_scale: LossScale | None = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return an optimizer that updates FP32 masters of 16-bit weights with any Optax optimizer.
 
@@ -46,6 +48,9 @@ def masters(
         policy: a `Policy` or its text; the one that parameters are cast to.
         clip_norm: the largest norm of the true gradient that `inner` sees; None for no clipping.
         loss_scale: settings that take the place of the policy's.
+        axis_name: axes of a `shard_map` with `check_vma=False`, a `pmap` or a `vmap`, whose ranks each hold a part of
+            every gradient: they agree on the norm and on whether the step is skipped. Not needed where gradients are
+            averaged over the axis already, nor where JAX knows what varies, nor where XLA partitions the program.
 
     Returns:
         A gradient transformation; its state is a `MastersState`.
@@ -85,7 +90,7 @@ def masters(
                 f"tx.update takes the state that tx.init of this very optimizer returned, not {type(state).__name__}; "
                 "in a chain, that is the chain's own init"
             )
-        step = MastersStep.read(params, grads, state, found, clip_norm)
+        step = MastersStep.read(params, grads, state, found, clip_norm, axis_name)
         return step.apply(extended.update, extra)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from duotone.errors import OptimizerError
 from duotone.jax.loss_marks import is_marked
 from duotone.jax.loss_scale import after_step, warn_if_no_loss_was_scaled
+from duotone.jax.optim.agreement import AxisName
 from duotone.jax.optim.exact_update import ExactUpdate, OpaqueUpdate, exact_update
 from duotone.jax.optim.gradients import check_gradient, for_inner, read_gradients
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
@@ -35,6 +36,7 @@ class MastersStep:
         structure: of the parameters.
         state: before the step.
         clip_norm: the largest norm that the inner optimizer sees.
+        axis_name: what ranks agree over where JAX does not know which gradients differ.
         kind: of the updates of 16-bit weights.
     """
 
@@ -44,11 +46,18 @@ class MastersStep:
     structure: Any
     state: MastersState
     clip_norm: float | jax.Array | None
+    axis_name: AxisName
     kind: type[ExactUpdate]
 
     @classmethod
     def read(
-        cls, params: Any, grads: Any, state: MastersState, policy: Policy, clip_norm: float | jax.Array | None
+        cls,
+        params: Any,
+        grads: Any,
+        state: MastersState,
+        policy: Policy,
+        clip_norm: float | jax.Array | None,
+        axis_name: AxisName = None,
     ) -> "MastersStep":
         """Return a step, checked.
 
@@ -69,15 +78,19 @@ class MastersStep:
         if not state.settings.is_none and not any(tail is not None for tail in tails):
             warn_if_no_loss_was_scaled()
         kind = OpaqueUpdate if _has_equinox_module(params) else ExactUpdate
-        return cls(leaves, flat, tails, structure, state, clip_norm, kind)
+        return cls(leaves, flat, tails, structure, state, clip_norm, axis_name, kind)
 
     def apply(self, update: Callable[..., tuple[Any, Any]], extra: dict[str, Any]) -> tuple[Any, MastersState]:
         """Return the updates, like the parameters, and the state after the step."""
         trained = [grad for leaf, grad in zip(self.params, self.grads, strict=True) if is_trained(leaf)]
         # what XLA does not know: a loss scale is always more than 0
-        norm, non_finite = read_gradients(trained, self.state.loss_scale.scale > 0)
+        norm, non_finite, loss_is_finite = read_gradients(
+            trained,
+            ~is_marked(trained) & jnp.isfinite(extra.get("value", 0.0)).all(),
+            axis_name=self.axis_name,
+            is_true=self.state.loss_scale.scale > 0,
+        )
         found_inf = non_finite.any()
-        loss_is_finite = ~is_marked(trained) & jnp.isfinite(extra.get("value", 0.0)).all()
         multiplier = None if self.clip_norm is None else jnp.minimum(1.0, self.clip_norm / norm)
         is_split_leaf = [tail is not None for tail in self.tails]
 

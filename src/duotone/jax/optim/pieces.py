@@ -83,9 +83,6 @@ def sum_in_pieces(
     zero = jnp.zeros_like(jax.eval_shape(function, jax.ShapeDtypeStruct((1,), jnp.float32)))
 
     def total(array: jax.Array) -> jax.Array:
-        # a condition keeps XLA from converting the whole array before the loop
-        if array.size <= length or array.size > _LARGEST_SIZE:
-            return lax.cond(is_true, function, lambda _: zero, array)
         flat = array.reshape(-1)
 
         def add(place: jax.Array, sums: jax.Array) -> jax.Array:
@@ -95,17 +92,41 @@ def sum_in_pieces(
                 is_new = start + lax.iota(jnp.int32, length) >= place * length
                 return function(jnp.where(is_new, lax.dynamic_slice(flat, (start,), (length,)), 0))
 
+            # a condition keeps XLA from converting the whole array before the loop
             return sums + lax.cond(is_true, piece, lambda: zero)
 
         return lax.fori_loop(0, -(-array.size // length), add, zero)
 
-    def pieces(_: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        return [total(array) for array in arrays]
+    def pieces(is_true: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        small = [index for index, array in enumerate(arrays) if not length < array.size <= _LARGEST_SIZE]
+        sums = {index: total(array) for index, array in enumerate(arrays) if index not in set(small)}
+        for batch in batches(small, [arrays[index].size for index in small], length):
+            given = [arrays[index] for index in batch]
+            found = lax.cond(is_true, lambda *each: [*map(function, each)], lambda *each: [zero] * len(each), *given)
+            sums.update(zip(batch, found, strict=True))
+        return [sums[index] for index in range(len(arrays))]
 
     def whole(_: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
         return [function(array) for array in arrays]
 
     return lax.platform_dependent(is_true, *arrays, cpu=pieces, default=whole)
+
+
+def batches(things: Sequence[Any], sizes: Sequence[int], largest: int) -> list[list[Any]]:
+    """Return things in their order, in lists that are not larger together than `largest`, or of one thing.
+
+    >>> batches("abcd", [1, 2, 2, 9], 4)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    found: list[list[Any]] = []
+    room = 0
+    for thing, size in zip(things, sizes, strict=True):
+        if size > room or not found:
+            found.append([])
+            room = largest
+        found[-1].append(thing)
+        room -= size
+    return found
 
 
 class _Plan:
@@ -142,18 +163,14 @@ class _Plan:
             for place, each in wanted.items()
         }
         length = max(_SMALLEST_PIECE, self.total // _PIECES)
-        batch: list[_Loop] = []
-        for part, old in zip(self.parts, self.olds, strict=True):
-            loop = _Loop(part, old, values)
-            if part.size > length:
-                share = part.size / (_LARGEST_SECTION * self.total)
+        loops = [_Loop(part, old, values) for part, old in zip(self.parts, self.olds, strict=True)]
+        for loop in loops:
+            if loop.part.size > length:
+                share = loop.part.size / (_LARGEST_SECTION * self.total)
                 results.update(loop.run_in_sections(is_due, length, max(1, round(share))))
-                continue
-            if sum(each.part.size for each in batch) + part.size > length:
-                results.update(_run_together(batch, is_due))
-                batch = []
-            batch.append(loop)
-        results.update(_run_together(batch, is_due))
+        small = [loop for loop in loops if loop.part.size <= length]
+        for batch in batches(small, [loop.part.size for loop in small], length):
+            results.update(_run_together(batch, is_due))
         return [_typed(results[place], variable.aval) for place, variable in enumerate(self.jaxpr.outvars)]
 
 
@@ -240,8 +257,6 @@ class _Loop:
 
 def _run_together(loops: Sequence[_Loop], is_due: jax.Array) -> dict[int, Any]:
     """Return the results of several parts that are small, in one loop of at most one turn."""
-    if not loops:
-        return {}
 
     def turn(_: jax.Array, moved: list[list[Any]]) -> list[list[Any]]:
         def new() -> list[list[Any]]:

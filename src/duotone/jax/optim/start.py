@@ -11,6 +11,7 @@ from duotone.errors import OptimizerError
 from duotone.jax.loss_scale import initial_state
 from duotone.jax.optim.flax_serialization import register_with_flax
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
+from duotone.jax.optim.placing import placed_beside
 from duotone.jax.optim.state import MastersState, Paths, states_in
 from duotone.jax.weights.codec import TAIL_DTYPE, encode
 from duotone.jax.weights.plan import SPLIT_DTYPES, Weight, plan
@@ -37,14 +38,16 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
     for weight, leaf in zip(planned, leaves, strict=True):
         check_dtype(weight.leaf.path, leaf, policy)
     tails = [_tail(weight, leaf) for weight, leaf in zip(planned, leaves, strict=True)]
-    inner = init(structure.unflatten(map(widened, leaves, tails)))
+    wide = structure.unflatten(map(widened, leaves, tails))
+    inner = init(wide)
     if states_in(inner):
         raise OptimizerError(
             "masters inside of masters would keep tails of FP32 masters; put one masters around the whole optimizer"
         )
     register_with_flax()
+    tails, inner = placed_beside((structure.unflatten(tails), inner), wide)
     return MastersState(
-        tails=structure.unflatten(tails),
+        tails=tails,
         inner=inner,
         loss_scale=initial_state(settings),
         grad_norm=jnp.float32(0),
