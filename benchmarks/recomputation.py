@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import transformers as hf
+import transformers as hf  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 import duotone.torch as dt

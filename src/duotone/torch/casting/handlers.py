@@ -245,8 +245,8 @@ def _share_first(
 ) -> Any:
     """Call a product with its first operand cast once for all products that take it."""
     first = args[0] if args else None
-    is_wide = isinstance(first, Tensor) and first.dtype is torch.float32
-    if is_wide and kwargs.get("out") is None and not torch.compiler.is_compiling():
+    is_traced = torch.compiler.is_compiling()
+    if isinstance(first, Tensor) and first.dtype is torch.float32 and not is_traced and kwargs.get("out") is None:
         args = (_shared[compute](first), *args[1:])
     return multiply(func, args, kwargs)
 
