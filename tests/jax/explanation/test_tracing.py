@@ -130,8 +130,11 @@ def test_a_cast_to_float32_and_back_is_none():
 
     narrow = shape(8, 4, dtype="bfloat16")
     found = dj.explain(f, narrow, X, policy="bf16", argnums=(0, 1))
-    # a 16-bit weight is traced in FP32, and multiplied as it came
-    assert {each.operation for each in found.casts if each.result_bytes == 64} <= {"dot_general"}
+    # a 16-bit weight is traced in FP32, and multiplied as it came: casts are of x and of the product's result
+    assert {(each.from_dtype, each.to_dtype, each.result_bytes) for each in found.casts} == {
+        ("float32", "bfloat16", 32),
+        ("bfloat16", "float32", 32),
+    }
     assert found.saved_for_backward.parameter_bytes["bfloat16"] == 64
 
 
