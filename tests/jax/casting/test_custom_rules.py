@@ -164,6 +164,23 @@ def test_custom_vjp_with_symbolic_zeros() -> None:
     assert_near(jax.grad(dj.autocast(loss, "bf16"))(WEIGHT, X), jax.grad(loss)(WEIGHT, X))
 
 
+def test_custom_vjp_with_constants_that_saves_its_input() -> None:
+    shift = jnp.linspace(1, 2, 8)
+
+    @jax.custom_vjp
+    def shifted(a):
+        return a * shift
+
+    # what it saves is what it was given, beside the constant that it closes over
+    shifted.defvjp(lambda a: (a * shift, a), lambda a, gradient: (gradient * shift + 0 * a,))
+
+    def loss(weight, x):
+        return shifted(x @ weight).sum()
+
+    assert_near(jax.grad(dj.autocast(loss, "bf16"))(WEIGHT, X), jax.grad(loss)(WEIGHT, X))
+
+
+@pytest.mark.slow
 def test_a_library_s_custom_vjp_with_constants() -> None:
     from jax.experimental.ode import odeint
 
