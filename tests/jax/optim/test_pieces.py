@@ -181,7 +181,7 @@ def test_elementwise_primitives_are_those_of_families_that_are_so():
     elements = {"remainder", "exponential", "steep", "mixed_operands", "quantization", "number", "bound", "cast"}
     known = {name for name, family in primitives.families().items() if family in elements}
     known |= primitives.POINTWISE | primitives.COMPARISONS | primitives.INTEGER
-    # copies, and what reads a bit pattern
-    assert elementwise.ELEMENTWISE - known == {"bitcast_convert_type", "copy", "real", "stop_gradient"}
+    # copies, what reads a bit pattern, and the sum of two cotangents
+    assert elementwise.ELEMENTWISE - known == {"add_any", "bitcast_convert_type", "copy", "real", "stop_gradient"}
     # those of the families that look along a dimension, or make what no operand has the shape of
     assert {"argmax", "argmin", "iota", "random_bits", "reduce_and"}.isdisjoint(elementwise.ELEMENTWISE)
