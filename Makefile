@@ -76,7 +76,7 @@ bench: $(VENV)/.installed-test  ## measure the step, averages and casting, about
 
 bench-jax:  ## a GPT in JAX against Flax, jmp and Optax, about ten minutes on two cores
 	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
-	.venv-jax/bin/python benchmarks/jax_gpt.py
+	.venv-jax/bin/python benchmarks/jax_training.py
 	.venv-jax/bin/python benchmarks/jax_casting.py
 
 docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is an error

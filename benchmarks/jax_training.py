@@ -1,7 +1,7 @@
 """A GPT in JAX in several precisions: quality, step time, saved bytes and bytes at rest, in one run.
 
-    python benchmarks/jax_gpt.py             # measures, writes results/jax_gpt.json, fills docs/evidence.md
-    python benchmarks/jax_gpt.py --tables    # fills docs/evidence.md from the results that are there
+    python benchmarks/jax_training.py             # measures, writes results/jax_training.json, fills docs/evidence.md
+    python benchmarks/jax_training.py --tables    # fills docs/evidence.md from the results that are there
 
 The model, the text, the optimizer and the length are those of `examples/jax_gpt.py`, and so are the seeds. The arms:
 
@@ -55,12 +55,12 @@ class Arm:
     Attributes:
         loss_fn: of parameters and windows.
         carry: parameters, and the optimizer's state.
-        step: takes and returns the carry, and returns the loss.
+        step: jitted; takes and returns the carry, and returns the loss.
     """
 
     loss_fn: LossFunction
     carry: tuple[Any, Any]
-    step: Callable[..., Any]
+    step: Any
 
 
 def model_of(size: Size, seed: int, dtype: Any) -> tuple[LossFunction, Any]:
@@ -69,16 +69,17 @@ def model_of(size: Size, seed: int, dtype: Any) -> tuple[LossFunction, Any]:
     return lambda params, windows: jax_gpt.window_loss(nnx.merge(definition, params), windows), params
 
 
+def by_jmp(loss_fn: LossFunction, policy: jmp.Policy) -> LossFunction:
+    """Return the loss of parameters that are cast first."""
+    return lambda params, windows: loss_fn(policy.cast_to_compute(params), windows)
+
+
 def by_optax(size: Size, seed: int, *, dtype: Any = None, policy: str = "", param_dtype: Any = jnp.float32) -> Arm:
     """Return training by Flax, jmp and Optax alone."""
     loss_fn, params = model_of(size, seed, dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
     if policy:
-        read, inner = jmp.get_policy(policy), loss_fn
-
-        def loss_fn(params: Any, windows: Any) -> jax.Array:
-            return inner(read.cast_to_compute(params), windows)
-
+        loss_fn = by_jmp(loss_fn, jmp.get_policy(policy))
     tx = optax.chain(optax.clip_by_global_norm(1.0), jax_gpt.optimizer_of(size))
 
     @partial(jax.jit, donate_argnums=0)
@@ -235,7 +236,7 @@ def tables(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run as the command line says."""
-    report.run("jax_gpt", __doc__, measure, tables, SECONDS)
+    report.run("jax_training", __doc__, measure, tables, SECONDS)
 
 
 if __name__ == "__main__":
