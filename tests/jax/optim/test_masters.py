@@ -96,6 +96,13 @@ def test_a_skipped_step_changes_nothing_but_the_loss_scale(policy: str) -> None:
     assert float(after.loss_scale.scale) == (1 if policy == "bf16" else 2**15)
 
 
+def test_arguments_may_be_given_by_the_names_that_optax_has() -> None:
+    params = {"w": jnp.ones(2)}
+    tx = dj.masters(optax.sgd(0.5), "bf16")
+    updates, _ = tx.update(updates=params, state=tx.init(params=params), params=dj.cast(params, "bf16"))
+    assert (jnp.ones(2, jnp.bfloat16) + updates["w"]).tolist() == [0.5, 0.5]
+
+
 def test_the_state_is_a_pytree_of_arrays_with_key_paths() -> None:
     state = dj.masters(optax.adam(1e-3), "fp16").init(parameters())
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))

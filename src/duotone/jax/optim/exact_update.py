@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 from jax import tree_util
+from jax.core import Tracer
 
 from duotone.errors import OptimizerError
 
@@ -60,7 +61,7 @@ class ExactUpdate:
         factor = factors[..., 0]
         factor = factor.reshape(factor.shape + (1,) * (new.ndim - factor.ndim))
         is_due, is_none = factor == 1, (factor == 0) & (new == 0)
-        if not isinstance(is_none, jax.core.Tracer) and not (is_due | is_none).all():
+        if not isinstance(is_none, Tracer) and not (is_due | is_none).all():
             refuse()
         return jnp.where(is_due, new, jnp.where(is_none, weight, jnp.nan))
 

@@ -77,10 +77,11 @@ def masters(
     settings = _read_settings(found, loss_scale)
     extended = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> MastersState:
+    def init(params: Any) -> Any:
         return start(params, extended.init, found, settings)
 
-    def update(grads: Any, state: MastersState, params: Any = None, **extra: Any) -> tuple[Any, MastersState]:
+    # the names of Optax's arguments, by which they may be given
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         if params is None:
             raise OptimizerError(
                 "masters decodes FP32 weights from the parameters; write tx.update(grads, state, params)"
@@ -90,8 +91,8 @@ def masters(
                 f"tx.update takes the state that tx.init of this very optimizer returned, not {type(state).__name__}; "
                 "in a chain, that is the chain's own init"
             )
-        step = MastersStep.read(params, grads, state, found, clip_norm, axis_name)
-        return step.apply(extended.update, extra)
+        step = MastersStep.read(params, updates, state, found, clip_norm, axis_name)
+        return step.apply(extended.update, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

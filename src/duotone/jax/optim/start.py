@@ -73,6 +73,6 @@ def _is_masked(tree: Any) -> bool:
 def _tail(weight: Weight, leaf: Any) -> jax.Array | None:
     if is_split(leaf):
         return jnp.zeros_like(leaf, TAIL_DTYPE)
-    if weight.dtype in SPLIT_DTYPES:
+    if weight.dtype is not None and weight.dtype in SPLIT_DTYPES:
         return encode(leaf, weight.dtype)[1]
     return None

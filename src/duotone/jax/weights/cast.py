@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from duotone.errors import PolicyError
 from duotone.jax.policies import read
@@ -60,7 +61,7 @@ def _cast(leaf: Leaf, dtype: Any) -> Any:
     if dtype not in SPLIT_DTYPES:
         return jnp.asarray(weight).astype(dtype)
     wide = jnp.asarray(weight).astype(jnp.float32)
-    if dtype == jnp.float16 and not isinstance(wide, jax.core.Tracer):
+    if dtype == jnp.float16 and not isinstance(wide, Tracer):
         largest = float(jnp.max(jnp.where(jnp.isfinite(wide), jnp.abs(wide), 0), initial=0))
         # what rounds to Inf
         if largest >= _LARGEST_FLOAT16 + 16:
