@@ -161,8 +161,8 @@ def test_the_codec_survives_an_xla_that_keeps_excess_precision(dtype):
             inputs = [atom.val if hasattr(atom, "val") else values[atom] for atom in equation.invars]
             if equation.params.get("new_dtype") == jnp.dtype(dtype) and inputs[0].dtype == jnp.float32:
                 outputs = inputs
-            elif "jaxpr" in equation.params:
-                outputs = evaluated(getattr(equation.params["jaxpr"], "jaxpr", equation.params["jaxpr"]), *inputs)
+            elif called := equation.params.get("jaxpr") or equation.params.get("call_jaxpr"):
+                outputs = evaluated(getattr(called, "jaxpr", called), *inputs)
             else:
                 outputs = [equation.primitive.bind(*inputs, **equation.params)]
             values.update(zip(equation.outvars, outputs, strict=True))

@@ -66,6 +66,8 @@ class Part:
 def flattened(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """Run a program with the programs that it calls in place of the calls.
 
+    So are functions with derivatives of their own, for whoever runs pieces refuses derivatives.
+
     Args:
         jaxpr: an open one.
         operands: those that its constants stand for first.
@@ -73,6 +75,8 @@ def flattened(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), operands, strict=True))
     for equation in jaxpr.eqns:
         called = internals.called_program(equation)
+        if equation.primitive.name == "custom_jvp_call":
+            called = equation.params["call_jaxpr"]
         given = read(equation.invars, values)
         if called is None:
             results = internals.bind(equation.primitive, given, equation.params)

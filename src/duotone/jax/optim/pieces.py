@@ -21,6 +21,7 @@ from jax import lax
 
 from duotone.jax import internals
 from duotone.jax.optim.elementwise import Part, find_parts, flattened, run_for
+from duotone.jax.optim.undifferentiated import undifferentiated
 from duotone.jax.weights.codec import TAIL_DTYPE
 
 # of all parameters in a step: one of 64, so that all that lies between takes a fraction of a byte for each parameter;
@@ -63,7 +64,9 @@ def update_in_pieces(function: Callable[[Any], tuple[Any, Any]], moved: Any, is_
     plan = _Plan(flat, len(captured) + len(constants), len(leaves))
     if not plan.parts:
         return function(moved)
-    results = _either(plan, is_due, [*captured, *operands])
+    # functions of the program have lost their derivatives, and weights have none
+    given = [undifferentiated(each) if _is_float(each) else each for each in (*captured, *operands)]
+    results = _either(plan, is_due, given)
     return structure.unflatten(results[: len(leaves)]), jax.tree.structure(rest).unflatten(results[len(leaves) :])
 
 
@@ -290,6 +293,10 @@ def _run(jaxpr: Any, *operands: Any) -> list[Any]:
 
 def _is_split(leaf: Any) -> bool:
     return getattr(leaf, "dtype", None) in (_BFLOAT16, jnp.float16)
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
 
 def _pays(part: Part) -> bool:

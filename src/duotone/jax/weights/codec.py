@@ -7,11 +7,16 @@ FP16: `tail = bits(master) - bits(float32(weight))` with the weight rounded to n
 
 All of it is integer arithmetic. Written as conversions, FP32 to 16 bits and back, it would be lost: XLA may take such a
 pair for the identity, and does on GPUs (https://github.com/openxla/xla/issues/41605), and every tail would be 0.
-Nor does it matter then whether a device flushes subnormals to zero.
+Nor does it matter then whether a device flushes subnormals to zero. JAX has no derivative of bits, so both ways have that
+of a rounding, which is 1.
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -44,7 +49,7 @@ def encode(master: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     >>> decode(weight, tail).tolist()
     [1.0, 1.00390625, 1.0010000467300415]
     """
-    return _ENCODERS[jnp.dtype(dtype)](_bits(master))
+    return _encode(jnp.dtype(dtype), master)
 
 
 def decode(weight: jax.Array, tail: jax.Array) -> jax.Array:
@@ -59,8 +64,29 @@ def decode(weight: jax.Array, tail: jax.Array) -> jax.Array:
         edited weight, or lies half-way to its neighbour; +-0, Inf and NaN decode to themselves when the tail cannot
         be theirs.
     """
+    return _decode(weight, tail)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _encode(dtype: jnp.dtype, master: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _ENCODERS[dtype](_bits(master))
+
+
+@_encode.defjvp
+def _encode_derivative(dtype: jnp.dtype, primals: Any, tangents: Any) -> Any:
+    weight, tail = _encode(dtype, *primals)
+    return (weight, tail), (tangents[0].astype(dtype), np.zeros(tail.shape, jax.dtypes.float0))
+
+
+@jax.custom_jvp
+def _decode(weight: jax.Array, tail: jax.Array) -> jax.Array:
     code = lax.bitcast_convert_type(weight, TAIL_DTYPE).astype(jnp.int32)
     return lax.bitcast_convert_type(_DECODERS[weight.dtype](code, tail.astype(jnp.int32)), jnp.float32)
+
+
+@_decode.defjvp
+def _decode_derivative(primals: Any, tangents: Any) -> Any:
+    return _decode(*primals), tangents[0].astype(jnp.float32)
 
 
 def _bits(floats: jax.Array) -> jax.Array:
