@@ -121,6 +121,12 @@ def bind(primitive: Any, operands: Sequence[Any], params: Any) -> list[Any]:
     return list(found) if primitive.multiple_results else [found]
 
 
+def evaluated(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """Return the results of an open jaxpr, given what its constants and then its inputs are."""
+    n_constants = len(jaxpr.constvars)
+    return jax.core.eval_jaxpr(jaxpr, operands[:n_constants], *operands[n_constants:])
+
+
 def wrapped(function: Callable[..., Any], like: Any) -> Any:
     """Return a function as rules of derivatives hold it, with the debug information of the one that it replaces."""
     return linear_util.wrap_init(function, debug_info=like.debug_info)

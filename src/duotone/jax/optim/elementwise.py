@@ -66,7 +66,7 @@ class Part:
 def flattened(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """Run a program with the programs that it calls in place of the calls.
 
-    So are functions with derivatives of their own, for whoever runs pieces refuses derivatives.
+    Functions with derivatives of their own lose them.
 
     Args:
         jaxpr: an open one.

@@ -21,7 +21,6 @@ from jax import lax
 
 from duotone.jax import internals
 from duotone.jax.optim.elementwise import Part, find_parts, flattened, run_for
-from duotone.jax.optim.undifferentiated import undifferentiated
 from duotone.jax.weights.codec import TAIL_DTYPE
 
 # of all parameters in a step: one of 64, so that all that lies between takes a fraction of a byte for each parameter;
@@ -64,9 +63,7 @@ def update_in_pieces(function: Callable[[Any], tuple[Any, Any]], moved: Any, is_
     plan = _Plan(flat, len(captured) + len(constants), len(leaves))
     if not plan.parts:
         return function(moved)
-    # functions of the program have lost their derivatives, and weights have none
-    given = [undifferentiated(each) if _is_float(each) else each for each in (*captured, *operands)]
-    results = _either(plan, is_due, given)
+    results = _either(plan, called, is_due, [*captured, *operands])
     return structure.unflatten(results[: len(leaves)]), jax.tree.structure(rest).unflatten(results[len(leaves) :])
 
 
@@ -271,11 +268,24 @@ def _run_together(loops: Sequence[_Loop], is_due: jax.Array) -> dict[int, Any]:
     return {place: new for loop, arrays in zip(loops, done, strict=True) for place, new in loop.shaped(arrays).items()}
 
 
-def _either(plan: _Plan, is_due: jax.Array, operands: Sequence[Any]) -> list[Any]:
-    """Return the program's results, in pieces if it runs on a CPU after all, and as it stands under derivatives."""
+def _either(plan: _Plan, called: Any, is_due: jax.Array, operands: Sequence[Any]) -> list[Any]:
+    """Return the program's results, in pieces if it runs on a CPU after all, and as it was written under derivatives.
+
+    Args:
+        plan: of the program with what it calls in its place.
+        called: the program as it was written, whose functions have derivatives of their own.
+        is_due: whether anything changes.
+        operands: of `plan`; the last of them are those of `called`.
+    """
 
     def whole(_: jax.Array, *operands: Any) -> list[Any]:
-        results = _run(plan.jaxpr, *operands)
+        return typed(_run(plan.jaxpr, *operands))
+
+    def written(_: jax.Array, *operands: Any) -> list[Any]:
+        given = operands[len(operands) - len(called.constvars) - len(called.invars) :]
+        return typed(internals.evaluated(called, given))
+
+    def typed(results: list[Any]) -> list[Any]:
         return [_typed(result, variable.aval) for result, variable in zip(results, plan.jaxpr.outvars, strict=True)]
 
     @jax.custom_jvp
@@ -283,7 +293,7 @@ def _either(plan: _Plan, is_due: jax.Array, operands: Sequence[Any]) -> list[Any
         return lax.platform_dependent(*operands, cpu=plan.run, default=whole)
 
     # there is no way back through a loop whose length is not known
-    either.defjvp(lambda primals, tangents: jax.jvp(whole, primals, tangents))
+    either.defjvp(lambda primals, tangents: jax.jvp(written, primals, tangents))
     return either(is_due, *operands)
 
 
@@ -293,10 +303,6 @@ def _run(jaxpr: Any, *operands: Any) -> list[Any]:
 
 def _is_split(leaf: Any) -> bool:
     return getattr(leaf, "dtype", None) in (_BFLOAT16, jnp.float16)
-
-
-def _is_float(array: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(array), jnp.floating)
 
 
 def _pays(part: Part) -> bool:

@@ -7,8 +7,8 @@ FP16: `tail = bits(master) - bits(float32(weight))` with the weight rounded to n
 
 All of it is integer arithmetic. Written as conversions, FP32 to 16 bits and back, it would be lost: XLA may take such a
 pair for the identity, and does on GPUs (https://github.com/openxla/xla/issues/41605), and every tail would be 0.
-Nor does it matter then whether a device flushes subnormals to zero. JAX has no derivative of bits, so both ways have that
-of a rounding, which is 1.
+Nor does it matter then whether a device flushes subnormals to zero. JAX has no derivative of bits, so both ways have
+that of a rounding, which is 1.
 """
 
 import functools
