@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import ShapedArray, Tracer
+from jax.core import ShapedArray, Tracer, eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core, linear_util, source_info_util
 from jax.extend.core import Literal, Var
@@ -124,7 +124,7 @@ def bind(primitive: Any, operands: Sequence[Any], params: Any) -> list[Any]:
 def evaluated(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """Return the results of an open jaxpr, given what its constants and then its inputs are."""
     n_constants = len(jaxpr.constvars)
-    return jax.core.eval_jaxpr(jaxpr, operands[:n_constants], *operands[n_constants:])
+    return eval_jaxpr(jaxpr, operands[:n_constants], *operands[n_constants:])
 
 
 def wrapped(function: Callable[..., Any], like: Any) -> Any:
