@@ -1,4 +1,4 @@
-"""The examples run."""
+"""The examples of tasks run; those in JAX have their tests in `tests/jax`."""
 
 from pathlib import Path
 
@@ -8,7 +8,8 @@ import torch
 from duotone.train import Trainer, resolve_settings
 from duotone.train.task import load_task_file
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+FOLDER = Path(__file__).parents[1] / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if not path.stem.startswith("jax_"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
