@@ -62,6 +62,42 @@ def test_a_counter_and_a_sum_in_the_carry_stay_as_they_are() -> None:
     assert found == 300
 
 
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        (lambda total, product: total + product, 1000),
+        (lambda total, product: product + jnp.where(product > 0, total, 0), 1000),
+        (lambda total, product: total - product, -1000),
+        (lambda total, product: total.at[0].add(product[0]), 1000),
+        (lambda mean, product: 0.999 * mean + 0.001 * product, 1 - 0.999**1000),
+    ],
+)
+def test_a_sum_over_turns_is_fp32(turn, expected: float) -> None:
+    def total(weight, rows):
+        return lax.scan(lambda carry, row: (turn(carry, row @ weight), None), jnp.zeros(1), rows)[0].sum()
+
+    # in BF16 it would end at 256, and the average at 0.5
+    found = dj.autocast(total, "bf16")(jnp.ones((4, 1)) / 4, jnp.ones((1000, 4)))
+    np.testing.assert_allclose(found, expected, rtol=5e-3)
+
+
+def test_a_sum_over_the_turns_of_a_while_loop_is_fp32() -> None:
+    def total(weight, rows):
+        def turn(carry):
+            place, total = carry
+            return place + 1, total + rows[place] @ weight
+
+        return lax.while_loop(lambda carry: carry[0] < len(rows), turn, (0, jnp.zeros(1)))[1].sum()
+
+    assert dj.autocast(total, "bf16")(jnp.ones((4, 1)) / 4, jnp.ones((1000, 4))) == 1000
+
+
+def test_a_residual_stream_in_a_carry_is_16_bit() -> None:
+    fast = dj.autocast(lambda stack, x: lax.scan(layer, x @ stack[0], stack)[0].sum(), "bf16")
+    (loop,) = [each for each in equations(fast, STACK, X) if each.primitive.name == "scan"]
+    assert [str(each.aval.dtype) for each in loop.outvars] == ["bfloat16"]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_of_a_scan_s_constants_are_added_in_fp32(dtype: str) -> None:
     def loss(weight, x):

@@ -163,3 +163,12 @@ def test_what_is_chosen_before_an_exponential_is_exact() -> None:
     fast = dj.autocast(forward, "bf16")
     assert operand_dtypes(fast, WEIGHT, X, of="sub") == ["float32"]
     assert result_dtypes(fast, WEIGHT, X, of="select_n") == ["float32"]
+
+
+@pytest.mark.parametrize("policy", HALVES)
+@pytest.mark.parametrize("make", [jax.random.uniform, lambda _, shape, dtype: jnp.arange(8, dtype=dtype)])
+def test_16_bit_floats_that_come_of_no_float_are_16_bit(policy: str, make) -> None:
+    def loss(weight, x):
+        return (make(jax.random.key(0), (8,), HALVES[policy]) * (x @ weight)).sum()
+
+    assert_near(dj.autocast(loss, policy)(WEIGHT, X), loss(WEIGHT, X), 0.02)

@@ -28,6 +28,12 @@ def test_any_weight_becomes_any_other_bit_for_bit(dtype: str) -> None:
         assert np.asarray(added).tobytes() == np.asarray(new).tobytes()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_makes_no_nan_where_there_is_none(dtype: str) -> None:
+    with jax.debug_nans(True):
+        assert (jnp.ones(2, dtype) + exact_update(jnp.zeros(2, dtype)) == 0).all()
+
+
 def test_it_crosses_jit_cond_and_scan_and_zeros_change_nothing() -> None:
     old, new = jnp.bfloat16([1, -0.0, 3]), jnp.bfloat16([1.0078125, 2, -3])
     update = jax.jit(exact_update)(new)

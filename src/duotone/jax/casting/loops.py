@@ -3,8 +3,13 @@
 Constants of a scan that are 16-bit go in as FP32 and are rounded in the body, for their gradient is a sum over all
 turns: in BF16, 1,000 ones add up to 256. Weights that are scanned (a stack of layers) go in as they are kept, for each
 is used in one turn alone.
+
+A sum over all turns is FP32 for the same reason: a carry that starts as a number, such as zeros, and that a turn adds
+to, as it was or times a number. A residual stream, which starts with an array, and the state of a recurrent layer,
+which goes through a product, are as kinds say.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +19,14 @@ from jax import lax
 from duotone.jax import internals
 from duotone.jax.casting import numbers
 from duotone.jax.casting.interpreter import run
+from duotone.jax.casting.program import Program
 from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Plan, Step
-from duotone.jax.casting.values import FLOAT32, OPEN, Kind, Value, dtype_of, joined
+from duotone.jax.casting.values import FLOAT32, HELD, OPEN, Kind, Value, dtype_of, joined
+
+# what adds to one of its operands, and what gives it as it is
+_SUMS = frozenset({"add", "add_any", "sub", "scatter-add", "scatter-sub"})
+_SAME = frozenset({"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "expand_dims", "neg"})
 
 
 def scan(site: Site) -> Step:
@@ -34,7 +44,9 @@ def scan(site: Site) -> Step:
         found = site.planner.plan(body, [*known, *inside], site.equation.scopes)
         return found, [found.outputs[place] for place in places.carry_out]
 
-    inner, carry = _settled(plan, [inside[place] for place in places.carry])
+    first = [inside[place] for place in places.carry]
+    numbers_first = [site.given[place].number is not None for place in places.carry]
+    inner, carry = _settled(plan, _with_sums(plan, first, numbers_first, places.carry, places.carry_out))
     stacked = [Value(inner.outputs[place].kind) for place in places.stacked]
     entry = [dtype_of(value, traced, site.compute) for value, traced in zip(inside, site.types, strict=True)]
     targets: list[Any] = list(entry)
@@ -100,6 +112,9 @@ def while_loop(site: Site) -> Step:
         found = site.planner.plan(body, [*known, *of_body, *carry], scopes)
         return found, list(found.outputs)
 
+    numbers_first = [value.number is not None for value in site.given[n_test + n_body :]]
+    carry_places, carry_out = range(n_body, n_body + len(first)), range(len(first))
+    first = _with_sums(plan, first, numbers_first, carry_places, carry_out)
     inner, carry = _settled(plan, first)
     known = [site.planner.constant(each) for each in test_constants]
     tested = site.planner.plan(test, [*known, *of_test, *carry], scopes)
@@ -168,6 +183,58 @@ def _settled(
             return inner, carry
         # kinds only rise, so this ends
         carry = together
+
+
+def _with_sums(
+    plan: Callable[[Sequence[Value]], tuple[Plan, list[Value]]],
+    carry: list[Value],
+    are_numbers: Sequence[bool],
+    carry_in: Sequence[int],
+    carry_out: Sequence[int],
+) -> list[Value]:
+    """Return the first carry with those held that start as a number and sum up what 16-bit turns give.
+
+    Args:
+        plan: of a body, given its carry.
+        carry: what it is at first.
+        are_numbers: whether each is one number at first.
+        carry_in: the places of the carry among the body's inputs.
+        carry_out: its places among the body's results.
+    """
+    program = plan(carry)[0].program
+    return [
+        HELD
+        if is_number and value.kind is Kind.OPEN and _is_sum(program, program.inputs[own], program.outputs[own_out])
+        else value
+        for is_number, value, own, own_out in zip(are_numbers, carry, carry_in, carry_out, strict=True)
+    ]
+
+
+def _is_sum(program: Program, start: int, end: int) -> bool:
+    """Return whether a result is a value that something was added to, as it was or times a scalar."""
+    makers = {number: equation for equation in program.equations for number in equation.outputs}
+
+    @functools.cache
+    def leads(number: int, is_added: bool) -> bool:
+        if number == start:
+            return is_added
+        equation = makers.get(number)
+        if equation is None:
+            return False
+        name, operands = equation.name, equation.inputs
+        if name in _SUMS:
+            # of a scatter, the array that is added to
+            return any(leads(each, True) for each in (operands[:1] if name.startswith("scatter") else operands))
+        if name == "select_n":
+            return any(leads(each, is_added) for each in operands[1:])
+        if name in ("mul", "div"):
+            first, second = operands
+            own = [first] if not program.types[second].shape else []
+            own += [second] if name == "mul" and not program.types[first].shape else []
+            return any(leads(each, is_added) for each in own)
+        return name in _SAME and leads(operands[0], is_added)
+
+    return leads(end, False)
 
 
 def _together(values: Sequence[Value]) -> Value:

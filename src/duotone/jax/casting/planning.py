@@ -14,7 +14,7 @@ from duotone.jax.casting.program import Equation, Program, flatten
 from duotone.jax.casting.regions import REGIONS
 from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Plan, Step
-from duotone.jax.casting.values import HELD, OPEN, OTHER, Kind, Value, is_float
+from duotone.jax.casting.values import HALF, HELD, OPEN, OTHER, Kind, Value, is_float
 from duotone.policy import Policy
 
 _PROGRAMS: Mapping[str, Handler] = MappingProxyType({**LOOPS, **CUSTOM_RULES, **REGIONS})
@@ -108,8 +108,11 @@ class Planner:
         if name in _PROGRAMS:
             return _PROGRAMS[name](site)
         if not site.floats:
-            # nothing to cast; a float that comes of no float is data
-            return site.step(None, kinds.convert(site).found if name == "convert_element_type" else HELD)
+            if name == "convert_element_type":
+                return site.step(None, kinds.convert(site).found)
+            # nothing to cast; a float that comes of no float, such as random bits in 16-bit, is data
+            is_half = [getattr(traced, "dtype", None) == self.compute for traced in site.types_out]
+            return site.step(None, [HALF if each else HELD for each in is_half])
         return self._handler(site)(site)
 
     def _handler(self, site: Site) -> Handler:

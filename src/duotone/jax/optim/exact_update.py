@@ -61,8 +61,11 @@ class ExactUpdate:
         factor = factors[..., 0]
         factor = factor.reshape(factor.shape + (1,) * (new.ndim - factor.ndim))
         is_due, is_none = factor == 1, (factor == 0) & (new == 0)
-        if not isinstance(is_none, Tracer) and not (is_due | is_none).all():
-            refuse()
+        if not isinstance(is_none, Tracer):
+            if not (is_due | is_none).all():
+                refuse()
+            # without a NaN, which jax_debug_nans would find
+            return jnp.where(is_due, new, weight)
         return jnp.where(is_due, new, jnp.where(is_none, weight, jnp.nan))
 
     def __add__(self, weight: Any) -> Any:
