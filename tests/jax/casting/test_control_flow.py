@@ -81,6 +81,25 @@ def test_a_sum_over_turns_is_fp32(turn, expected: float) -> None:
     np.testing.assert_allclose(found, expected, rtol=5e-3)
 
 
+def _nested(total, product):
+    return lax.scan(lambda total, part: (total + part, None), total, product.reshape(2, 1))[0]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        jax.checkpoint(lambda total, product: total + product.sum()),
+        lambda total, product: lax.cond(product[0] > 0, lambda: total + product.sum(), lambda: total),
+        _nested,
+    ],
+)
+def test_a_sum_over_turns_is_fp32_inside_of_other_programs(turn) -> None:
+    def total(weight, rows):
+        return lax.scan(lambda carry, row: (turn(carry, row @ weight), None), jnp.zeros(1), rows)[0].sum()
+
+    assert dj.autocast(total, "bf16")(jnp.ones((4, 2)) / 8, jnp.ones((1000, 4))) == 1000
+
+
 def test_a_sum_over_the_turns_of_a_while_loop_is_fp32() -> None:
     def total(weight, rows):
         def turn(carry):

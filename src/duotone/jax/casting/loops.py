@@ -10,7 +10,7 @@ which goes through a product, are as kinds say.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from jax import lax
 from duotone.jax import internals
 from duotone.jax.casting import numbers
 from duotone.jax.casting.interpreter import run
-from duotone.jax.casting.program import Program
+from duotone.jax.casting.program import Equation, Program, flatten
 from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Plan, Step
 from duotone.jax.casting.values import FLOAT32, HELD, OPEN, Kind, Value, dtype_of, joined
@@ -216,11 +216,9 @@ def _is_sum(program: Program, start: int, end: int) -> bool:
 
     @functools.cache
     def leads(number: int, is_added: bool) -> bool:
-        if number == start:
-            return is_added
         equation = makers.get(number)
         if equation is None:
-            return False
+            return number == start and is_added
         name, operands = equation.name, equation.inputs
         if name in _SUMS:
             # of a scatter, the array that is added to
@@ -232,9 +230,41 @@ def _is_sum(program: Program, start: int, end: int) -> bool:
             own = [first] if not program.types[second].shape else []
             own += [second] if name == "mul" and not program.types[first].shape else []
             return any(leads(each, is_added) for each in own)
-        return name in _SAME and leads(operands[0], is_added)
+        if name in _SAME:
+            return leads(operands[0], is_added)
+        return any(
+            leads(operands[place + skipped], True)
+            for body, skipped, places, end_inside in _bodies(equation, equation.outputs.index(number))
+            for place in places
+            if _is_sum(body, body.inputs[place], end_inside)
+        )
 
     return leads(end, False)
+
+
+def _bodies(equation: Equation, place: int) -> Iterator[tuple[Program, int, Sequence[int], int]]:
+    """Yield the programs that make a result of an equation inside of a loop's body.
+
+    Args:
+        equation: of the body.
+        place: of the result.
+
+    Yields:
+        The program; how many operands of the equation are none of its inputs; inputs that may be summed up; the result.
+    """
+    params = equation.params
+    if equation.name == "scan":
+        own = internals.scan_places(params)
+        if place in own.carry_out:
+            body = flatten(internals.opened(params["jaxpr"])[0])
+            yield body, 0, (own.carry[own.carry_out.index(place)],), body.outputs[place]
+    elif equation.name in ("remat2", "remat", "checkpoint"):
+        body = flatten(internals.opened(params["jaxpr"])[0])
+        yield body, 0, range(len(body.inputs)), body.outputs[place]
+    elif equation.name == "cond":
+        for each in params["branches"]:
+            body = flatten(internals.opened(each)[0])
+            yield body, 1, range(len(body.inputs)), body.outputs[place]
 
 
 def _together(values: Sequence[Value]) -> Value:
