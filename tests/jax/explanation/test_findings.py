@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 import duotone.jax as dj
-from duotone.jax.explanation.findings import NOTHING
+from duotone.wording.findings import NOTHING
 
 from .models import shape
 

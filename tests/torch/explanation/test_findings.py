@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import duotone.torch as dt
 from duotone.torch.casting.half_on_cpu import cpu_has_half_products
 from duotone.torch.explanation import Explanation, explain
-from duotone.torch.explanation.findings import NOTHING
+from duotone.wording.findings import NOTHING
 from duotone.wording.words import size
 
 WIDTH = 64

@@ -82,10 +82,6 @@ class Site:
         """Return whether an operand is of a kind."""
         return any(value.kind is kind for value in self.given)
 
-    def gives_floats(self) -> bool:
-        """Return whether a result is one that could be cast."""
-        return any(is_float(traced, self.compute) for traced in self.types_out)
-
     def step(
         self,
         cast_to: Any,

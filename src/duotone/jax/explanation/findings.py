@@ -16,11 +16,11 @@ from duotone.jax.explanation.reasons import DEFAULT_PRECISION, KEPT, OP_RULE, RU
 from duotone.jax.explanation.records import Residual
 from duotone.jax.primitives import TRACED
 from duotone.policy import Policy
+from duotone.wording.findings import NOTHING, wide_results
 from duotone.wording.groups import paths_of_groups
 from duotone.wording.records import Cast, Operation, amount, largest
 from duotone.wording.words import SIXTEEN_BITS, at, count, first_few, label, labels, size
 
-NOTHING = "nothing stands out: every floating-point dtype is where the policy puts it"
 _LARGE_BYTES = 1_000_000
 # FP32 in what is saved is worth a word where it is much of what is more than a toy
 _MUCH, _TOY_BYTES = 0.3, 64_000
@@ -144,15 +144,8 @@ def _saved_in_float32(run: _Run) -> Iterator[str]:
 
 def _outputs(run: _Run) -> Iterator[str]:
     wide = [each for each in run.explanation.outputs if each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS]
-    wide_bytes = sum(each.result_bytes for each in wide)
-    if wide and run.is_large(wide_bytes, share=0.1):
-        narrow = wide[0].computed_dtype
-        shape = " x ".join(map(str, max(wide, key=lambda each: each.result_bytes).shape))
-        results = "the result leaves" if len(wide) == 1 else f"{len(wide)} results leave"
-        yield (
-            f"{results} the function in FP32 although computed in {label(narrow)}: {size(wide_bytes)} ({shape}); with "
-            f"output={narrow} in the policy it takes half, with the loss inside the function nothing"
-        )
+    if wide and run.is_large(sum(each.result_bytes for each in wide), share=0.1):
+        yield wide_results(wide, "function")
 
 
 def _upcasts(run: _Run) -> Iterator[str]:

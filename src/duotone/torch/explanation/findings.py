@@ -12,12 +12,12 @@ from functools import cached_property
 from duotone.policy import Policy
 from duotone.torch.explanation.explanation import Explanation
 from duotone.torch.explanation.records import NO_HALF, OUTSIDE, ModuleDtypes, RepeatedCast, Widening
+from duotone.wording.findings import NOTHING, wide_results
 from duotone.wording.groups import paths_of_groups
 from duotone.wording.records import Cast, Operation, amount, largest
 from duotone.wording.words import SIXTEEN_BITS, at, count, first_few, label, size
 
 _ATTENTION = frozenset({"bmm", "baddbmm", "matmul", "scaled_dot_product_attention"})
-NOTHING = "nothing stands out: every floating-point dtype is where the policy puts it"
 _LARGE_BYTES = 1_000_000
 # FP32 in what is saved is worth a word from 1 MB on, or where it is much of what is more than a toy
 _SHARE, _MUCH, _TOY_BYTES = 0.1, 0.3, 64_000
@@ -125,15 +125,8 @@ def _outputs(run: _Run) -> Iterator[str]:
         for each in run.explanation.outputs
         if each.dtype == "float32" and each.computed_dtype in SIXTEEN_BITS and each.rounded_in is None
     ]
-    wide_bytes = sum(each.result_bytes for each in wide)
-    if wide and run.is_large(wide_bytes, share=0.1):
-        narrow = wide[0].computed_dtype
-        shape = " x ".join(map(str, max(wide, key=lambda each: each.result_bytes).shape))
-        results = "the result leaves" if len(wide) == 1 else f"{len(wide)} results leave"
-        yield (
-            f"{results} the model in FP32 although computed in {label(narrow)}: {size(wide_bytes)} ({shape}); "
-            f"with output={narrow} in the policy it takes half, with the loss inside the model nothing"
-        )
+    if wide and run.is_large(sum(each.result_bytes for each in wide), share=0.1):
+        yield wide_results(wide, "model")
 
 
 def _rounded_and_widened(run: _Run) -> Iterator[str]:
