@@ -12,12 +12,14 @@ OLDEST_PYTHON ?= python3.12
 NEWEST_JAX_PYTHON ?= python3.12
 # a process of one thread for each core; those of one file run in one process, which starts what they share once
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
-# the tests of duotone.jax have virtual environments of their own
+# the tests of duotone.jax and duotone.keras have virtual environments of their own
 JAX_TESTS := tests/jax src/duotone/jax
+KERAS_TESTS := tests/keras src/duotone/keras
+KERAS_BACKENDS := tensorflow jax torch
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-jax test-jax-newest test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax docs evidence clean
+.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -26,7 +28,7 @@ compare: $(VENV)/.installed  ## the default task in FP32, under torch.amp, and u
 	$(BIN)/duotone compare
 
 test: $(VENV)/.installed-test  ## the tests, README's examples and every docstring's among them
-	$(PYTEST) $(addprefix --ignore=,$(JAX_TESTS))
+	$(PYTEST) $(addprefix --ignore=,$(JAX_TESTS) $(KERAS_TESTS))
 
 test-jax:  ## the tests of duotone.jax on JAX 0.10, in .venv-jax
 	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
@@ -34,6 +36,17 @@ test-jax:  ## the tests of duotone.jax on JAX 0.10, in .venv-jax
 
 test-jax-newest: .venv-jax-newest/.installed  ## the same on the newest JAX, in .venv-jax-newest, which has no torch
 	.venv-jax-newest/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile $(JAX_TESTS)
+
+test-keras:  ## the tests of duotone.keras on Keras 3.15, on each backend in a process of its own, in .venv-keras
+	$(MAKE) VENV=.venv-keras CONSTRAINTS=constraints-keras.txt test-keras-here
+
+test-keras-newest:  ## the same on the newest Keras, in .venv-keras-newest
+	$(MAKE) VENV=.venv-keras-newest test-keras-here
+
+test-keras-here: $(VENV)/.installed-test-keras
+	for backend in $(KERAS_BACKENDS); do \
+	  echo "Keras on $$backend"; KERAS_BACKEND=$$backend $(PYTEST) $(KERAS_TESTS) || exit 1; \
+	done
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes
 	$(PYTEST) -m "slow and not gpu"
@@ -87,7 +100,7 @@ evidence: $(VENV)/.installed-peers  ## make the comparisons behind README's evid
 	$(BIN)/python benchmarks/evidence.py --out $(EVIDENCE)
 
 clean:  ## remove the virtual environments and caches
-	rm -rf $(VENV) .venv-oldest .venv-newest .venv-jax .venv-jax-newest .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-jax .venv-jax-newest .venv-keras .venv-keras-newest .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +115,10 @@ $(VENV)/.installed-test: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 
 $(VENV)/.installed-test-jax: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) --editable ".[test-jax]"
+	touch $@
+
+$(VENV)/.installed-test-keras: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(PIP) --editable ".[test-keras]"
 	touch $@
 
 # duotone.jax never loads torch, so this environment goes without

@@ -1,6 +1,7 @@
 """Which module may import which: the arrows of the house, all of them; `test_layout.py` holds them."""
 
 from .import_table_of_jax import OF_JAX
+from .import_table_of_keras import OF_KERAS
 
 CORE = ("duotone.durable_files", "duotone.errors", "duotone.policy")
 
@@ -22,6 +23,7 @@ ALLOWED = {
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
     "duotone.wording": ("duotone.wording",),
     **OF_JAX,
+    **OF_KERAS,
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
     "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (

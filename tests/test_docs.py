@@ -28,8 +28,9 @@ def blocks(language: str) -> list[tuple[str, str]]:
     ]
 
 
-# tests/jax runs those of the page on JAX
-EXAMPLES = {where: text for where, text in blocks("python") if not where.startswith("jax.md")}
+# tests/jax and tests/keras run those of the pages on JAX and Keras
+OTHERS = ("jax.md", "keras.md")
+EXAMPLES = {where: text for where, text in blocks("python") if not where.startswith(OTHERS)}
 COMMANDS = {
     f"{where} {line.split('#')[0].strip()}": shlex.split(line, comments=True)
     for where, block in blocks("bash")
@@ -122,7 +123,7 @@ def test_the_commands_of_make_are_targets_of_the_makefile():
 
 
 def test_no_example_was_missed():
-    assert len(EXAMPLES) == sum(text.count("```python") for page, text in TEXTS.items() if page.name != "jax.md")
+    assert len(EXAMPLES) == sum(text.count("```python") for page, text in TEXTS.items() if page.name not in OTHERS)
     assert sum("README" in where for where in EXAMPLES) >= 2
 
 

@@ -11,7 +11,11 @@ from duotone.torch.internals import autograd, compiler, tensors, training
 
 SOURCE = Path(__file__).parents[1] / "src" / "duotone"
 FILES = sorted(SOURCE.rglob("*.py"))
-AT_HOME = {*(SOURCE / "torch" / "internals").rglob("*.py"), SOURCE / "torch" / "casting" / "recomputation.py"}
+AT_HOME = {
+    *(SOURCE / "torch" / "internals").rglob("*.py"),
+    SOURCE / "torch" / "casting" / "recomputation.py",
+    SOURCE / "keras" / "internals.py",
+}
 # of Python's own: frames, named tuples, fields
 PYTHONS = {"_getframe", "_replace", "_fields", "_asdict", "_make"}
 # attributes of torch's objects, private names of Duotone's own being spelled as some of them

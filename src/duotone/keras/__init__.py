@@ -1,0 +1,11 @@
+"""Duotone for Keras 3 on TensorFlow, JAX and torch: dtype policies, FP32 masters, a loss scale that cannot reach 0.
+
+import duotone.keras as dk
+
+The backend is Keras' own: nothing here imports TensorFlow, JAX or torch that Keras has not.
+"""
+
+from duotone.loss_scale import LossScale
+from duotone.policy import Policy, Rule
+
+__all__ = ["LossScale", "Policy", "Rule"]

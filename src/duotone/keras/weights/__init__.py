@@ -1,0 +1,1 @@
+"""16-bit variables and what they lack to be their FP32 masters."""

@@ -1,0 +1,45 @@
+"""The part of the table of imports that is duotone.keras's."""
+
+OF_KERAS = {
+    # a framework of its own beside torch's and JAX's: the neutral core and itself
+    "duotone.keras": (
+        "duotone.errors",
+        "duotone.formats",
+        "duotone.keras",
+        "duotone.loss_scale",
+        "duotone.operations",
+        "duotone.policy",
+        "duotone.wording",
+    ),
+    "duotone.keras.internals": ("duotone.errors",),
+    "duotone.keras.backends": ("duotone.errors", "duotone.keras.internals"),
+    "duotone.keras.loss_scale": ("duotone.errors", "duotone.keras.internals", "duotone.loss_scale"),
+    "duotone.keras.weights": (
+        "duotone.errors",
+        "duotone.keras.backends",
+        "duotone.keras.internals",
+        "duotone.keras.weights",
+    ),
+    "duotone.keras.policies": (
+        "duotone.errors",
+        "duotone.formats",
+        "duotone.keras.internals",
+        "duotone.keras.policies",
+        "duotone.operations",
+        "duotone.policy",
+        "duotone.policy_spelling",
+    ),
+    # optimizers know no callback
+    "duotone.keras.optim": (
+        "duotone.errors",
+        "duotone.formats",
+        "duotone.keras.backends",
+        "duotone.keras.internals",
+        "duotone.keras.loss_scale",
+        "duotone.keras.optim",
+        "duotone.keras.policies",
+        "duotone.keras.weights",
+        "duotone.loss_scale",
+        "duotone.policy",
+    ),
+}
