@@ -15,6 +15,7 @@ ALLOWED = {
     "duotone.rounding": ("duotone.errors", "duotone.formats"),
     "duotone.loss_scale": ("duotone.errors",),
     "duotone.operations": ("duotone.errors",),
+    "duotone.split_codec": (),
     "duotone.policy": ("duotone.errors", "duotone.formats", "duotone.policy_spelling"),
     "duotone.policy_spelling": ("duotone.errors", "duotone.formats"),
     "duotone.config_file": ("duotone.durable_files", "duotone.errors"),

@@ -22,7 +22,7 @@ OF_JAX = {
         "duotone.jax.weights",
         "duotone.policy",
     ),
-    "duotone.jax.weights.codec": (),
+    "duotone.jax.weights.codec": ("duotone.split_codec",),
     "duotone.jax.optim": (
         "duotone.errors",
         "duotone.jax.internals",

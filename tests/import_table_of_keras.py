@@ -19,6 +19,7 @@ OF_KERAS = {
         "duotone.keras.backends",
         "duotone.keras.internals",
         "duotone.keras.weights",
+        "duotone.split_codec",
     ),
     "duotone.keras.policies": (
         "duotone.errors",

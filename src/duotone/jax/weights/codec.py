@@ -5,10 +5,8 @@ FP16: `tail = bits(master) - bits(float32(weight))` with the weight rounded to n
 |weight| >= 2^-16; below that, where FP16's spacing of 2^-24 leaves more than 16 bits behind, the master is kept as
 `weight + tail * 2^-40`, within 2^-41. The bits are those of `duotone.torch`, so a master means the same in both.
 
-All of it is integer arithmetic. Written as conversions, FP32 to 16 bits and back, it would be lost: XLA may take such a
-pair for the identity, and does on GPUs (https://github.com/openxla/xla/issues/41605), and every tail would be 0.
-Nor does it matter then whether a device flushes subnormals to zero. JAX has no derivative of bits, so both ways have
-that of a rounding, which is 1.
+The integer arithmetic is `duotone.split_codec`'s, and the reasons for it. JAX has no derivative of bits, so both ways
+have that of a rounding, which is 1.
 """
 
 import functools
@@ -20,15 +18,9 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-TAIL_DTYPE = jnp.dtype(jnp.int16)
+from duotone import split_codec
 
-_MAGNITUDE = 0x7FFF_FFFF
-_INFINITY = 0x7F80_0000
-# 2^-16 in FP32 and in FP16: the smallest |weight| in FP16 whose tail is a difference of bit patterns
-_FLOAT32_EXACT = 0x3780_0000
-_FLOAT16_EXACT = 0x0100
-_FLOAT16_NORMAL = 0x0400
-_FLOAT16_INFINITY = 0x7C00
+TAIL_DTYPE = jnp.dtype(jnp.int16)
 
 
 def encode(master: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
@@ -94,75 +86,25 @@ def _bits(floats: jax.Array) -> jax.Array:
 
 
 def _encode_bfloat16(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    is_nan = (bits & _MAGNITUDE) > _INFINITY
-    # rounding could carry a NaN's significand into the sign, so a NaN is made quiet and leaves no tail
-    code = jnp.where(is_nan, (bits >> 16) | 0x40, (bits + 0x8000) >> 16)
-    return _from_code(code, jnp.bfloat16), jnp.where(is_nan, 0, bits).astype(TAIL_DTYPE)
+    code, tail = split_codec.encode_bfloat16(jnp, bits)
+    return _from_code(code, jnp.bfloat16), tail.astype(TAIL_DTYPE)
 
 
 def _decode_bfloat16(code: jax.Array, tail: jax.Array) -> jax.Array:
-    plain = code << 16
-    # (code - (tail >> 15)) << 16 | tail is this sum, the tail taken as a signed number
-    joined = plain + tail
-    # a zero cannot have been rounded up to, nor an infinity down to: such a tail belongs to an earlier weight, and
-    # with it just these two would become a NaN
-    return jnp.where((joined & _MAGNITUDE) > _INFINITY, plain, joined)
+    return split_codec.decode_bfloat16(jnp, code, tail)
 
 
 def _encode_float16(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    magnitude = bits & _MAGNITUDE
-    # below 2^-16 the master is first put on the grid of 2^-40, then split as an integer of that unit
-    units = _shift_to_even(2 * _significand(magnitude), jnp.clip(111 - (magnitude >> 23), 1, 28))
-    units = jnp.where(bits < 0, -units, units)
-    high_units = (units + 0x8000) >> 16
-    # the code of a subnormal is its multiple of 2^-24
-    code = jnp.where(magnitude < _FLOAT32_EXACT, abs(high_units), _nearest_float16(magnitude))
-    # weight and master have one sign, so the difference of their patterns is that of their magnitudes
-    tail = jnp.where(code < _FLOAT16_EXACT, units - (high_units << 16), magnitude - _float32_from(code))
-    tail = jnp.where(code >= _FLOAT16_INFINITY, 0, tail).astype(TAIL_DTYPE)
-    return _from_code(jnp.where(bits < 0, code | -0x8000, code), jnp.float16), tail
+    code, tail = split_codec.encode_float16(jnp, bits, _float_bits)
+    return _from_code(code, jnp.float16), tail.astype(TAIL_DTYPE)
 
 
 def _decode_float16(code: jax.Array, tail: jax.Array) -> jax.Array:
-    magnitude = code & 0x7FFF
-    plain = _float32_from(magnitude)
-    joined = plain + tail
-    # a tail that leads to another weight was made for another weight
-    belongs = (magnitude < _FLOAT16_INFINITY) & (_nearest_float16(joined) == magnitude)
-    exact = jnp.where(belongs, joined, plain)
-    units = jnp.where(code < 0, -magnitude, magnitude) * 0x10000 + tail
-    # fewer than 2^24 units, so they are exact as a float, whose exponent is then lowered by 40
-    fixed = _bits(units.astype(jnp.float32)) - (40 << 23)
-    small = (magnitude < _FLOAT16_EXACT) & (tail != 0)
-    return jnp.where(small, fixed, jnp.where(code < 0, exact | ~_MAGNITUDE, exact))
+    return split_codec.decode_float16(jnp, code, tail, _float_bits)
 
 
-def _nearest_float16(magnitude: jax.Array) -> jax.Array:
-    """Return the FP16 codes nearest to FP32 patterns without their sign, ties to even; 2^-17 and more."""
-    exponent = magnitude >> 23
-    # FP16's 10 bits of 23; one fewer for each power of two below 2^-14
-    rounded = _shift_to_even(_significand(magnitude), jnp.clip(126 - exponent, 13, 28))
-    # the leading one of the significand, at 2^10, counts as one more of the exponent; so does a carry
-    code = jnp.minimum(rounded + (jnp.maximum(exponent - 113, 0) << 10), _FLOAT16_INFINITY)
-    return jnp.where(magnitude > _INFINITY, (magnitude >> 13) & 0x3FF | 0x7E00, code)
-
-
-def _float32_from(code: jax.Array) -> jax.Array:
-    """Return the FP32 patterns of FP16 codes without their sign; a signalling NaN becomes quiet."""
-    # a subnormal is an integer times 2^-24, and an integer this small is exact as a float
-    subnormal = jnp.where(code == 0, 0, _bits(code.astype(jnp.float32)) - (24 << 23))
-    wide = (code << 13) + (112 << 23)
-    special = jnp.where(code > _FLOAT16_INFINITY, wide | 0x40_0000, wide) + (112 << 23)
-    return jnp.where(code < _FLOAT16_NORMAL, subnormal, jnp.where(code < _FLOAT16_INFINITY, wide, special))
-
-
-def _significand(magnitude: jax.Array) -> jax.Array:
-    return magnitude & 0x7F_FFFF | 0x80_0000
-
-
-def _shift_to_even(number: jax.Array, shift: jax.Array) -> jax.Array:
-    """Return `number / 2**shift` rounded to nearest even; `shift` is from 1 to 28, `number` below 2^27."""
-    return (number + ((1 << (shift - 1)) - 1) + ((number >> shift) & 1)) >> shift
+def _float_bits(integers: jax.Array) -> jax.Array:
+    return _bits(integers.astype(jnp.float32))
 
 
 def _from_code(code: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -1,0 +1,37 @@
+"""The little that `keras.ops` lacks, said for TensorFlow, JAX and torch.
+
+A backend's framework is imported where it is used, so that nothing is imported that Keras has not imported itself.
+"""
+
+from typing import Any
+
+import keras
+
+# a tensor of the backend
+Tensor = Any
+
+
+def bits(floats: Tensor) -> Tensor:
+    """Return the bit patterns of floats as signed integers of their size: int32 of float32, int16 of 16-bit formats."""
+    size = 32 if keras.backend.standardize_dtype(floats.dtype) == "float32" else 16
+    return _bitcast(floats, f"int{size}")
+
+
+def floats(bits: Tensor, dtype: str) -> Tensor:
+    """Return the floats of a format whose bit patterns are given as signed integers of its size."""
+    return _bitcast(bits, dtype)
+
+
+def _bitcast(tensor: Tensor, dtype: str) -> Tensor:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.bitcast(tensor, dtype)
+    if backend == "jax":
+        from jax import lax
+
+        return lax.bitcast_convert_type(tensor, dtype)
+    import torch
+
+    return tensor.detach().view(getattr(torch, dtype))
