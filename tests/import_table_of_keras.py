@@ -13,7 +13,12 @@ OF_KERAS = {
     ),
     "duotone.keras.internals": ("duotone.errors",),
     "duotone.keras.backends": ("duotone.errors", "duotone.keras.internals"),
-    "duotone.keras.loss_scale": ("duotone.errors", "duotone.keras.internals", "duotone.loss_scale"),
+    "duotone.keras.loss_scale": (
+        "duotone.errors",
+        "duotone.keras.internals",
+        "duotone.loss_scale",
+        "duotone.policy",
+    ),
     "duotone.keras.weights": (
         "duotone.errors",
         "duotone.keras.backends",

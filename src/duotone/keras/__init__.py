@@ -5,7 +5,8 @@ import duotone.keras as dk
 The backend is Keras' own: nothing here imports TensorFlow, JAX or torch that Keras has not.
 """
 
+from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 
-__all__ = ["LossScale", "Policy", "Rule"]
+__all__ = ["LossScale", "LossScaleOptimizer", "Policy", "Rule"]

@@ -35,3 +35,21 @@ def _bitcast(tensor: Tensor, dtype: str) -> Tensor:
     import torch
 
     return tensor.detach().view(getattr(torch, dtype))
+
+
+def is_traced(value: Any) -> bool:
+    """Return whether a tensor is part of a program that is being traced, so that no number can be read from it.
+
+    >>> is_traced(keras.ops.ones(1))
+    False
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        from jax.core import Tracer
+
+        return isinstance(value, Tracer)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.is_symbolic_tensor(value)
+    return False
