@@ -3,12 +3,27 @@
 No other module of `duotone.keras` imports `keras.src` or asks for a version.
 """
 
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
 from keras.src.backend.common.stateless_scope import in_stateless_scope
 
-__all__ = ["in_stateless_scope", "index_of", "is_released", "ops", "trained_variables"]
+__all__ = [
+    "StoragelessVariable",
+    "beside",
+    "forget_own_variables",
+    "in_stateless_scope",
+    "index_of",
+    "is_released",
+    "key_of",
+    "layout_of",
+    "ops",
+    "stand_in_exclusions",
+    "trained_variables",
+    "update_each",
+]
 
 # Keras declares no types, and those that pyright infers from the body of an operation are wrong
 ops: Any = keras.ops
@@ -35,3 +50,86 @@ def is_released(variable: Any) -> bool:
     `Model.jax_state_sync` gives the values back.
     """
     return variable._value is None
+
+
+class StoragelessVariable(keras.Variable):
+    """A variable of Keras that looks like another one, in a dtype of its own, and holds nothing.
+
+    Keras offers no such thing: its constructor asks its own method to make a value, which here makes none, and the path
+    and the layout of a variable are given by scopes that are closed by now.
+    """
+
+    def __init__(self, like: Any, dtype: str) -> None:
+        super().__init__(
+            "zeros",
+            shape=like.shape,
+            dtype=dtype,
+            autocast=False,
+            aggregation=like.aggregation,
+            synchronization=like.synchronization,
+            name=like.name,
+            layout=like._layout,
+        )
+        self._path = like.path
+        if keras.backend.backend() == "tensorflow":
+            # by which TensorFlow's optimizers know variables
+            self._unique_id = f"{like.value._unique_id}_{dtype}"
+
+    def _initialize_with_initializer(self, initializer: Any) -> None:
+        pass
+
+
+def layout_of(variable: Any) -> Any:
+    """Return how a variable lies on devices: a layout of `keras.distribution`, or None."""
+    return variable._layout
+
+
+def beside(optimizer: Any, variable: Any) -> AbstractContextManager[Any]:
+    """Return a context in which an optimizer makes variables where another one is: on TensorFlow, on its devices."""
+    if keras.backend.backend() != "tensorflow":
+        return nullcontext()
+    return optimizer._distribution_strategy.extended.colocate_vars_with(variable.value)
+
+
+def key_of(optimizer: Any, variable: Any) -> Any:
+    """Return by what an optimizer knows a variable."""
+    return optimizer._var_key(variable)
+
+
+def forget_own_variables(optimizer: Any) -> None:
+    """Take out of an optimizer's variables the count of steps and the learning rate that Keras gives to every one."""
+    optimizer._untrack_variable(optimizer._iterations)
+    optimizer._untrack_variable(optimizer._learning_rate)
+
+
+def stand_in_exclusions(optimizer: Any, stand_in_of: Callable[[Any], Any], variables: Iterable[Any]) -> None:
+    """Exclude from an optimizer's weight decay what stands in for the variables that were excluded themselves.
+
+    `exclude_from_weight_decay(var_list)` is called before `build` and keeps keys alone.
+    """
+    excluded = getattr(optimizer, "_exclude_from_weight_decay", None)
+    if excluded:
+        excluded.update(
+            key_of(optimizer, stand_in_of(each)) for each in variables if key_of(optimizer, each) in excluded
+        )
+    for each in getattr(optimizer, "optimizers", ()):
+        stand_in_exclusions(each, stand_in_of, variables)
+
+
+def update_each(optimizer: Any, variables: Sequence[Any], function: Callable[[int], None]) -> None:
+    """Call `function(i)` where the variable i may be assigned to.
+
+    With a `tf.distribute.Strategy` that is once for each replica and outside of what they run, as Keras' own optimizers
+    update variables; TensorFlow has no public name for what leads there.
+    """
+    if keras.backend.backend() != "tensorflow":
+        for index in range(len(variables)):
+            function(index)
+        return
+    import tensorflow as tf
+
+    def update_all(strategy: Any) -> None:
+        for index, variable in enumerate(variables):
+            strategy.extended.update(variable.value, lambda _, index=index: function(index), group=False)
+
+    tf.__internal__.distribute.interim.maybe_merge_call(update_all, optimizer._distribution_strategy)

@@ -7,10 +7,10 @@ The bits are those of `duotone.torch` and `duotone.jax`, so a master means the s
 from typing import Any
 
 import keras
-from keras import ops
 
 from duotone import split_codec
 from duotone.keras import backends
+from duotone.keras.internals import ops
 
 # a tensor of the backend
 Tensor = Any
