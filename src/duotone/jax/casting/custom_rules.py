@@ -129,7 +129,7 @@ class _Planned:
 
     def step(self, runner: Callable[[list[Any]], list[Any]]) -> Step:
         """Return the step that runs it on what it is given."""
-        outputs = [Value(value.kind, narrow=value.narrow) for value in self._plan.outputs]
+        outputs = [value.without_number for value in self._plan.outputs]
         wanted = self._plan.wanted
         return self._site.step(None, outputs, runner=runner, inner=[self._plan], wanted=wanted)
 
@@ -147,7 +147,7 @@ class _Planned:
             for array, traced in zip(args[len(values) :], types[len(values) :], strict=True)
         ]
         # numbers are arrays here
-        values = [Value(value.kind, narrow=value.narrow) for value in values]
+        values = [value.without_number for value in values]
         known = [planner.constant(each) for each in constants]
         plan: Plan = planner.plan(program, [*known, *values], self._site.equation.scopes)
         return run(plan, constants, args)

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 from jax import lax
 
 from duotone.jax import primitives
-from duotone.jax.casting import numbers
+from duotone.jax.casting import numbers, sums
 from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Step
 from duotone.jax.casting.values import BIT, FLOAT32, HALF, HELD, OPEN, Kind, Value, dtype_of, is_float
@@ -68,7 +69,11 @@ def float32_inside(site: Site) -> Step:
 
 def repeat(site: Site) -> Step:
     """Copy; where elements are repeated, their gradient is a sum, which is FP32."""
-    return site.rounded("move") if site.given[0].kind is Kind.HALF and _is_repeated(site) else move(site)
+    value = site.given[0]
+    if value.number == 0 and value.kind is Kind.OPEN and site.equation.name == "broadcast_in_dim":
+        # zeros that the program makes
+        return site.step(None, replace(value, is_start=True), form="move")
+    return site.rounded("move") if value.kind is Kind.HALF and _is_repeated(site) else move(site)
 
 
 def _is_repeated(site: Site) -> bool:
@@ -89,7 +94,7 @@ def lookup(site: Site) -> Step:
     if value.kind is Kind.OPEN and len(site.types[0].shape) == 2 and _reads_rows(site):
         return site.rounded() if site.planner.residual == "compute" else site.step(None, HELD)
     # what is out of bounds is NaN or 0, so it is no longer known to be one number
-    return site.rounded() if value.kind is Kind.HALF else site.step(None, Value(value.kind, narrow=value.narrow))
+    return site.rounded() if value.kind is Kind.HALF else site.step(None, value.without_number)
 
 
 def _reads_rows(site: Site) -> bool:
@@ -185,6 +190,8 @@ def convert(site: Site) -> Step:
         # cast by a rule's cast, which a number that 16 bits lack survives
         return site.step(site.compute, HALF)
     if value.kind is Kind.OTHER:
+        if value.number is not None:
+            return site.step(None, Value(Kind.OPEN, value.number))
         return site.step(None, BIT if traced.dtype == bool else HELD)
     if traced.dtype == FLOAT32:
         # nothing to do, but for a sharding that the cast may carry
@@ -204,10 +211,13 @@ _BY_NAME: Mapping[str, Handler] = MappingProxyType(
         "gather": lookup,
         "scatter": scatter,
         **dict.fromkeys(primitives.FAMILIES["overlap"].split(), repeat),
-        **dict.fromkeys(primitives.FAMILIES["number"].split(), number),
+        **dict.fromkeys(primitives.FAMILIES["number"].split(), sums.summing(number)),
         **dict.fromkeys(primitives.FAMILIES["bound"].split(), bound),
         **dict.fromkeys(primitives.FAMILIES["scaled_product"].split(), as_traced),
         **dict.fromkeys(primitives.POINTWISE, pointwise),
+        "neg": sums.summing(pointwise),
+        "select_n": sums.summing(widest),
+        **dict.fromkeys(("scatter-add", "scatter-sub"), sums.summing(float32_inside)),
         **dict.fromkeys(primitives.COMPARISONS, comparison),
         **dict.fromkeys(primitives.MOVES, move),
     }

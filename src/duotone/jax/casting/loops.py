@@ -4,29 +4,23 @@ Constants of a scan that are 16-bit go in as FP32 and are rounded in the body, f
 turns: in BF16, 1,000 ones add up to 256. Weights that are scanned (a stack of layers) go in as they are kept, for each
 is used in one turn alone.
 
-A sum over all turns is FP32 for the same reason: a carry that starts as a number, such as zeros, and that a turn adds
-to, as it was or times a number. A residual stream, which starts with an array, and the state of a recurrent layer,
-which goes through a product, are as kinds say.
+A sum over all turns is FP32 for the same reason, see `sums`. A residual stream that starts in 16 bits, and the state of
+a recurrent layer that goes through a product, are as kinds say.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from jax import lax
 
 from duotone.jax import internals
-from duotone.jax.casting import numbers
+from duotone.jax.casting import numbers, sums
 from duotone.jax.casting.interpreter import run
-from duotone.jax.casting.program import Equation, Program, flatten
 from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Plan, Step
-from duotone.jax.casting.values import FLOAT32, HELD, OPEN, Kind, Value, dtype_of, joined
-
-# what adds to one of its operands, and what gives it as it is
-_SUMS = frozenset({"add", "add_any", "sub", "scatter-add", "scatter-sub"})
-_SAME = frozenset({"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "expand_dims", "neg"})
+from duotone.jax.casting.values import FLOAT32, HALF, HELD, OPEN, START, Kind, Value, dtype_of, joined
 
 
 def scan(site: Site) -> Step:
@@ -36,7 +30,7 @@ def scan(site: Site) -> Step:
     body, constants = internals.opened(params["jaxpr"])
     known = [site.planner.constant(each) for each in constants]
     # what a turn is given; numbers are not, for they are arrays there
-    inside = [Value(value.kind, narrow=value.narrow) for value in site.given]
+    inside = [value.without_number for value in site.given]
 
     def plan(carry: Sequence[Value]) -> tuple[Plan, list[Value]]:
         for place, value in zip(places.carry, carry, strict=True):
@@ -44,10 +38,13 @@ def scan(site: Site) -> Step:
         found = site.planner.plan(body, [*known, *inside], site.equation.scopes)
         return found, [found.outputs[place] for place in places.carry_out]
 
-    first = [inside[place] for place in places.carry]
-    numbers_first = [site.given[place].number is not None for place in places.carry]
-    inner, carry = _settled(plan, _with_sums(plan, first, numbers_first, places.carry, places.carry_out))
-    stacked = [Value(inner.outputs[place].kind) for place in places.stacked]
+    carry = _settled(plan, [site.given[place] for place in places.carry], places.carry, places.carry_out)
+    inner = carry.plan
+    # a sum so far is rounded as the sum is
+    stacked = [
+        HALF if inner.program.outputs[place] in carry.sums else Value(inner.outputs[place].kind)
+        for place in places.stacked
+    ]
     entry = [dtype_of(value, traced, site.compute) for value, traced in zip(inside, site.types, strict=True)]
     targets: list[Any] = list(entry)
     for place in places.constants:
@@ -66,7 +63,10 @@ def scan(site: Site) -> Step:
             found = run(inner, constants, given)
             return (
                 [_cast(found[place], dtype) for place, dtype in zip(places.carry_out, dtypes, strict=True)],
-                [found[place] for place in places.stacked],
+                [
+                    _cast(found[place], site.compute) if value.kind is Kind.HALF else found[place]
+                    for place, value in zip(places.stacked, stacked, strict=True)
+                ],
             )
 
         last, ys = lax.scan(
@@ -78,12 +78,12 @@ def scan(site: Site) -> Step:
             unroll=params["unroll"],
         )
         results: list[Any] = [None] * (len(last) + len(ys))
-        for place, array in zip((*places.carry_out, *places.stacked), (*last, *ys), strict=True):
+        for place, array in zip((*places.carry_out, *places.stacked), (*carry.ended(last), *ys), strict=True):
             results[place] = array
         return results
 
     found: list[Value] = [OPEN] * len(inner.outputs)
-    for place, value in zip((*places.carry_out, *places.stacked), (*carry, *stacked), strict=True):
+    for place, value in zip((*places.carry_out, *places.stacked), (*carry.after, *stacked), strict=True):
         found[place] = value
     # casts of weights that are scanned stand outside, where a cast back to what they came as costs nothing
     return site.step(targets, found, runner=runner, inner=[inner])
@@ -103,7 +103,7 @@ def while_loop(site: Site) -> Step:
     n_test, n_body = params["cond_nconsts"], params["body_nconsts"]
     test, test_constants = internals.opened(params["cond_jaxpr"])
     body, body_constants = internals.opened(params["body_jaxpr"])
-    given = [Value(value.kind, narrow=value.narrow) for value in site.given]
+    given = [value.without_number for value in site.given]
     of_test, of_body, first = given[:n_test], given[n_test : n_test + n_body], given[n_test + n_body :]
     scopes = site.equation.scopes
 
@@ -112,13 +112,11 @@ def while_loop(site: Site) -> Step:
         found = site.planner.plan(body, [*known, *of_body, *carry], scopes)
         return found, list(found.outputs)
 
-    numbers_first = [value.number is not None for value in site.given[n_test + n_body :]]
-    carry_places, carry_out = range(n_body, n_body + len(first)), range(len(first))
-    first = _with_sums(plan, first, numbers_first, carry_places, carry_out)
-    inner, carry = _settled(plan, first)
+    carry = _settled(plan, site.given[n_test + n_body :], range(n_body, len(given) - n_test), range(len(first)))
+    inner = carry.plan
     known = [site.planner.constant(each) for each in test_constants]
-    tested = site.planner.plan(test, [*known, *of_test, *carry], scopes)
-    values = [*of_test, *of_body, *carry]
+    tested = site.planner.plan(test, [*known, *of_test, *carry.inside], scopes)
+    values = [*of_test, *of_body, *carry.inside]
     targets = [dtype_of(value, traced, site.compute) for value, traced in zip(values, site.types, strict=True)]
     dtypes = targets[n_test + n_body :]
 
@@ -132,15 +130,15 @@ def while_loop(site: Site) -> Step:
         def goes_on(carried: Sequence[Any]) -> Any:
             return run(tested, test_constants, [*fixed_test, *carried])[0]
 
-        return list(lax.while_loop(goes_on, turn, operands[n_test + n_body :]))
+        return carry.ended(lax.while_loop(goes_on, turn, operands[n_test + n_body :]))
 
-    return site.step(targets, carry, runner=runner, inner=[tested, inner])
+    return site.step(targets, carry.after, runner=runner, inner=[tested, inner])
 
 
 def branches(site: Site) -> Step:
     """Plan and run `lax.cond` and `lax.switch`: a result is what the branches' results are together."""
     programs = [internals.opened(each) for each in site.equation.params["branches"]]
-    given = [Value(value.kind, narrow=value.narrow) for value in site.given[1:]]
+    given = [value.without_number for value in site.given[1:]]
     plans = [
         site.planner.plan(body, [*(site.planner.constant(each) for each in constants), *given], site.equation.scopes)
         for body, constants in programs
@@ -172,10 +170,70 @@ def branches(site: Site) -> Step:
     return site.step(None, found, runner=runner, inner=plans)
 
 
+@dataclass(frozen=True, slots=True)
+class _Carry:
+    """What goes round in a loop, settled.
+
+    Attributes:
+        plan: of the body.
+        inside: what each value is in the loop.
+        after: what it is after the loop.
+        sums: results of the body that are FP32 sums of 16-bit terms, to be rounded after the loop.
+    """
+
+    plan: Plan
+    inside: list[Value]
+    after: list[Value]
+    sums: frozenset[int]
+
+    def ended(self, arrays: Sequence[Any]) -> list[Any]:
+        """Return the carry as it is after the loop."""
+        compute = self.plan.compute
+        return [
+            _cast(array, compute) if value.kind is Kind.HALF else array
+            for array, value in zip(arrays, self.after, strict=True)
+        ]
+
+
 def _settled(
-    plan: Callable[[Sequence[Value]], tuple[Plan, list[Value]]], carry: list[Value]
-) -> tuple[Plan, list[Value]]:
-    """Return the plan of a body that keeps the kinds of its carry, and those."""
+    plan: Callable[[Sequence[Value]], tuple[Plan, list[Value]]],
+    given: Sequence[Value],
+    carry_in: Sequence[int],
+    carry_out: Sequence[int],
+) -> _Carry:
+    """Return the plan of a body that keeps the kinds of its carry, and those.
+
+    Args:
+        plan: of a body, given its carry.
+        given: what the loop is given as carry.
+        carry_in: the places of the carry among the body's inputs.
+        carry_out: its places among the body's results.
+    """
+    # a number is what a sum starts with, and an array in the loop
+    inner, carry = _kept(plan, [START if _is_number(value) else value.without_number for value in given])
+    program = inner.program
+    of_each = [
+        sums.sums_of(program, program.inputs[place]) if value.kind is Kind.HALF else frozenset()
+        for place, value in zip(carry_in, carry, strict=True)
+    ]
+    are_sums = [program.outputs[place] in found for place, found in zip(carry_out, of_each, strict=True)]
+    after = [
+        # outside, what has become of a number is none to start with
+        replace(value, is_start=value.is_start and each.is_start)
+        for value, each in zip(carry, given, strict=True)
+    ]
+    if any(are_sums):
+        inner, carry = _kept(plan, [HELD if is_sum else value for value, is_sum in zip(carry, are_sums, strict=True)])
+        after = [value if is_sum else new for value, new, is_sum in zip(after, carry, are_sums, strict=True)]
+    rounded = frozenset().union(*(found for found, is_sum in zip(of_each, are_sums, strict=True) if is_sum))
+    return _Carry(inner, carry, after, rounded)
+
+
+def _is_number(value: Value) -> bool:
+    return value.kind is Kind.OPEN and value.number is not None
+
+
+def _kept(plan: Callable[[Sequence[Value]], tuple[Plan, list[Value]]], carry: list[Value]) -> tuple[Plan, list[Value]]:
     while True:
         inner, after = plan(carry)
         together = [joined(before, each) for before, each in zip(carry, after, strict=True)]
@@ -185,90 +243,8 @@ def _settled(
         carry = together
 
 
-def _with_sums(
-    plan: Callable[[Sequence[Value]], tuple[Plan, list[Value]]],
-    carry: list[Value],
-    are_numbers: Sequence[bool],
-    carry_in: Sequence[int],
-    carry_out: Sequence[int],
-) -> list[Value]:
-    """Return the first carry with those held that start as a number and sum up what 16-bit turns give.
-
-    Args:
-        plan: of a body, given its carry.
-        carry: what it is at first.
-        are_numbers: whether each is one number at first.
-        carry_in: the places of the carry among the body's inputs.
-        carry_out: its places among the body's results.
-    """
-    program = plan(carry)[0].program
-    return [
-        HELD
-        if is_number and value.kind is Kind.OPEN and _is_sum(program, program.inputs[own], program.outputs[own_out])
-        else value
-        for is_number, value, own, own_out in zip(are_numbers, carry, carry_in, carry_out, strict=True)
-    ]
-
-
-def _is_sum(program: Program, start: int, end: int) -> bool:
-    """Return whether a result is a value that something was added to, as it was or times a scalar."""
-    makers = {number: equation for equation in program.equations for number in equation.outputs}
-
-    @functools.cache
-    def leads(number: int, is_added: bool) -> bool:
-        equation = makers.get(number)
-        if equation is None:
-            return number == start and is_added
-        name, operands = equation.name, equation.inputs
-        if name in _SUMS:
-            # of a scatter, the array that is added to
-            return any(leads(each, True) for each in (operands[:1] if name.startswith("scatter") else operands))
-        if name == "select_n":
-            return any(leads(each, is_added) for each in operands[1:])
-        if name in ("mul", "div"):
-            first, second = operands
-            own = [first] if not program.types[second].shape else []
-            own += [second] if name == "mul" and not program.types[first].shape else []
-            return any(leads(each, is_added) for each in own)
-        if name in _SAME:
-            return leads(operands[0], is_added)
-        return any(
-            leads(operands[place + skipped], True)
-            for body, skipped, places, end_inside in _bodies(equation, equation.outputs.index(number))
-            for place in places
-            if _is_sum(body, body.inputs[place], end_inside)
-        )
-
-    return leads(end, False)
-
-
-def _bodies(equation: Equation, place: int) -> Iterator[tuple[Program, int, Sequence[int], int]]:
-    """Yield the programs that make a result of an equation inside of a loop's body.
-
-    Args:
-        equation: of the body.
-        place: of the result.
-
-    Yields:
-        The program; how many operands of the equation are none of its inputs; inputs that may be summed up; the result.
-    """
-    params = equation.params
-    if equation.name == "scan":
-        own = internals.scan_places(params)
-        if place in own.carry_out:
-            body = flatten(internals.opened(params["jaxpr"])[0])
-            yield body, 0, (own.carry[own.carry_out.index(place)],), body.outputs[place]
-    elif equation.name in ("remat2", "remat", "checkpoint"):
-        body = flatten(internals.opened(params["jaxpr"])[0])
-        yield body, 0, range(len(body.inputs)), body.outputs[place]
-    elif equation.name == "cond":
-        for each in params["branches"]:
-            body = flatten(internals.opened(each)[0])
-            yield body, 1, range(len(body.inputs)), body.outputs[place]
-
-
 def _together(values: Sequence[Value]) -> Value:
-    first, *rest = (Value(value.kind, narrow=value.narrow) for value in values)
+    first, *rest = (value.without_number for value in values)
     for each in rest:
         first = joined(first, each)
     return first

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from duotone.jax import internals
+
 # by format: the largest, the smallest above 0, and the largest below 1
 _LIMITS = {
     "float16": (65504.0, 2.0**-24, 1 - 2.0**-11),
@@ -80,6 +82,17 @@ def cast(array: Any, dtype: Any, number: float | None = None) -> Any:
         factor = np.float32(nearest / number)
         array = lax.clamp(np.float32(-abs(nearest)), array, np.float32(abs(nearest))) if factor < 1 else array * factor
     return lax.convert_element_type(array, dtype)
+
+
+def integer_of(value: Any) -> float | None:
+    """Return the number that a known integer without dimensions is; None for others.
+
+    >>> integer_of(np.int32(3)), integer_of(np.float32(3))
+    (3.0, None)
+    """
+    if not internals.is_array_type(internals.type_of(value)) or not internals.is_concrete(value):
+        return None
+    return float(value) if not value.ndim and jnp.issubdtype(value.dtype, jnp.integer) else None
 
 
 def number_of(value: Any) -> float | None:

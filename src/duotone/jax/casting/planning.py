@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from duotone.jax import internals, policies, primitives
-from duotone.jax.casting import demands, kinds, marks, numbers
+from duotone.jax.casting import demands, kinds, marks, numbers, sums
 from duotone.jax.casting.custom_rules import CUSTOM_RULES
 from duotone.jax.casting.loops import LOOPS
 from duotone.jax.casting.program import Equation, Program, flatten
 from duotone.jax.casting.regions import REGIONS
 from duotone.jax.casting.site import Handler, Site
 from duotone.jax.casting.steps import Plan, Step
-from duotone.jax.casting.values import HALF, HELD, OPEN, OTHER, Kind, Value, is_float
+from duotone.jax.casting.values import HALF, HELD, OPEN, Kind, Value, is_float
 from duotone.policy import Policy
 
 _PROGRAMS: Mapping[str, Handler] = MappingProxyType({**LOOPS, **CUSTOM_RULES, **REGIONS})
@@ -65,21 +65,27 @@ class Planner:
         return self._programs[key][1]
 
     def _planned(self, program: Program, given: list[Value]) -> Plan:
-        steps, values = self._steps(program, given, frozenset())
+        steps, values = self._steps(program, given)
         places, wanted = demands.raised(program, steps)
-        if places:
-            steps, values = self._steps(program, given, places)
+        parts, ends = sums.parts(program, steps)
+        if places or parts:
+            steps, values = self._steps(program, given, places | parts, ends)
         outputs = [values[number] for number in program.outputs]
         return Plan(program, steps, given[len(program.constants) :], outputs, self.compute, wanted)
 
     def _steps(
-        self, program: Program, given: list[Value], raised: frozenset[int]
+        self,
+        program: Program,
+        given: list[Value],
+        raised: frozenset[int] = frozenset(),
+        ends: frozenset[int] = frozenset(),
     ) -> tuple[list[Step], dict[int, Value]]:
         values = {number: self.constant(value) for number, value in program.known.items()}
         values.update(zip([*program.constants, *program.inputs], given, strict=True))
         steps = []
         for place, equation in enumerate(program.equations):
-            site = Site.of(self, program, equation, [values[number] for number in equation.inputs], place in raised)
+            own = [values[number] for number in equation.inputs]
+            site = Site.of(self, program, equation, own, is_raised=place in raised, ends_sum=place in ends)
             step = self._step(site)
             steps.append(step)
             values.update(zip(equation.outputs, step.found, strict=True))
@@ -93,7 +99,8 @@ class Planner:
         """
         traced = internals.type_of(constant)
         if not is_float(traced, self.compute):
-            return OTHER
+            # an integer may be made a float, as the 0 of jnp.pad is
+            return Value(Kind.OTHER, numbers.integer_of(constant))
         if traced.dtype == self.compute:
             return Value(Kind.HALF)
         if not internals.is_concrete(constant):

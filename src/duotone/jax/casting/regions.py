@@ -58,9 +58,8 @@ def placed_jit(site: Site) -> Step:
 def _region(site: Site, bound: Callable[[list[Any], Inside], list[Any]], *, saves_inputs: bool = False) -> Step:
     jaxpr, constants = internals.opened(site.equation.params["jaxpr"])
     known = [site.planner.constant(each) for each in constants]
-    given = [Value(value.kind, value.number, value.narrow) for value in site.given]
-    plan = site.planner.plan(jaxpr, [*known, *given], site.equation.scopes)
-    targets = [site.compute if saves_inputs and value.narrow else None for value in given]
+    plan = site.planner.plan(jaxpr, [*known, *site.given], site.equation.scopes)
+    targets = [site.compute if saves_inputs and value.narrow else None for value in site.given]
 
     def inside(*args: Any) -> list[Any]:
         wide = [
@@ -72,7 +71,7 @@ def _region(site: Site, bound: Callable[[list[Any], Inside], list[Any]], *, save
     def runner(operands: list[Any]) -> list[Any]:
         return bound(operands, inside)
 
-    outputs: Sequence[Value] = [Value(value.kind, narrow=value.narrow) for value in plan.outputs]
+    outputs: Sequence[Value] = [value.without_number for value in plan.outputs]
     return site.step(targets, outputs, runner=runner, wanted=plan.wanted, inner=[plan])
 
 

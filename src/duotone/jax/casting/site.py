@@ -38,6 +38,7 @@ class Site:
         types: the traced types of its operands.
         types_out: the traced types of its results.
         is_raised: whether all that its results feed wants FP32.
+        ends_sum: whether a sum ends with it that is computed in FP32 so far.
     """
 
     planner: Planner
@@ -46,14 +47,22 @@ class Site:
     types: Sequence[Any]
     types_out: Sequence[Any]
     is_raised: bool
+    ends_sum: bool
 
     @classmethod
     def of(
-        cls, planner: Planner, program: Program, equation: Equation, given: Sequence[Value], is_raised: bool
+        cls,
+        planner: Planner,
+        program: Program,
+        equation: Equation,
+        given: Sequence[Value],
+        *,
+        is_raised: bool,
+        ends_sum: bool,
     ) -> "Site":
         """Return the site of an equation of a program."""
-        types = [program.types[number] for number in equation.inputs]
-        return cls(planner, equation, given, types, [program.types[number] for number in equation.outputs], is_raised)
+        types, types_out = ([program.types[number] for number in each] for each in (equation.inputs, equation.outputs))
+        return cls(planner, equation, given, types, types_out, is_raised, ends_sum)
 
     @property
     def compute(self) -> Any:

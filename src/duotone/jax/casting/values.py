@@ -9,7 +9,7 @@ OPEN < HALF < HELD is the order in which what meets in one place (a carry, two b
 """
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,15 +36,23 @@ class Value:
         kind: how it is kept.
         number: the number that all its elements are, if that is written in the program.
         narrow: of OPEN ones: every element is a 16-bit number, as those of a 16-bit weight are.
+        is_start: of OPEN ones: a sum starts with it, see `sums`.
     """
 
     kind: Kind
     number: float | None = None
     narrow: bool = False
+    is_start: bool = False
+
+    @property
+    def without_number(self) -> "Value":
+        """What is known of it where it is given to a program as an array."""
+        return replace(self, number=None)
 
 
 OPEN, HALF, HELD, OTHER = (Value(kind) for kind in (Kind.OPEN, Kind.HALF, Kind.HELD, Kind.OTHER))
 BIT = Value(Kind.OPEN, narrow=True)
+START = Value(Kind.OPEN, is_start=True)
 
 
 def is_float(traced: Any, compute: Any) -> bool:
@@ -68,7 +76,8 @@ def joined(first: Value, second: Value) -> Value:
     if first == second:
         return first
     if first.kind is second.kind:
-        return Value(first.kind, narrow=first.narrow and second.narrow)
+        is_start = first.is_start and second.is_start
+        return Value(first.kind, narrow=first.narrow and second.narrow, is_start=is_start)
     kind = max(first.kind, second.kind)
     # what is known of the number no longer holds
     return Value(kind)
