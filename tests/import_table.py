@@ -23,6 +23,7 @@ ALLOWED = {
     "duotone.corpus": ("duotone.errors",),
     "duotone.run_settings": ("duotone.config_file", "duotone.errors", "duotone.policy"),
     "duotone.wording": ("duotone.wording",),
+    "duotone.wording.collapse": ("duotone.errors",),
     **OF_JAX,
     **OF_KERAS,
     "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
@@ -169,6 +170,7 @@ ALLOWED = {
         "duotone.loss_scale",
         "duotone.torch.distributed.agreement",
         "duotone.torch.parameters",
+        "duotone.wording.collapse",
     ),
     "duotone.torch.scaling.scale_alarm": (
         "duotone.errors",

@@ -46,6 +46,7 @@ OF_JAX = {
         "duotone.jax.scaling",
         "duotone.loss_scale",
         "duotone.policy",
+        "duotone.wording.collapse",
         "duotone.wording.words",
     ),
     "duotone.jax.internals": (),

@@ -12,6 +12,7 @@ OF_KERAS = {
         "duotone.wording",
     ),
     "duotone.keras.internals": ("duotone.errors",),
+    "duotone.keras.call_site": ("duotone.errors",),
     "duotone.keras.backends": ("duotone.errors", "duotone.keras.internals"),
     "duotone.keras.loss_scale": (
         "duotone.errors",
@@ -47,5 +48,16 @@ OF_KERAS = {
         "duotone.keras.weights",
         "duotone.loss_scale",
         "duotone.policy",
+    ),
+    # a callback sees the optimizer as a user does
+    "duotone.keras.report": (
+        "duotone.errors",
+        "duotone.keras.call_site",
+        "duotone.keras.internals",
+        "duotone.keras.optim.loss_scale_optimizer",
+        "duotone.keras.policies",
+        "duotone.keras.report",
+        "duotone.loss_scale",
+        "duotone.wording",
     ),
 }

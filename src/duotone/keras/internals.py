@@ -3,16 +3,18 @@
 No other module of `duotone.keras` imports `keras.src` or asks for a version.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
-from keras.src.backend.common.stateless_scope import in_stateless_scope
+from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
 __all__ = [
     "StoragelessVariable",
     "beside",
+    "calling_list",
     "forget_own_variables",
     "in_stateless_scope",
     "index_of",
@@ -23,6 +25,7 @@ __all__ = [
     "stand_in_exclusions",
     "trained_variables",
     "update_each",
+    "values_in_fit",
 ]
 
 # Keras declares no types, and those that pyright infers from the body of an operation are wrong
@@ -47,9 +50,10 @@ def index_of(optimizer: Any, variable: Any) -> int:
 def is_released(variable: Any) -> bool:
     """Return whether `fit` on JAX has taken a variable's value away while it trains, and `value` would be the first.
 
-    `Model.jax_state_sync` gives the values back.
+    `Model.jax_state_sync` gives the values back; a `StatelessScope` may lend one.
     """
-    return variable._value is None
+    scope = get_stateless_scope()
+    return variable._value is None and (scope is None or scope.get_current_value(variable) is None)
 
 
 class StoragelessVariable(keras.Variable):
@@ -133,3 +137,30 @@ def update_each(optimizer: Any, variables: Sequence[Any], function: Callable[[in
             strategy.extended.update(variable.value, lambda _, index=index: function(index), group=False)
 
     tf.__internal__.distribute.interim.maybe_merge_call(update_all, optimizer._distribution_strategy)
+
+
+def values_in_fit(model: Any) -> list[tuple[Any, Any]]:
+    """Return the variables of the model's optimizer that `fit` has taken the values of, each with its value.
+
+    On JAX a step is a function of all variables: `fit` takes their values out, hands them from step to step, and puts
+    them back at the end of an epoch. Keras' own way out, `jax_state_sync`, assigns all of them, and the next step
+    begins with collecting all of them again.
+    """
+    state = getattr(model, "_jax_state", None)
+    if not state or getattr(model, "_jax_state_synced", True):
+        return []
+    return list(zip(model.optimizer.variables, state.get("optimizer_variables") or (), strict=False))
+
+
+def calling_list() -> list[Any] | None:
+    """Return the callbacks of the nearest `CallbackList` that called; None if there is none.
+
+    A callback is told its model and its parameters, and neither which others there are nor which comes first.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return caller.callbacks
+        frame = frame.f_back
+    return None

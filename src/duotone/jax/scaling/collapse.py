@@ -13,6 +13,7 @@ from duotone.errors import LossScaleCollapse, LossScaleError, NonFiniteLoss
 from duotone.jax.optim.state import MastersState, state_in
 from duotone.jax.scaling.reading import array, loss_scale_of
 from duotone.loss_scale import LossScale
+from duotone.wording import collapse as words
 from duotone.wording.words import first_few
 
 # from 2^32 to the floor it takes 32 skipped steps, and a growth into overflow one; this many is no accident
@@ -84,25 +85,26 @@ def collapse_error(
     (blocks.0.up.kernel, blocks.0.down.kernel); keep what overflows in FP32, by keep_float32 or a rule,
     "blocks.0: param=float32,compute=float32", ...
     """
-    where = "no loss scale" if settings.is_none else f"loss scale {scale:g}"
-    if settings.is_dynamic and scale <= settings.min_scale:
-        where += ", its floor"
     container = _container(names)
     rule = f', "{container}: param=float32,compute=float32"' if container else ""
-    return LossScaleCollapse(
-        f"{skipped} steps in a row were skipped, the last at {where}: {len(names)} of {parameters} gradients are not "
-        f"finite ({first_few(names)}); keep what overflows in FP32, by keep_float32 or a rule{rule}, look for a "
-        'division by 0 or a root of 0 there, lower the learning rate, or use policy "bf16"'
+    return words.overflow_error(
+        skipped=skipped,
+        scale=scale,
+        settings=settings,
+        failed=len(names),
+        parameters=parameters,
+        shown=first_few(names),
+        advice=f"keep what overflows in FP32, by keep_float32 or a rule{rule}",
     )
 
 
 def non_finite_loss_error(skipped: int) -> NonFiniteLoss:
     """Return the error of a run whose loss is not a number."""
-    return NonFiniteLoss(
-        f"{skipped} steps in a row were skipped, and the last loss is not finite: that is the forward pass, not the "
-        "loss scale; look at the data and the learning rate, and compute the loss alone in `with "
-        "jax.debug_nans(True):`, which names the operation that makes the first NaN"
+    advice = (
+        "look at the data and the learning rate, and compute the loss alone in `with jax.debug_nans(True):`, which "
+        "names the operation that makes the first NaN"
     )
+    return words.non_finite_loss_error(skipped=skipped, loss="the last loss", advice=advice)
 
 
 def _container(names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from duotone.loss_scale import LossScale
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.parameters.shards import local
 from duotone.torch.parameters.storage import storage_of
+from duotone.wording import collapse as words
 
 _SHOWN = 3
 
@@ -70,9 +71,6 @@ def collapse_error(
     b.weight); the backward pass met the first in "b": keep that in FP32 by a rule, "b:
     param=float32,compute=float32,output=float32", ...
     """
-    where = "no loss scale" if settings.is_none else f"loss scale {scale:g}"
-    if settings.is_dynamic and scale <= settings.min_scale:
-        where += ", its floor"
     module = names[-1].rpartition(".")[0] if names else ""
     if not module:
         advice = "keep the part that overflows in FP32 by a rule"
@@ -80,10 +78,14 @@ def collapse_error(
         or_after = ", or in what comes after it, such as the loss" if len(names) == parameters else ""
         rule = f'"{module}: param=float32,compute=float32,output=float32"'
         advice = f'the backward pass met the first in "{module}"{or_after}: keep that in FP32 by a rule, {rule}'
-    return LossScaleCollapse(
-        f"{skipped} steps in a row were skipped, the last at {where}: {len(names)} of {parameters} gradients are not "
-        f"finite ({some_of(names)}); {advice}, look for a division by 0 or a root of 0 there, lower the learning rate, "
-        'or use policy "bf16"'
+    return words.overflow_error(
+        skipped=skipped,
+        scale=scale,
+        settings=settings,
+        failed=len(names),
+        parameters=parameters,
+        shown=some_of(names),
+        advice=advice,
     )
 
 
@@ -106,11 +108,11 @@ def non_finite_loss_error(step: int, batch: int | None, skipped: int, where: str
         where: what a search has found, as the end of a sentence; None for nothing.
     """
     found = f"{where}; " if where else ""
-    return NonFiniteLoss(
-        f"{skipped} steps in a row were skipped, and {loss_at(step, batch)} is not finite: that is the forward pass, "
-        f"not the loss scale; {found}look at the data and the learning rate, or keep the module that overflows in FP32 "
-        "by a rule (duotone.torch.explain shows where 16 bits are)"
+    advice = (
+        f"{found}look at the data and the learning rate, or keep the module that overflows in FP32 by a rule "
+        "(duotone.torch.explain shows where 16 bits are)"
     )
+    return words.non_finite_loss_error(skipped=skipped, loss=loss_at(step, batch), advice=advice)
 
 
 def loss_at(step: int, batch: int | None) -> str:
