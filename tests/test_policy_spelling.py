@@ -148,6 +148,30 @@ def test_the_canonical_text():
 
 
 @pytest.mark.parametrize(
+    ("rule", "roles"),
+    [
+        ("float32", "param=float32,compute=float32"),
+        ("bf16-mixed", "param=float32,compute=bfloat16"),
+        ("bf16", "param=bfloat16,compute=bfloat16,grad=bfloat16,master=float32"),
+        ("mixed_float16, output=fp16", "param=float32,compute=float16,output=float16"),
+        ("bf16-true,rounding=nearest", "param=bfloat16,compute=bfloat16,grad=bfloat16,master=none,rounding=nearest"),
+    ],
+)
+def test_a_rule_may_begin_with_a_preset(rule, roles):
+    assert str(Policy.parse(f"fp16; head: {rule}").rules[0]) == f"head: {roles}"
+
+
+def test_a_rule_with_fp32_weights_ends_what_an_earlier_one_says_of_16_bit_weights():
+    policy = Policy.parse("fp32; blocks: bf16; blocks.*.norm: float32; type=Own: bf16-true,rounding=nearest")
+    assert policy.for_module("blocks.0.norm").name == "fp32"
+    assert policy.for_module("blocks.0").name == "bf16"
+    classes = {"blocks.0": ["Own"]}
+    assert policy.for_module("blocks.0", classes).name == "bf16-true,rounding=nearest"
+    with pytest.raises(PolicyError, match="computes in bfloat16 from float16"):
+        Policy.parse("fp32,loss_scale=dynamic; a: bf16; a.b: param=float16").for_module("a.b")
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         (
@@ -168,6 +192,7 @@ def test_the_canonical_text():
         ("bf16;", '"" in policy "bf16;" is not a rule, such as "blocks.*.norm: param=float32"'),
         ("bf16; head", '"head" in policy "bf16; head" is not a rule, such as "blocks.*.norm: param=float32"'),
         ("bf16; head:", '"" in policy "bf16; head:" is not role=value, such as grad=float32'),
+        ("bf16; head: bf18", '"bf18" in policy "bf16; head: bf18" is neither a preset nor role=value; '),
         ("bf16; : grad=fp32", '"" cannot be a rule\'s pattern; '),
         ("bf16; h: loss_scale=2", 'rule "h" sets loss_scale, but the whole model has one; '),
         ("bf16,grad=bf17", 'grad="bf17" is not known; '),

@@ -201,7 +201,7 @@ class Policy:
         'bfloat16'
         """
         matching = [rule for rule in self.rules if rule.holds_for(path, classes)]
-        roles = spelling.change(_roles(self), {role: value for rule in matching for role, value in rule.roles})
+        roles = spelling.change(_roles(self), spelling.merge(dict(rule.roles) for rule in matching))
         if not spelling.passes_float16([roles]):
             roles["loss_scale"] = "none"
         try:

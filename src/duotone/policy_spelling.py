@@ -1,9 +1,10 @@
 """How a policy is written: its roles and what they can hold, the presets, and the text in both directions.
 
-    policy   = ( preset | role=value ) { "," role=value } { ";" pattern ":" role=value { "," role=value } }
+    policy   = ( preset | role=value ) { "," role=value } { ";" pattern ":" ( preset | role=value ) { "," role=value } }
 
-`bf16`, `fp16,loss_scale=1024` and `bf16; blocks.*.norm: param=float32,compute=float32` are policies. Other libraries'
-names for the same things are read too (`ALIASES`). Whether the roles fit each other is decided in `policy`.
+`bf16`, `fp16,loss_scale=1024`, `fp16; head: float32` and `bf16; blocks.*.norm: param=float32,compute=float32` are
+policies. Other libraries' names for the same things are read too (`ALIASES`). Whether the roles fit each other is
+decided in `policy`.
 """
 
 from __future__ import annotations
@@ -143,6 +144,22 @@ def change(roles: Mapping[str, Value], changes: Mapping[str, Value]) -> Roles:
     return changed
 
 
+def merge(rules: Iterable[Mapping[str, Value]]) -> Roles:
+    """Return what the roles of several rules change together; where several set one, the last wins.
+
+    What an earlier rule says of gradients and masters of 16-bit weights ends where a later one makes the weights FP32.
+
+    >>> merge([{"param": "bfloat16", "grad": "bfloat16"}, {"param": "float32"}])
+    {'param': 'float32'}
+    """
+    merged: Roles = {}
+    for roles in rules:
+        if roles.get("param") == "float32":
+            merged = {role: value for role, value in merged.items() if role not in ("grad", "master", "rounding")}
+        merged |= roles
+    return merged
+
+
 def input_formats(roles: Mapping[str, Value]) -> tuple[Value, ...]:
     """Return what `inputs` can be beside the other roles: nothing, FP32, or what the arithmetic is in."""
     return None, "float32", roles["compute"], roles["param"]
@@ -268,4 +285,19 @@ def _read_rule(rule_text: str, text: str) -> tuple[str, Roles]:
         raise PolicyError(
             f'"{rule_text.strip()}" in policy "{text}" is not a rule, such as "blocks.*.norm: param=float32"'
         )
-    return pattern.strip(), _read_pairs(roles.split(","), text)
+    first, *overrides = roles.split(",")
+    if "=" in first or not first.strip():
+        return pattern.strip(), _read_pairs([first, *overrides], text)
+    return pattern.strip(), _roles_of_rule(_preset_name(first, text)) | _read_pairs(overrides, text)
+
+
+def _roles_of_rule(name: str) -> Roles:
+    """Return the roles in which a preset differs from others, as a rule has them.
+
+    >>> write(_roles_of_rule("fp32")), write(_roles_of_rule("bf16"))
+    ('param=float32,compute=float32', 'param=bfloat16,compute=bfloat16,grad=bfloat16,master=float32')
+    """
+    preset = PRESETS[name]
+    # FP32 weights have FP32 gradients and masters by themselves, and the whole model has one loss scale
+    roles = ("param", "compute") if preset["param"] == "float32" else ("param", "compute", "grad", "master")
+    return {role: preset[role] for role in roles}

@@ -7,9 +7,10 @@ The backend is Keras' own: nothing here imports TensorFlow, JAX or torch that Ke
 
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
 from duotone.keras.optim.masters import Masters
+from duotone.keras.policies.policy import policy
 from duotone.keras.report.scale_report import ScaleReport
 from duotone.keras.weights.master_weights import master_weights
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 
-__all__ = ["LossScale", "LossScaleOptimizer", "Masters", "Policy", "Rule", "ScaleReport", "master_weights"]
+__all__ = ["LossScale", "LossScaleOptimizer", "Masters", "Policy", "Rule", "ScaleReport", "master_weights", "policy"]

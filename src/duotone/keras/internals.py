@@ -3,16 +3,19 @@
 No other module of `duotone.keras` imports `keras.src` or asks for a version.
 """
 
+import gc
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
+from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
 __all__ = [
     "StoragelessVariable",
+    "asking_layer",
     "beside",
     "calling_list",
     "forget_own_variables",
@@ -22,8 +25,13 @@ __all__ = [
     "key_of",
     "layout_of",
     "ops",
+    "path_of",
+    "scopes",
+    "set_policy",
     "stand_in_exclusions",
+    "sublayers",
     "trained_variables",
+    "unbuilt_layers",
     "update_each",
     "values_in_fit",
 ]
@@ -164,3 +172,57 @@ def calling_list() -> list[Any] | None:
             return caller.callbacks
         frame = frame.f_back
     return None
+
+
+def asking_layer(policy: Any, depth: int) -> Any:
+    """Return the layer that asks its own dtype policy, or None.
+
+    A layer asks through its property `compute_dtype` or another, and says neither its name nor its class; a
+    `DTypePolicyMap` is told the path, but only of layers that have variables and were built before. So the frame that
+    asks is looked at.
+
+    Args:
+        policy: what is asked.
+        depth: how many frames lie between the layer's and this function.
+    """
+    layer = sys._getframe(depth + 1).f_locals.get("self")
+    return layer if isinstance(layer, keras.layers.Layer) and layer._dtype_policy is policy else None
+
+
+def set_policy(layer: Any, policy: Any) -> None:
+    """Give a layer another dtype policy; where it has a `DTypePolicyMap`, the public attribute writes into that map."""
+    layer._dtype_policy = policy
+
+
+def scopes() -> list[tuple[str, Any]]:
+    """Return path and caller of each open name scope, from the outermost in, as Keras makes paths of variables."""
+    found, parts = [], []
+    for scope in get_global_attribute("name_scope_stack") or ():
+        if scope.override_parent is not None:
+            parts = [part for part in scope.override_parent.split("/") if part]
+        parts.append(scope.name)
+        found.append(("/".join(parts), scope.caller))
+    return found
+
+
+def path_of(layer: Any) -> str | None:
+    """Return a layer's path, also of one without variables, which has no `path`; None before it is called or built."""
+    if layer.path is not None or layer._parent_path is None:
+        return layer.path
+    return f"{layer._parent_path}/{layer.name}".lstrip("/")
+
+
+def sublayers(layer: Any) -> list[Any]:
+    """Return the layers directly inside a layer or a model; `layers` is an attribute of models alone."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def unbuilt_layers(policy: Any) -> bool:
+    """Return whether a layer that is not built yet holds this dtype policy; Keras keeps no list of the layers made."""
+    # layers that Keras made copies of are in cycles
+    gc.collect()
+    for referrer in gc.get_referrers(policy):
+        attributes = referrer if isinstance(referrer, dict) else getattr(referrer, "__dict__", {})
+        if attributes.get("_dtype_policy") is policy and not attributes.get("built", True):
+            return True
+    return False
