@@ -118,7 +118,7 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
         return {"policy": str(self.policy)}
 
     @classmethod
-    def from_config(cls, config: dict[str, str]) -> ModelPolicy:
+    def from_config(cls, config: dict[str, str], custom_objects: object = None) -> ModelPolicy:
         """Return the policy that is read from a file, or the one that is in use, if that is the same.
 
         Layers that Keras copies by their configuration, as Bidirectional does, are then the same policy's.
