@@ -5,7 +5,7 @@ No other module of `duotone.keras` imports `keras.src` or asks for a version.
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,8 +22,10 @@ __all__ = [
     "in_stateless_scope",
     "index_of",
     "is_released",
+    "is_same_program",
     "key_of",
     "layout_of",
+    "nested_optimizers",
     "ops",
     "path_of",
     "scopes",
@@ -33,7 +35,9 @@ __all__ = [
     "trained_variables",
     "unbuilt_layers",
     "update_each",
+    "updates_in_replicas",
     "values_in_fit",
+    "would_leak_tracers",
 ]
 
 # Keras declares no types, and those that pyright infers from the body of an operation are wrong
@@ -226,3 +230,49 @@ def unbuilt_layers(policy: Any) -> bool:
         if attributes.get("_dtype_policy") is policy and not attributes.get("built", True):
             return True
     return False
+
+
+def is_same_program(one: Any, other: Any) -> bool:
+    """Return whether two tensors are numbers both, or parts of the same program that is being traced.
+
+    JAX keeps a tracer's program under a private name; without it no two tracers are known to be of the same.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        symbolic = tf.is_symbolic_tensor(one), tf.is_symbolic_tensor(other)
+        return symbolic == (False, False) or (symbolic == (True, True) and one.graph is other.graph)
+    if backend == "jax":
+        from jax.core import Tracer
+
+        traces = [getattr(each, "_trace", each) if isinstance(each, Tracer) else None for each in (one, other)]
+        return traces[0] is traces[1]
+    return True
+
+
+def would_leak_tracers() -> bool:
+    """Return whether an assignment in a program of JAX goes into the variables themselves.
+
+    In a stateless scope it does not, and Flax' transforms take the values out of variables that are Flax' own too.
+    """
+    return keras.backend.backend() == "jax" and not in_stateless_scope() and not keras.config.is_nnx_enabled()
+
+
+def updates_in_replicas() -> bool:
+    """Return whether replicas of a TensorFlow strategy update without meeting, as on TPUs and in XLA on GPUs.
+
+    Keras asks TensorFlow by the same name.
+    """
+    import tensorflow as tf
+
+    return tf.__internal__.distribute.strategy_supports_no_merge_call()
+
+
+def nested_optimizers(optimizer: Any) -> Iterator[Any]:
+    """Yield an optimizer and all inside of it: one around another, and several in a MultiOptimizer."""
+    yield optimizer
+    inner = [*getattr(optimizer, "optimizers", ()), getattr(optimizer, "inner_optimizer", None)]
+    for each in inner:
+        if each is not None:
+            yield from nested_optimizers(each)

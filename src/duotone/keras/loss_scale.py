@@ -72,18 +72,20 @@ def numbers(variables: LossScaleState) -> LossScaleState:
     return LossScaleState(**{name: ops.convert_to_numpy(getattr(variables, name).value).item() for name in LEAVES})
 
 
-def after_step(settings: LossScale, state: LossScaleState, found_inf: Any, loss_is_finite: Any) -> LossScaleState:
+def after_step(
+    settings: LossScale, state: LossScaleState, found_inf: Any, loss_is_finite: Any | None = None
+) -> LossScaleState:
     """Return the state after one step, in tensors; a trace of it has no branch.
 
     Args:
         settings: how the scale moves.
         state: tensors, as `tensors` returns them.
         found_inf: bool, 0-d: whether the gradients held an Inf or a NaN.
-        loss_is_finite: bool, 0-d: whether the loss was a finite number before it was scaled.
+        loss_is_finite: bool, 0-d: whether the loss was a finite number before it was scaled; None for yes.
     """
     # TensorFlow compares no bool with 0
-    flags = ops.cast(found_inf, "int32"), ops.cast(loss_is_finite, "int32")
-    return update(settings, state, flags[0], loss_is_finite=flags[1], where=_where)
+    is_finite = True if loss_is_finite is None else ops.cast(loss_is_finite, "int32")
+    return update(settings, state, ops.cast(found_inf, "int32"), loss_is_finite=is_finite, where=_where)
 
 
 def _where(condition: Any, if_true: Any, if_false: Any) -> Any:

@@ -9,7 +9,7 @@ Source: Micikevicius et al., arXiv:1710.03740, section 3.2.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import keras
@@ -18,31 +18,16 @@ from duotone.errors import LossScaleError, OptimizerError
 from duotone.keras import internals
 from duotone.keras.backends import is_traced
 from duotone.keras.internals import ops
-from duotone.keras.loss_scale import LEAVES, after_step, create_state, numbers, read_settings, tensors
-from duotone.keras.optim.gradients import Gradients, measured, true_gradients
-from duotone.loss_scale import LossScale, update
+from duotone.keras.loss_scale import create_state, read_settings
+from duotone.keras.optim.gradients import measured, true_gradients
+from duotone.keras.optim.inner_checks import check_inner, check_masters, refuse_settings_of_keras
+from duotone.keras.optim.loss_note import LossNote
+from duotone.keras.optim.replicas import in_replicas, step_on_replicas
+from duotone.keras.optim.scaled_step import step_in_program, step_on_host
+from duotone.keras.optim.step_record import StepReport, create_record
+from duotone.keras.optim.stored_state import load_state, save_state, settings_of_keras
+from duotone.loss_scale import LossScale
 from duotone.policy import Policy
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the last step did, in numbers of the host.
-
-    Attributes:
-        loss_scale: the scale that the loss was multiplied by; before the first step, that it will be.
-        skipped: steps skipped since the start, because a gradient was Inf or NaN.
-        skipped_in_a_row: steps skipped since the last one that was not.
-        grad_norm: the norm of the true gradient, before clipping; not finite if the step was skipped.
-        loss_is_finite: whether the last loss was a finite number before it was scaled; True where that is not known.
-        overflows_at_floor: the last steps in a row that overflowed at the lowest loss scale.
-    """
-
-    loss_scale: float
-    skipped: int
-    skipped_in_a_row: int
-    grad_norm: float
-    loss_is_finite: bool = True
-    overflows_at_floor: int = 0
 
 
 @keras.saving.register_keras_serializable("duotone")
@@ -60,15 +45,16 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     Raises:
         PolicyError: the policy cannot be read.
         LossScaleError: `policy` is neither policy nor settings.
-        OptimizerError: the inner optimizer scales the loss itself.
+        OptimizerError: the inner optimizer has a loss scale of its own; or, at `build`, variables are kept in 16 bits,
+            the policy has masters, and the inner optimizer none.
 
     >>> import keras
     >>> import duotone.keras as dk
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16")])
     >>> model.compile(dk.LossScaleOptimizer(keras.optimizers.Adam(1e-3)), "mse")
-    >>> model.optimizer.build(model.trainable_variables)
-    >>> model.optimizer.report().loss_scale
-    65536.0
+    >>> history = model.fit(keras.ops.ones((8, 4)), keras.ops.ones((8, 3)), verbose=0)
+    >>> model.optimizer.report().loss_scale, model.optimizer.non_finite()
+    (65536.0, [])
     """
 
     def __init__(
@@ -79,10 +65,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         **kwargs: Any,
     ) -> None:
         settings = read_settings(policy)
+        refuse_settings_of_keras(kwargs)
         inner = keras.optimizers.get(inner_optimizer)
+        check_inner(inner)
         super().__init__(inner, settings.init_scale, settings.growth_interval, name=name, **kwargs)
+        internals.forget_own_variables(self)
         self.settings = settings
         self.policy = policy if isinstance(policy, LossScale) else Policy.parse(policy)
+        self.note = LossNote()
         self.loss_was_scaled = False
 
     def build(self, var_list: Sequence[Any]) -> None:
@@ -90,27 +80,13 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.built:
             return
         variables = list(var_list)
+        check_masters(self.policy, self.inner_optimizer, variables)
         self.scale_state = create_state(self.settings, self.add_variable)
         self.dynamic_scale = self.scale_state.scale
-        self.last_scale = self._own("last_scale", "float32", self.settings.init_scale)
-        self.grad_norm = self._own("grad_norm", "float32")
-        self.loss_is_finite = self._own("loss_is_finite", "int32", 1)
-        self.overflows_at_floor = self._own("overflows_at_floor", "int32")
-        self.non_finite_gradients = self._own("non_finite_gradients", "int32", shape=(len(variables),))
+        self.record = create_record(self.settings, len(variables), self.add_variable)
         self.paths = tuple(getattr(variable, "path", variable.name) for variable in variables)
         self.inner_optimizer.build(variables)
         keras.optimizers.Optimizer.build(self, variables)
-
-    def _own(self, name: str, dtype: str, start: float = 0, shape: tuple[int, ...] = ()) -> Any:
-        # Keras says that it takes a text here, and takes an initializer too
-        initializer: Any = keras.initializers.Constant(start)
-        return self.add_variable(
-            shape=shape,
-            initializer=initializer,
-            dtype=dtype,
-            aggregation="only_first_replica",
-            name=name,
-        )
 
     @property
     def step_counter(self) -> Any:
@@ -120,10 +96,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def scale_loss(self, loss: Any) -> Any:
         """Return the loss times the scale, in FP32; gradients are to be taken of it."""
         self.loss_was_scaled = True
+        if not hasattr(loss, "dtype"):
+            loss = ops.convert_to_tensor(loss, "float32")
+        loss = self.note.watched(loss)
         if self.settings.is_none:
             return loss
+        wide = ops.cast(loss, keras.backend.result_type(loss.dtype, "float32"))
         scale = self.dynamic_scale if self.built else self.settings.init_scale
-        return ops.cast(loss, "float32") * scale
+        return wide * ops.cast(scale, wide.dtype)
 
     def apply(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         """Update the variables with the gradients of a scaled loss, or nothing if one of them is Inf or NaN.
@@ -134,36 +114,52 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
         Raises:
             LossScaleError: the loss was not scaled.
-            OptimizerError: gradients and variables do not fit each other.
+            OptimizerError: gradients and variables do not fit each other, or this is in a program of JAX.
         """
         grads = list(grads)
         if not grads:
             return
-        if not self.built:
-            if trainable_variables is None:
-                raise OptimizerError(
-                    "apply got gradients, but no variables, and this optimizer was not built; call "
-                    "optimizer.build(model.trainable_variables) first, or optimizer.apply(gradients, variables)"
-                )
-            with keras.name_scope(self.name):
-                self.build(list(trainable_variables))
-        variables = internals.trained_variables(self) if trainable_variables is None else list(trainable_variables)
-        if len(grads) != len(variables):
-            raise OptimizerError(
-                f"apply got {len(grads)} gradients for {len(variables)} variables; give one for each, None where "
-                "there is none"
-            )
+        variables = self._variables_for(grads, trainable_variables)
         if not (self.loss_was_scaled or self.settings.is_none):
             raise LossScaleError(
                 "gradients come to this optimizer, but no loss was scaled, so each update would be "
                 f"{self.settings.init_scale:g} times too small; take the gradients of optimizer.scale_loss(loss)"
             )
         scale = None if self.settings.is_none else ops.convert_to_tensor(self.dynamic_scale)
-        gradients = measured(true_gradients(grads, variables, scale), variables)
-        if is_traced(gradients.non_finite):
-            self._step_in_trace(gradients, variables)
-        else:
-            self._step_on_host(gradients, variables)
+        true = true_gradients(grads, variables, scale)
+        loss_is_finite = self.note.take(next((grad for grad in true if grad is not None), scale))
+        if in_replicas():
+            step_on_replicas(self, true, variables, loss_is_finite)
+            return
+        gradients = measured(true, variables)
+        if not is_traced(gradients.non_finite):
+            step_on_host(self, gradients, variables, loss_is_finite)
+            return
+        if internals.would_leak_tracers():
+            raise OptimizerError(
+                "apply was called inside of a function that JAX traces, and would leave tracers in the variables; "
+                "call optimizer.stateless_apply(optimizer_values, gradients, values) there and return what it returns"
+            )
+        step_in_program(self, gradients, variables, loss_is_finite)
+
+    def _variables_for(self, grads: Sequence[Any], trainable_variables: Sequence[Any] | None) -> Sequence[Any]:
+        """Return the variables that gradients are of, and build the optimizer if that is not done yet."""
+        variables = None if trainable_variables is None else list(trainable_variables)
+        if not self.built:
+            if variables is None:
+                raise OptimizerError(
+                    "apply got gradients, but no variables, and this optimizer was not built; call "
+                    "optimizer.build(model.trainable_variables) first, or optimizer.apply(gradients, variables)"
+                )
+            with keras.name_scope(self.name):
+                self.build(variables)
+        variables = internals.trained_variables(self) if variables is None else variables
+        if len(grads) != len(variables):
+            raise OptimizerError(
+                f"apply got {len(grads)} gradients for {len(variables)} variables; give one for each, None where "
+                "there is none"
+            )
+        return variables
 
     def stateless_apply(
         self, optimizer_variables: Sequence[Any], grads: Sequence[Any], trainable_variables: Sequence[Any]
@@ -172,55 +168,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # not Keras' own LossScaleOptimizer's, whose transition is another
         return keras.optimizers.Optimizer.stateless_apply(self, optimizer_variables, grads, trainable_variables)
 
-    def _step_on_host(self, gradients: Gradients, variables: Sequence[Any]) -> None:
-        """Update, or skip, by what the host has read: no operation runs that is not needed."""
-        found = ops.convert_to_numpy(gradients.non_finite)
-        overflow = bool(found.any())
-        before = numbers(self.scale_state)
-        if not overflow:
-            self.inner_optimizer.apply(gradients.true, variables)
-        after = update(self.settings, before, overflow)
-        for name in LEAVES:
-            if getattr(after, name) != getattr(before, name):
-                getattr(self.scale_state, name).assign(getattr(after, name))
-        self._record(gradients, variables, before.scale)
-
-    def _step_in_trace(self, gradients: Gradients, variables: Sequence[Any]) -> None:
-        """Update, or skip, without a number on the host."""
-        overflow = ops.any(gradients.non_finite)
-        before = tensors(self.scale_state)
-        if keras.backend.backend() == "jax":
-            self._apply_chosen(gradients.true, variables, overflow)
-        else:
-            ops.cond(overflow, lambda: None, lambda: self.inner_optimizer.apply(gradients.true, variables))
-        after = after_step(self.settings, before, overflow, True)
-        for name in LEAVES:
-            variable = getattr(self.scale_state, name)
-            variable.assign(ops.cast(getattr(after, name), variable.dtype))
-        self._record(gradients, variables, before.scale)
-
-    def _apply_chosen(self, true: list[Any], variables: Sequence[Any], overflow: Any) -> None:
-        """Run the inner optimizer beside the variables, and choose their new values among its and the old."""
-        held = [*internals.trained_variables(self), *self.inner_optimizer.variables]
-        before = [variable.value for variable in held]
-        with keras.StatelessScope(list(zip(held, before, strict=True)), initialize_variables=False) as scope:
-            self.inner_optimizer.apply(true, variables)
-        for variable, old in zip(held, before, strict=True):
-            new = scope.get_current_value(variable)
-            if new is not old:
-                variable.assign(ops.where(overflow, old, new))
-
-    def _record(self, gradients: Gradients, variables: Sequence[Any], scale: Any) -> None:
-        self.last_scale.assign(scale)
-        self.grad_norm.assign(gradients.grad_norm)
-        flags = gradients.non_finite
-        if len(variables) != len(self.paths) or variables is not internals.trained_variables(self):
-            places = {internals.index_of(self, variable): place for place, variable in enumerate(variables)}
-            flags = ops.stack(
-                [flags[places[i]] if i in places else ops.zeros((), "bool") for i in range(len(self.paths))]
-            )
-        self.non_finite_gradients.assign(ops.cast(flags, "int32"))
-
     def report(self) -> StepReport:
         """Return what the last step did; it waits for the device.
 
@@ -228,25 +175,22 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             LossScaleError: the values are in the hands of a `fit` on JAX.
         """
         if not self.built:
-            return StepReport(self.settings.init_scale, 0, 0, 0.0)
+            return StepReport(self.settings.init_scale)
         return StepReport(
-            loss_scale=self._number(self.last_scale),
-            skipped=self._number(self.scale_state.skipped),
-            skipped_in_a_row=self._number(self.scale_state.skipped_in_a_row),
-            grad_norm=self._number(self.grad_norm),
-            loss_is_finite=bool(self._number(self.loss_is_finite)),
-            overflows_at_floor=self._number(self.overflows_at_floor),
+            loss_scale=self._read(self.record.last_scale).item(),
+            skipped=self._read(self.scale_state.skipped).item(),
+            skipped_in_a_row=self._read(self.scale_state.skipped_in_a_row).item(),
+            grad_norm=self._read(self.record.grad_norm).item(),
+            loss_is_finite=bool(self._read(self.record.loss_is_finite)),
+            overflows_at_floor=self._read(self.record.overflows_at_floor).item(),
         )
 
     def non_finite(self) -> list[str]:
         """Return the paths of the variables whose last gradient was not finite; it waits for the device."""
         if not self.built:
             return []
-        flags = self._read(self.non_finite_gradients)
+        flags = self._read(self.record.non_finite)
         return [path for path, flag in zip(self.paths, flags, strict=True) if flag]
-
-    def _number(self, variable: Any) -> Any:
-        return self._read(variable).item()
 
     def _read(self, variable: Any) -> Any:
         if internals.is_released(variable):
@@ -255,6 +199,33 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
                 "before you read them"
             )
         return ops.convert_to_numpy(variable.value)
+
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Exclude variables from the inner optimizer's weight decay."""
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def set_weights(self, weights: Sequence[Any]) -> None:
+        """Set all variables, the inner optimizer's too."""
+        if len(weights) != len(self.variables):
+            raise OptimizerError(
+                f"set_weights got {len(weights)} arrays for {len(self.variables)} variables; build the optimizer "
+                "first, and give one for each of optimizer.variables"
+            )
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the values of the scale into a store of arrays by number; the inner optimizer writes its own."""
+        save_state(self._own_variables(), store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read the values of the scale from such a store, or from one that Keras' own LossScaleOptimizer wrote."""
+        if not load_state(self, self._own_variables(), store):
+            # says how many variables there are, and how many there should be
+            super().load_own_variables(store)
+
+    def _own_variables(self) -> list[Any]:
+        return self.variables[: len(self.variables) - len(self.inner_optimizer.variables)]
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` makes the same optimizer of."""
@@ -266,8 +237,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> "LossScaleOptimizer":
-        """Return the optimizer of a configuration."""
-        config = dict(config)
-        inner = keras.saving.deserialize_keras_object(config.pop("inner_optimizer"), custom_objects=custom_objects)
-        policy = config.pop("policy")
-        return cls(inner, LossScale(**policy) if isinstance(policy, dict) else policy, **config)
+        """Return the optimizer of a configuration, of Keras' own LossScaleOptimizer too."""
+        inner = keras.saving.deserialize_keras_object(config["inner_optimizer"], custom_objects=custom_objects)
+        policy = config.get("policy", settings_of_keras(config))
+        return cls(inner, LossScale(**policy) if isinstance(policy, dict) else policy, name=config.get("name"))
