@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -73,6 +71,8 @@ def with_quartiles(ratio: Mapping[str, float]) -> str:
 
 def machine() -> dict[str, Any]:
     """Return what the figures depend on besides the code."""
+    import torch
+
     model = next(
         (line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")), platform.processor()
     )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from duotone.errors import OptimizerError
 from duotone.jax.optim.agreement import AxisName, summed_over_ranks
 from duotone.jax.optim.leaves import is_split, is_trained
-from duotone.jax.optim.pieces import sum_in_pieces
+from duotone.jax.optim.sums import sum_in_pieces
 
 _BIG = 2.0**-96
 

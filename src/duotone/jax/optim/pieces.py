@@ -1,4 +1,4 @@
-"""The update of 16-bit weights in place and in pieces, on a CPU: what XLA's compiler does not do there by itself.
+"""The update of 16-bit weights in place and in pieces: what XLA's compilers for CPUs and TPUs do not do by themselves.
 
     for each piece:  (weight, tail, moments)[piece] = update((weight, tail, moments, gradient)[piece])
 
@@ -6,6 +6,7 @@ For GPUs XLA makes one kernel of a parameter's update, which reads everything on
 makes a kernel of each result, and keeps what they share in memory: 6 to 12 bytes for each parameter, more than 16-bit
 weights save. Here a loop updates pieces that fit a cache, each in its place; nothing else exists for more than a piece
 at a time, and a step that is skipped touches nothing. What the optimizer's program allows decides: see `elementwise`.
+On a TPU a kernel does it, see `tpu_kernel`.
 
 With several devices in a process nothing says, when a program is traced, which arrays are sharded; XLA's own program
 stands then.
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from duotone.jax import internals
+from duotone.jax.optim import tpu_kernel
 from duotone.jax.optim.elementwise import Part, find_parts, flattened, run_for
 from duotone.jax.weights.codec import TAIL_DTYPE
 
@@ -28,7 +30,7 @@ from duotone.jax.weights.codec import TAIL_DTYPE
 _PIECES = 64
 _SMALLEST_PIECE = 1 << 14
 # places are 32-bit integers
-_LARGEST_SIZE = 1 << 30
+LARGEST_SIZE = 1 << 30
 # XLA's CPU compiler has no moves of BF16: around every slice it converts the whole array to FP32 and back. So a section
 # of BF16 weights is moved as integers, which takes memory, at most for this fraction of all parameters
 _LARGEST_SECTION = 0.375
@@ -38,6 +40,11 @@ _BFLOAT16 = jnp.dtype(jnp.bfloat16)
 def are_possible() -> bool:
     """Return whether updates can run in pieces: in a process with one device, a CPU, outside of any mesh."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
+
+
+def kernels_are_possible() -> bool:
+    """Return whether updates can run as kernels: in a process with one device, a TPU, outside of any mesh."""
+    return jax.default_backend() == "tpu" and jax.device_count() == 1 and jax.sharding.get_abstract_mesh().empty
 
 
 def update_in_pieces(function: Callable[[Any], tuple[Any, Any]], moved: Any, is_due: jax.Array) -> tuple[Any, Any]:
@@ -52,7 +59,10 @@ def update_in_pieces(function: Callable[[Any], tuple[Any, Any]], moved: Any, is_
         What `function` returns; numbers may differ in their last bits.
     """
     leaves, structure = jax.tree.flatten(moved)
-    if not are_possible() or all(map(internals.is_concrete, leaves)) or not any(map(_is_split, leaves)):
+    are_kernels = kernels_are_possible()
+    if not (are_possible() or are_kernels) or all(map(internals.is_concrete, leaves)):
+        return function(moved)
+    if not any(map(_is_split, leaves)):
         return function(moved)
     program, (new, rest) = jax.make_jaxpr(function, return_shape=True)(moved)
     if jax.tree.structure(new) != structure:
@@ -60,56 +70,18 @@ def update_in_pieces(function: Callable[[Any], tuple[Any, Any]], moved: Any, is_
     called, constants = internals.opened(program)
     operands = [*constants, *leaves]
     flat, captured = internals.opened(jax.make_jaxpr(functools.partial(_run, called))(*operands))
-    plan = _Plan(flat, len(captured) + len(constants), len(leaves))
+    pays = tpu_kernel.is_suited if are_kernels else _pays
+    plan = _Plan(flat, len(captured) + len(constants), len(leaves), pays)
     if not plan.parts:
         return function(moved)
-    results = _either(plan, called, is_due, [*captured, *operands])
+    run = {"tpu": plan.run_in_kernels} if are_kernels else {"cpu": plan.run_in_pieces}
+    results = _either(plan, run, called, is_due, [*captured, *operands])
     return structure.unflatten(results[: len(leaves)]), jax.tree.structure(rest).unflatten(results[len(leaves) :])
 
 
-def sum_in_pieces(
-    function: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], is_true: jax.Array
-) -> list[jax.Array]:
-    """Return `function` of each array, whose pieces' results can be added.
-
-    Args:
-        function: of a piece in any shape, and 0 for zeros; its results are FP32, of one shape.
-        arrays: of any shape.
-        is_true: bool, 0-d: always True, but XLA must not see it.
-    """
-    if not are_possible() or all(map(internals.is_concrete, arrays)):
-        return [function(array) for array in arrays]
-    length = max(_SMALLEST_PIECE, sum(array.size for array in arrays) // _PIECES)
-    zero = jnp.zeros_like(jax.eval_shape(function, jax.ShapeDtypeStruct((1,), jnp.float32)))
-
-    def total(array: jax.Array) -> jax.Array:
-        flat = array.reshape(-1)
-
-        def add(place: jax.Array, sums: jax.Array) -> jax.Array:
-            start = jnp.minimum(place * length, array.size - length)
-
-            def piece() -> jax.Array:
-                is_new = start + lax.iota(jnp.int32, length) >= place * length
-                return function(jnp.where(is_new, lax.dynamic_slice(flat, (start,), (length,)), 0))
-
-            # a condition keeps XLA from converting the whole array before the loop
-            return sums + lax.cond(is_true, piece, lambda: zero)
-
-        return lax.fori_loop(0, -(-array.size // length), add, zero)
-
-    def pieces(is_true: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        small = [index for index, array in enumerate(arrays) if not length < array.size <= _LARGEST_SIZE]
-        sums = {index: total(array) for index, array in enumerate(arrays) if index not in set(small)}
-        for batch in batches(small, [arrays[index].size for index in small], length):
-            given = [arrays[index] for index in batch]
-            found = lax.cond(is_true, lambda *each: [*map(function, each)], lambda *each: [zero] * len(each), *given)
-            sums.update(zip(batch, found, strict=True))
-        return [sums[index] for index in range(len(arrays))]
-
-    def whole(_: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        return [function(array) for array in arrays]
-
-    return lax.platform_dependent(is_true, *arrays, cpu=pieces, default=whole)
+def piece_length(total: int) -> int:
+    """Return how many elements a piece has, of so many in all."""
+    return max(_SMALLEST_PIECE, total // _PIECES)
 
 
 def batches(things: Sequence[Any], sizes: Sequence[int], largest: int) -> list[list[Any]]:
@@ -139,19 +111,40 @@ class _Plan:
         total: how many elements the parts have together.
     """
 
-    def __init__(self, jaxpr: Any, first: int, count: int) -> None:
+    def __init__(self, jaxpr: Any, first: int, count: int, pays: Callable[[Part], bool]) -> None:
         variables = (*jaxpr.constvars, *jaxpr.invars)[first : first + count]
         old = [_type(variable) for variable in variables]
         is_paired = [place < count and _type(each) == old[place] for place, each in enumerate(jaxpr.outvars)]
         self.jaxpr = jaxpr
         # what a program prints or calls belongs to its place among the rest
         found = [] if jaxpr.effects else find_parts(jaxpr, is_paired)
-        self.parts = [part for part in found if _pays(part)]
+        self.parts = [part for part in found if pays(part)]
         self.olds = [[variables[place] for place in part.results] for part in self.parts]
         self.total = sum(part.size for part in self.parts)
 
-    def run(self, is_due: jax.Array, *operands: Any) -> list[Any]:
-        """Return the program's results."""
+    def run_in_kernels(self, _: jax.Array, *operands: Any) -> list[Any]:
+        """Return the program's results, those of each part from a kernel for TPUs."""
+        results, values = self._run_rest(operands)
+        for part, olds in zip(self.parts, self.olds, strict=True):
+            results.update(tpu_kernel.update(part, olds, values))
+        return self._in_order(results)
+
+    def run_in_pieces(self, is_due: jax.Array, *operands: Any) -> list[Any]:
+        """Return the program's results, those of each part piece by piece."""
+        results, values = self._run_rest(operands)
+        length = piece_length(self.total)
+        loops = [_Loop(part, old, values) for part, old in zip(self.parts, self.olds, strict=True)]
+        for loop in loops:
+            if loop.part.size > length:
+                share = loop.part.size / (_LARGEST_SECTION * self.total)
+                results.update(loop.run_in_sections(is_due, length, max(1, round(share))))
+        small = [loop for loop in loops if loop.part.size <= length]
+        for batch in batches(small, [loop.part.size for loop in small], length):
+            results.update(_run_together(batch, is_due))
+        return self._in_order(results)
+
+    def _run_rest(self, operands: Sequence[Any]) -> tuple[dict[int, Any], dict[Any, Any]]:
+        """Return the results that are in no part, by their places, and what the parts read."""
         wanted = dict(enumerate(self.jaxpr.outvars))
         for part in self.parts:
             for place in part.results:
@@ -162,15 +155,9 @@ class _Plan:
             place: internals.literal_value(each) if isinstance(each, internals.Literal) else values[each]
             for place, each in wanted.items()
         }
-        length = max(_SMALLEST_PIECE, self.total // _PIECES)
-        loops = [_Loop(part, old, values) for part, old in zip(self.parts, self.olds, strict=True)]
-        for loop in loops:
-            if loop.part.size > length:
-                share = loop.part.size / (_LARGEST_SECTION * self.total)
-                results.update(loop.run_in_sections(is_due, length, max(1, round(share))))
-        small = [loop for loop in loops if loop.part.size <= length]
-        for batch in batches(small, [loop.part.size for loop in small], length):
-            results.update(_run_together(batch, is_due))
+        return results, values
+
+    def _in_order(self, results: dict[int, Any]) -> list[Any]:
         return [_typed(results[place], variable.aval) for place, variable in enumerate(self.jaxpr.outvars)]
 
 
@@ -207,31 +194,26 @@ class _Loop:
         def section(place: jax.Array, moved: list[Any]) -> list[Any]:
             base = jnp.minimum(place * section_length, size - section_length)
             inner = [
-                _bits(lax.dynamic_slice(array, (base,), (section_length,))) if narrow else array
+                _bits(_cut(array, base, section_length)) if narrow else array
                 for array, narrow in zip(moved, is_bfloat16, strict=True)
             ]
 
             def piece(index: jax.Array, arrays: list[Any]) -> list[Any]:
-                first = place * section_length + index * length
+                first = index * length if section_length == size else place * section_length + index * length
                 # the last piece begins before its place, so that it is as long as the others
                 start = jnp.minimum(first, size - length)
-                starts = [start - base if narrow else start for narrow in is_bfloat16]
+                inside = start if section_length == size else start - base
+                starts = [inside if narrow else start for narrow in is_bfloat16]
 
                 def old() -> list[Any]:
-                    return [
-                        lax.dynamic_slice(array, (begin,), (length,))
-                        for array, begin in zip(arrays, starts, strict=True)
-                    ]
+                    return [_cut(array, begin, length) for array, begin in zip(arrays, starts, strict=True)]
 
                 def new() -> list[Any]:
                     before = [
                         lax.bitcast_convert_type(array, _BFLOAT16) if narrow else array
                         for array, narrow in zip(old(), is_bfloat16, strict=True)
                     ]
-                    read = {
-                        variable: lax.dynamic_slice(array, (start,), (length,))
-                        for variable, array in self._read.items()
-                    }
+                    read = {variable: _cut(array, start, length) for variable, array in self._read.items()}
                     after = self.compute(before, read)
                     if size % length:
                         is_new = start + lax.iota(jnp.int32, length) >= first
@@ -239,7 +221,7 @@ class _Loop:
                     return [_bits(array) if narrow else array for array, narrow in zip(after, is_bfloat16, strict=True)]
 
                 # XLA reads, converts and computes nothing of a condition's outside of it: neither whole arrays before
-                # the loop, nor an array that is written already
+                # the loop, nor an array that is written already. Writing inside of it would copy the arrays
                 pieces = lax.cond(is_due, new, old)
                 return [
                     lax.dynamic_update_slice(array, new, (begin,))
@@ -248,7 +230,7 @@ class _Loop:
 
             done = lax.fori_loop(0, each, piece, inner)
             return [
-                lax.dynamic_update_slice(array, lax.bitcast_convert_type(new, _BFLOAT16), (base,)) if narrow else new
+                _put(array, lax.bitcast_convert_type(new, _BFLOAT16), base) if narrow else new
                 for array, new, narrow in zip(moved, done, is_bfloat16, strict=True)
             ]
 
@@ -268,11 +250,14 @@ def _run_together(loops: Sequence[_Loop], is_due: jax.Array) -> dict[int, Any]:
     return {place: new for loop, arrays in zip(loops, done, strict=True) for place, new in loop.shaped(arrays).items()}
 
 
-def _either(plan: _Plan, called: Any, is_due: jax.Array, operands: Sequence[Any]) -> list[Any]:
-    """Return the program's results, in pieces if it runs on a CPU after all, and as it was written under derivatives.
+def _either(
+    plan: _Plan, run: dict[str, Callable[..., list[Any]]], called: Any, is_due: jax.Array, operands: Sequence[Any]
+) -> list[Any]:
+    """Return the program's results, in place if it runs where it was meant to, and as it was written under derivatives.
 
     Args:
         plan: of the program with what it calls in its place.
+        run: by the platform that it was meant for, how it updates in place.
         called: the program as it was written, whose functions have derivatives of their own.
         is_due: whether anything changes.
         operands: of `plan`; the last of them are those of `called`.
@@ -290,7 +275,7 @@ def _either(plan: _Plan, called: Any, is_due: jax.Array, operands: Sequence[Any]
 
     @jax.custom_jvp
     def either(*operands: Any) -> list[Any]:
-        return lax.platform_dependent(*operands, cpu=plan.run, default=whole)
+        return lax.platform_dependent(*operands, default=whole, **run)
 
     # there is no way back through a loop whose length is not known
     either.defjvp(lambda primals, tangents: jax.jvp(written, primals, tangents))
@@ -307,7 +292,7 @@ def _is_split(leaf: Any) -> bool:
 
 def _pays(part: Part) -> bool:
     # with FP32 weights alone XLA needs no more memory than this
-    return part.size <= _LARGEST_SIZE and any(_is_split(variable.aval) for variable in part.variables)
+    return part.size <= LARGEST_SIZE and any(_is_split(variable.aval) for variable in part.variables)
 
 
 def _type(variable: Any) -> tuple[Any, Any]:
@@ -317,6 +302,14 @@ def _type(variable: Any) -> tuple[Any, Any]:
 def _typed(value: Any, kind: Any) -> Any:
     """Return a value that is as strongly typed whichever way it was computed."""
     return lax.convert_element_type(value, kind.dtype) if internals.is_array_type(kind) else value
+
+
+def _cut(array: jax.Array, start: jax.Array, length: int) -> jax.Array:
+    return array if length == array.size else lax.dynamic_slice(array, (start,), (length,))
+
+
+def _put(array: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    return new if new.size == array.size else lax.dynamic_update_slice(array, new, (start,))
 
 
 def _bits(array: jax.Array) -> jax.Array:
