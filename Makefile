@@ -19,7 +19,7 @@ KERAS_BACKENDS := tensorflow jax torch
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax docs evidence clean
+.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax bench-jax-compiled docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -91,6 +91,10 @@ bench-jax:  ## a GPT in JAX against Flax, jmp and Optax, about ten minutes on tw
 	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
 	.venv-jax/bin/python benchmarks/jax_training.py
 	.venv-jax/bin/python benchmarks/jax_casting.py
+
+bench-jax-compiled: .venv-jax-newest/.installed  ## what XLA makes of duotone.jax for a GPU and a TPU, without either; five minutes
+	.venv-jax-newest/bin/python -m pip install --quiet --disable-pip-version-check "jax[cuda12-local]" "jax[tpu]"
+	.venv-jax-newest/bin/python benchmarks/jax_compiled.py --evidence
 
 docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs build/docs

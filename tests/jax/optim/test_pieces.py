@@ -55,6 +55,10 @@ def without_empty(params):
     return jax.tree.map(lambda leaf: "muon" if leaf.size else "adam", params)
 
 
+def test_pieces_are_for_one_device_alone():
+    assert pieces.are_possible() == (jax.device_count() == 1)
+
+
 @pytest.mark.parametrize(
     ("inner", "policy", "settings"),
     [
