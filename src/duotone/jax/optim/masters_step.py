@@ -20,6 +20,7 @@ from duotone.jax.optim.gradients import check_gradient, for_inner, read_gradient
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
 from duotone.jax.optim.pieces import update_in_pieces
 from duotone.jax.optim.state import MastersState
+from duotone.jax.optim.surroundings import check_surroundings
 from duotone.jax.trees import is_equinox_module, leaves_of
 from duotone.jax.weights.codec import encode
 from duotone.policy import Policy
@@ -77,6 +78,7 @@ class MastersStep:
             check_gradient(path, leaf, grad, is_scaled=not state.settings.is_none)
         if not state.settings.is_none and not any(tail is not None for tail in tails):
             warn_if_no_loss_was_scaled()
+        check_surroundings(params, [tail is not None for tail in tails])
         kind = OpaqueUpdate if _has_equinox_module(params) else ExactUpdate
         return cls(leaves, flat, tails, structure, state, clip_norm, axis_name, kind)
 

@@ -13,6 +13,7 @@ from duotone.jax.optim.flax_serialization import register_with_flax
 from duotone.jax.optim.leaves import check_dtype, is_split, is_trained, widened
 from duotone.jax.optim.placing import placed_beside
 from duotone.jax.optim.state import MastersState, Paths, states_in
+from duotone.jax.optim.surroundings import check_surroundings
 from duotone.jax.weights.codec import TAIL_DTYPE, encode
 from duotone.jax.weights.plan import SPLIT_DTYPES, Weight, plan
 from duotone.loss_scale import LossScale
@@ -38,6 +39,7 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
     for weight, leaf in zip(planned, leaves, strict=True):
         check_dtype(weight.leaf.path, leaf, policy)
     tails = [_tail(weight, leaf) for weight, leaf in zip(planned, leaves, strict=True)]
+    check_surroundings(params, [tail is not None for tail in tails])
     wide = structure.unflatten(map(widened, leaves, tails))
     inner = init(wide)
     if states_in(inner):
