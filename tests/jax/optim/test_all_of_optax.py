@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -96,7 +95,8 @@ def transformations_of_optax() -> dict[str, optax.GradientTransformation]:
         given = [
             each.name
             for each in signature.parameters.values()
-            if each.name in ARGUMENTS and (each.default is each.empty or each.name == "learning_rate" or each.default == 0)
+            if each.name in ARGUMENTS
+            and (each.default is each.empty or each.name == "learning_rate" or each.default == 0)
         ]
         needed = {each.name for each in signature.parameters.values() if each.default is each.empty and each.kind < 2}
         if needed <= set(given) and name.rpartition(".")[2] not in wrappers_of_optax():
@@ -119,7 +119,9 @@ EXACT: dict[str, Callable[[Any], Any]] = {
     "multi_transform": lambda inner: optax.multi_transform({"a": inner, "b": optax.sgd(0.5)}, LABELS),
     "named_chain": lambda inner: optax.named_chain(("first", optax.clip(0.5)), ("second", inner)),
     "partition": lambda inner: optax.partition({"a": inner, "b": inner}, LABELS),
-    "selective_transform": lambda inner: optax.selective_transform(inner, freeze_mask={"dense": False, "LayerNorm_0": True}),
+    "selective_transform": lambda inner: optax.selective_transform(
+        inner, freeze_mask={"dense": False, "LayerNorm_0": True}
+    ),
     "split_real_and_imaginary": optax.contrib.split_real_and_imaginary,
     "with_extra_args_support": optax.with_extra_args_support,
 }
@@ -150,21 +152,24 @@ def test_a_wrapper_around_masters_is_exact(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_wrapper_is_refused_around_masters_and_exact_inside(name: str) -> None:
     for tx in (dj.masters(INNER, "bf16"), optax.chain(optax.identity(), dj.masters(INNER, "bf16"))):
-        with pytest.raises(OptimizerError, match=rf"optax\S*\.{name} cannot stand around masters.*; put it inside, masters"):
+        with pytest.raises(
+            OptimizerError, match=rf"optax\S*\.{name} cannot stand around masters.*; put it inside, masters"
+        ):
             train(REFUSED[name](tx))
     assert_exact(dj.masters(REFUSED[name](INNER), "bf16"), REFUSED[name](INNER))
     # of FP32 weights updates are arrays
     tx, reference = REFUSED[name](dj.masters(INNER, "bf16-mixed")), REFUSED[name](INNER)
     params = parameters()
     for one, other in zip(
-        *(jax.tree.leaves(each.update(gradients(0), each.init(params), params)[0]) for each in (tx, reference)), strict=True
+        *(jax.tree.leaves(each.update(gradients(0), each.init(params), params)[0]) for each in (tx, reference)),
+        strict=True,
     ):
         np.testing.assert_allclose(one, other, rtol=0, atol=2.0**-20)
 
 
 def test_lookahead_is_refused_for_16_bit_weights_alone() -> None:
     params = optax.LookaheadParams.init_synced(parameters())
-    with pytest.raises(OptimizerError, match='lookahead takes two sets of weights.*"bf16-mixed"'):
+    with pytest.raises(OptimizerError, match=r'lookahead takes two sets of weights.*"bf16-mixed"'):
         optax.lookahead(dj.masters(INNER, "bf16"), 5, 0.5).init(params)
     tx = optax.lookahead(dj.masters(INNER, "bf16-mixed"), 5, 0.5)
     assert jax.tree.leaves(tx.update(gradients(0), tx.init(params), params)[0])
@@ -210,4 +215,8 @@ def test_a_function_of_ones_own_may_pass_updates_on() -> None:
     own = optax.stateless(lambda updates, params: updates)
     assert_exact(optax.chain(dj.masters(INNER, "bf16"), own), INNER)
     with pytest.raises(OptimizerError, match="can only be added to them"):
-        train(optax.chain(dj.masters(INNER, "bf16"), optax.stateless(lambda updates, params: optax.tree.scale(2.0, updates))))
+        train(
+            optax.chain(
+                dj.masters(INNER, "bf16"), optax.stateless(lambda updates, params: optax.tree.scale(2.0, updates))
+            )
+        )

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import duotone.jax as dj
-from duotone.errors import LossScaleCollapse, LossScaleError, NonFiniteLoss
+from duotone.errors import LossScaleCollapse, LossScaleError, NonFiniteLoss, OptimizerError
 
 PARAMS = {"blocks": [{"up": jnp.ones(2), "down": jnp.ones(2)}, {"up": jnp.ones(2), "down": jnp.ones(2)}], "b": 0.5}
 PARAMS = jax.tree.map(jnp.float32, PARAMS)
@@ -128,3 +128,31 @@ def test_what_is_refused(call, expected):
     with pytest.raises(LossScaleError) as caught:
         call(dj.masters(optax.sgd(0.1), "fp16").init(PARAMS))
     assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("under", [jax.jit, lambda function: function])
+def test_a_master_beyond_fp16_is_said_in_the_next_step_with_its_name(under):
+    tx = dj.masters(optax.sgd(1.0), "fp16,loss_scale=1")
+    params = {
+        "layer": {"kernel": jnp.float32([65000.0, 1.0]), "bias": jnp.ones(1)},
+        "norm": {"scale": jnp.float32([1e5])},
+    }
+    state, params = tx.init(params), dj.cast(params, "fp16")
+    grads = jax.tree.map(lambda leaf: jnp.full(leaf.shape, -400.0), params)
+
+    @under
+    def step(params, state):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, state)
+    assert dj.report(state).infinite_weights == 0
+    dj.raise_if_collapsed(state)
+    params, state = step(params, state)
+    assert jnp.isinf(params["layer"]["kernel"][0])
+    params, state = step(params, state)
+    assert dj.report(state).infinite_weights == 1
+    with pytest.raises(
+        OptimizerError, match=r'Inf \(layer.kernel\).*beyond FP16.*"layer: param=float32,compute=float32"'
+    ):
+        dj.raise_if_collapsed(state)

@@ -57,22 +57,24 @@ def read_gradients(
     grads: Sequence[jax.Array],
     loss_is_finite: jax.Array | bool = True,
     *,
+    weights: Sequence[jax.Array] = (),
     axis_name: AxisName = None,
     is_true: jax.Array | bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return what the gradients of all ranks say: their norm, whether each is finite, whether the loss was.
 
     Args:
         grads: of any shapes and floating or complex dtypes.
         loss_is_finite: bool, 0-d.
+        weights: that may hold an Inf, as the last step left them.
         axis_name: see `summed_over_ranks`.
         is_true: see `sum_in_pieces`.
 
     Returns:
-        The norm of all gradients together, FP32, 0-d; for each of them whether it holds an Inf or a NaN; and
-        `loss_is_finite`. All three are the same on all ranks.
+        The norm of all gradients together, FP32, 0-d; for each of them whether it holds an Inf or a NaN;
+        `loss_is_finite`; and for each of the weights whether it holds an Inf. All are the same on all ranks.
 
-    >>> norm, non_finite, _ = read_gradients([jnp.float32([3.0, 4.0]), jnp.bfloat16([jnp.inf])])
+    >>> norm, non_finite, *_ = read_gradients([jnp.float32([3.0, 4.0]), jnp.bfloat16([jnp.inf])])
     >>> norm.item(), non_finite.tolist()
     (inf, [False, True])
     >>> round(read_gradients([jnp.float32([3e30, 4e30])])[0].item() / 5e30, 6)
@@ -86,12 +88,19 @@ def read_gradients(
         return jnp.stack([jnp.sum(each) for each in squares])
 
     bad_losses = 1 - jnp.asarray(loss_is_finite, jnp.float32).reshape(1)
-    own = [*sum_in_pieces(sums_of_squares, grads, jnp.asarray(is_true)), bad_losses]
-    *pairs, bad_losses = summed_over_ranks(own, axis_name)
+    own = sum_in_pieces(sums_of_squares, grads, jnp.asarray(is_true))
+    counts = sum_in_pieces(_infinities, weights, jnp.asarray(is_true))
+    *pairs, bad_losses = summed_over_ranks([*own, *counts, bad_losses], axis_name)
+    pairs, counts = pairs[: len(own)], pairs[len(own) :]
     sums, bigs = jnp.stack(pairs).T if pairs else jnp.zeros((2, 0), jnp.float32)
     total = sums.sum()
     norm = jnp.where(jnp.isfinite(total), jnp.sqrt(total), jnp.sqrt(bigs.sum()) / _BIG)
-    return norm, ~jnp.isfinite(bigs), bad_losses[0] == 0
+    infinite = jnp.concatenate(counts) > 0 if counts else jnp.zeros(0, bool)
+    return norm, ~jnp.isfinite(bigs), bad_losses[0] == 0, infinite
+
+
+def _infinities(weight: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.isinf(weight), dtype=jnp.float32).reshape(1)
 
 
 def for_inner(grad: Any, master: Any, multiplier: jax.Array | None) -> Any:

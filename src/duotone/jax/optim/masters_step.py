@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from duotone.errors import OptimizerError
 from duotone.jax.loss_marks import is_marked
@@ -86,9 +87,13 @@ class MastersStep:
         """Return the updates, like the parameters, and the state after the step."""
         trained = [grad for leaf, grad in zip(self.params, self.grads, strict=True) if is_trained(leaf)]
         # what XLA does not know: a loss scale is always more than 0
-        norm, non_finite, loss_is_finite = read_gradients(
+        # finite masters beyond FP16's largest number were rounded to Inf
+        may_be_infinite = [getattr(leaf, "dtype", None) == jnp.float16 for leaf in self.params if is_trained(leaf)]
+        weights = [leaf for leaf in self.params if getattr(leaf, "dtype", None) == jnp.float16]
+        norm, non_finite, loss_is_finite, infinite = read_gradients(
             trained,
             ~is_marked(trained) & jnp.isfinite(extra.get("value", 0.0)).all(),
+            weights=weights,
             axis_name=self.axis_name,
             is_true=self.state.loss_scale.scale > 0,
         )
@@ -130,6 +135,7 @@ class MastersStep:
             grad_norm=norm,
             found_inf=found_inf,
             non_finite=non_finite,
+            infinite=jnp.zeros(len(trained), bool).at[np.flatnonzero(may_be_infinite)].set(infinite),
             loss_is_finite=loss_is_finite,
             last_scale=self.state.loss_scale.scale,
             overflows_at_floor=self._overflows_at_floor(found_inf & loss_is_finite),

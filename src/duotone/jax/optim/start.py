@@ -55,6 +55,7 @@ def start(params: Any, init: Callable[[Any], Any], policy: Policy, settings: Los
         grad_norm=jnp.float32(0),
         found_inf=jnp.bool_(False),
         non_finite=jnp.zeros(len(trained), bool),
+        infinite=jnp.zeros(len(trained), bool),
         loss_is_finite=jnp.bool_(True),
         last_scale=jnp.float32(settings.init_scale),
         overflows_at_floor=jnp.int32(0),

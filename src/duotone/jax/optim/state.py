@@ -47,6 +47,8 @@ class MastersState:
         grad_norm: float32, 0-d: the norm of the last true gradient, before clipping.
         found_inf: bool, 0-d: whether the last step was skipped, because a gradient held an Inf or a NaN.
         non_finite: bool, one for each of `paths`: whether the last gradient of that parameter was not finite.
+        infinite: bool, one for each of `paths`: whether that weight held an Inf when the last step began, for the step
+            before had moved its master beyond FP16's largest number.
         loss_is_finite: bool, 0-d: whether the last loss was a finite number.
         last_scale: float32, 0-d: the loss scale of the last step.
         overflows_at_floor: int32, 0-d: the last steps in a row that overflowed at the lowest loss scale.
@@ -62,6 +64,7 @@ class MastersState:
     grad_norm: jax.Array
     found_inf: jax.Array
     non_finite: jax.Array
+    infinite: jax.Array
     loss_is_finite: jax.Array
     last_scale: jax.Array
     overflows_at_floor: jax.Array

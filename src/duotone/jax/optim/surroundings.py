@@ -1,9 +1,10 @@
 """What of Optax stands around `masters`, and after it in a chain: refused by its name where it computes with updates.
 
-An update of a 16-bit weight can only be added to it (see `exact_update`). What averages, masks or flattens updates fails
-on them in words about pytrees, or, as a mask of zeros does, stops a weight and not its master. Optax calls what it wraps
-from closures, which tell what they are by the names of the functions that made them; so the calls that lead here are
-gone through, as far as they are Optax's. Left out: functions of the user's own, on which an update refuses arithmetic.
+An update of a 16-bit weight can only be added to it (see `exact_update`). What averages, masks or flattens updates
+fails on them in words about pytrees, or, as a mask of zeros does, stops a weight and not its master. Optax calls what
+it wraps from closures, which tell what they are by the names of the functions that made them; so the calls that lead
+here are gone through, as far as they are Optax's. Left out: functions of the user's own, on which an update refuses
+arithmetic.
 """
 
 import sys
@@ -98,7 +99,7 @@ def _is_masked(leaf: Any) -> bool:
 
 
 def _callers() -> Iterator[FrameType]:
-    """Yield the frames of Optax that lead to this module, from the innermost out, as far as libraries call each other."""
+    """Yield the frames of Optax that lead to this module, innermost first, as far as libraries call each other."""
     frame = sys._getframe(1)
     while frame is not None:
         root = frame.f_globals.get("__name__", "").partition(".")[0]

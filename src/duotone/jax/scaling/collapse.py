@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from duotone.errors import LossScaleCollapse, LossScaleError, NonFiniteLoss
+from duotone.errors import LossScaleCollapse, LossScaleError, NonFiniteLoss, OptimizerError
 from duotone.jax.optim.state import MastersState, state_in
 from duotone.jax.scaling.reading import array, loss_scale_of
 from duotone.loss_scale import LossScale
@@ -33,6 +33,7 @@ def raise_if_collapsed(state: Any, *, patience: int = PATIENCE) -> None:
     Raises:
         LossScaleCollapse: gradients overflow. The message names the parameters whose last gradients were not finite.
         NonFiniteLoss: the last loss was Inf or NaN itself.
+        OptimizerError: the master of an FP16 weight went beyond 65504, so that the weight is Inf.
         LossScaleError: the state is traced, or one of several stacked states; or `patience` is no count.
         OptimizerError: there is no state of `masters`, or there are several.
 
@@ -57,9 +58,12 @@ def raise_if_collapsed(state: Any, *, patience: int = PATIENCE) -> None:
             f"this state is {scale.scale.shape[0]} states in one, as vmap and scan stack them; give one of them, "
             "jax.tree.map(lambda leaf: leaf[0], state)"
         )
-    skipped, at_floor, is_finite = jax.device_get(
-        (scale.skipped_in_a_row, array(found.overflows_at_floor), array(found.loss_is_finite))
+    skipped, at_floor, is_finite, infinite = jax.device_get(
+        (scale.skipped_in_a_row, array(found.overflows_at_floor), array(found.loss_is_finite), array(found.infinite))
     )
+    if infinite.any():
+        # all that follows comes of it
+        raise _infinite_error([path for path, flag in zip(found.paths, infinite, strict=True) if flag])
     if not is_finite:
         if skipped >= patience:
             raise non_finite_loss_error(int(skipped))
@@ -95,6 +99,15 @@ def collapse_error(
         parameters=parameters,
         shown=first_few(names),
         advice=f"keep what overflows in FP32, by keep_float32 or a rule{rule}",
+    )
+
+
+def _infinite_error(names: Sequence[str]) -> OptimizerError:
+    container = _container(names)
+    rule = f', "{container or names[0]}: param=float32,compute=float32"'
+    return OptimizerError(
+        f"weights are Inf ({first_few(names)}), for a step moved their masters beyond FP16's largest 65504; go back to "
+        f'a checkpoint, and use policy "bf16", keep them in FP32 by a rule{rule}, or lower the learning rate'
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from duotone.jax.optim.state import state_in
@@ -24,6 +25,8 @@ class StepReport:
         skipped_in_all: int32, 0-d: steps skipped since the start.
         exact_starts: int32, 0-d: how many parameters were 16-bit already when the optimizer's state was made: what 16
             bits lack of their FP32 values was lost before. 0 where `init` was given FP32 parameters.
+        infinite_weights: int32, 0-d: how many parameters held an Inf when the step began, for the step before had moved
+            a master beyond FP16's largest number, 65504. `raise_if_collapsed` names them.
     """
 
     skipped: jax.Array
@@ -32,6 +35,7 @@ class StepReport:
     skipped_in_a_row: jax.Array
     skipped_in_all: jax.Array
     exact_starts: jax.Array
+    infinite_weights: jax.Array
 
     def __repr__(self) -> str:
         shown = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -59,7 +63,8 @@ def report(state: Any) -> StepReport:
     >>> import duotone.jax as dj
     >>> state = dj.masters(optax.sgd(0.1), "fp16").init({"w": jax.numpy.ones(2)})
     >>> print(dj.report(state))
-    StepReport(skipped=False, grad_norm=0, loss_scale=65536, skipped_in_a_row=0, skipped_in_all=0, exact_starts=0)
+    StepReport(skipped=False, grad_norm=0, loss_scale=65536, skipped_in_a_row=0, skipped_in_all=0, exact_starts=0,
+    infinite_weights=0)
     >>> dj.report(state).loss_scale
     Array(65536., dtype=float32)
     """
@@ -72,4 +77,5 @@ def report(state: Any) -> StepReport:
         skipped_in_a_row=counts.skipped_in_a_row,
         skipped_in_all=counts.skipped,
         exact_starts=array(found.exact_starts),
+        infinite_weights=array(found.infinite).sum(axis=-1, dtype=jnp.int32),
     )
