@@ -1,4 +1,4 @@
-"""What the tests of duotone.keras share: KERAS_BACKEND's backend, a fresh global state, four devices of JAX.
+"""What the tests of duotone.keras share: KERAS_BACKEND's backend, a fresh global state, several devices.
 
 A process has one backend, so the three run in processes of their own; `make test-keras` starts them.
 """
@@ -18,6 +18,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark of tests that concern one backend, or some."""
     config.addinivalue_line("markers", "backends(*names): runs on these backends of Keras alone")
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # two devices of a strategy; TensorFlow takes that before it runs anything alone
+        cpus = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
