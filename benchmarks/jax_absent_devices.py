@@ -85,8 +85,8 @@ class Arm:
         """Return parameters and state, as shapes and dtypes."""
         params = {f"w{index}": jax.ShapeDtypeStruct(shape, jnp.float32) for index, shape in enumerate(shapes)}
         state = jax.eval_shape(self.tx.init, params)
-        if self.policy is not None:
-            params = jax.eval_shape(lambda params: dj.cast(params, self.policy), params)
+        if (policy := self.policy) is not None:
+            params = jax.eval_shape(lambda params: dj.cast(params, policy), params)
         return params, state
 
     def update(self, params: Any, state: Any, grads: Any) -> tuple[Any, Any]:

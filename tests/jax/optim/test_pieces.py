@@ -140,6 +140,20 @@ def test_adamw_takes_14_bytes_for_each_parameter_and_at_most_one_more_than_fp32_
         assert bytes_for_each_parameter(tx, policy, shapes, grad_dtype)[1] > float32_besides + 4
 
 
+def test_the_norm_is_one_loop_over_all_arrays_and_an_update_two_for_each(in_pieces):
+    in_pieces(True)
+
+    def loops(count):
+        tx = dj.masters(optax.adamw(1e-3), "bf16")
+        params = [jax.ShapeDtypeStruct((16, 16), jnp.float32)] * count
+        state = jax.eval_shape(tx.init, params)
+        params = jax.eval_shape(lambda params: dj.cast(params, "bf16"), params)
+        return jax.jit(tx.update).trace(params, state, params).lower().as_text().count("stablehlo.while")
+
+    # what compiling takes goes by their number
+    assert [loops(count) for count in (1, 2, 6)] == [3, 5, 13]
+
+
 def test_a_program_for_another_platform_has_no_pieces(in_pieces):
     in_pieces(True)
     tx = dj.masters(optax.adam(1e-3), "bf16")

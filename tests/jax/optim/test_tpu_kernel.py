@@ -98,6 +98,8 @@ def step_of(inner, policy, shapes, dtype=jnp.bfloat16):
 def test_a_program_for_a_tpu_has_one_kernel_for_an_array(in_kernels):
     text = program_for_a_tpu(*step_of(optax.adamw(1e-3), "bf16", SHAPES.values()))
     assert text.count("@tpu_custom_call(") == len(IN_KERNELS)
+    # weight, tail and two moments, each in its own place
+    assert text.count("#stablehlo.output_operand_alias<") == 4 * len(IN_KERNELS)
 
 
 def of_every_primitive(x):
@@ -151,5 +153,11 @@ def test_vmap_makes_one_kernel_of_several(in_kernels):
     assert program_for_a_tpu(jax.vmap(update), *stacked).count("@tpu_custom_call(") == 1
 
 
-def test_kernels_wait_for_one_tpu():
+@pytest.mark.parametrize(
+    ("platform", "devices", "are_possible"), [("tpu", 1, True), ("tpu", 4, False), ("gpu", 1, False)]
+)
+def test_kernels_wait_for_one_tpu(monkeypatch, platform, devices, are_possible):
     assert not pieces.kernels_are_possible()
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert pieces.kernels_are_possible() == are_possible
