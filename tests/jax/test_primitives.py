@@ -42,8 +42,10 @@ def test_none_stands_in_two_lists(pair: tuple[str, str]) -> None:
     assert not SETS[pair[0]] & SETS[pair[1]]
 
 
-def test_what_is_bounded_is_pointwise() -> None:
+def test_lists_of_some_of_another_list() -> None:
     assert primitives.BOUNDED <= primitives.POINTWISE
+    assert primitives.STEEP <= primitives.CURVED <= primitives.POINTWISE
+    assert primitives.SUMMED <= primitives.TRACED
 
 
 @pytest.mark.parametrize(

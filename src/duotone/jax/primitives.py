@@ -3,8 +3,11 @@
     FAMILIES     have a kind, as torch's operations of the same families have
     MOVES        copies of elements: what they are given, they give
     POINTWISE    element by element, in the dtype of what they are given
+    CURVED       of those the ones whose derivatives are computed from what they were given: FP32 inside
+    STEEP        of those the ones whose results change with the last bits of large operands
     COMPARISONS  element by element, but what they give is no float
     TRACED       run on the dtypes that they were traced in: programs of the user's, bit patterns, kernels
+    SUMMED       of those the ones that sum or solve, whose FP32 results stay FP32
     PROGRAMS     hold programs that autocast goes through
     INTEGER      see no float of 32 or 16 bits
 
@@ -70,6 +73,15 @@ _LISTS: Mapping[str, str] = MappingProxyType(
         "bounded": """
             cos erf erfc logistic sin tanh
             """,
+        "curved": """
+            asinh atan cbrt cos erf erfc logistic sin sqrt tanh
+            """,
+        "steep": """
+            cos erfc sin
+            """,
+        "summed": """
+            reduce reduce_window select_and_scatter custom_linear_solve
+            """,
         "comparisons": """
             eq ne ge gt le lt eq_to le_to lt_to is_finite argmax argmin
             """,
@@ -111,6 +123,12 @@ MOVES = frozenset(_LISTS["moves"].split())
 POINTWISE = frozenset(_LISTS["pointwise"].split())
 # near their limits 16 bits have few values: 1 + erf(x), 1 - tanh(x)
 BOUNDED = frozenset(_LISTS["bounded"].split())
+# in 16 bits a square overflows: 1 / (1 + x^2), the derivative of atan, is 0 from 256 on in FP16
+CURVED = frozenset(_LISTS["curved"].split())
+# sin(30 * x), and the far end of erfc
+STEEP = frozenset(_LISTS["steep"].split())
+# of TRACED: their FP32 results are sums and solutions, which stay FP32
+SUMMED = frozenset(_LISTS["summed"].split())
 COMPARISONS = frozenset(_LISTS["comparisons"].split())
 PROGRAMS = frozenset(_LISTS["programs"].split())
 TRACED = frozenset(_LISTS["traced"].split())

@@ -245,3 +245,21 @@ def test_autocast_in_a_loop_in_autocast() -> None:
         return jax.lax.scan(lambda h, _: (inner(weight, h), None), x, None, length=3)[0].sum()
 
     assert_near(jax.grad(dj.autocast(loss, "bf16"))(WEIGHT, X), jax.grad(loss)(WEIGHT, X), 0.05)
+
+
+def test_a_backward_pass_may_ask_for_flags_that_were_saved() -> None:
+    # as the loops of Equinox do
+    @jax.custom_vjp
+    def scaled(x):
+        return 2 * x
+
+    def backward(saved, gradient):
+        (is_doubled,) = saved
+        assert isinstance(is_doubled, bool)
+        return (2 * gradient if is_doubled else gradient,)
+
+    scaled.defvjp(lambda x: (scaled(x), (True,)), backward)
+    for save in ("compute", "everything"):
+        fast = jax.grad(lambda weight, save=save: dj.autocast(lambda w: scaled(X @ w).sum(), "bf16", save=save)(weight))
+        assert_near(fast(WEIGHT), 2 * jax.grad(lambda weight: (X @ weight).sum())(WEIGHT))
+        assert_near(jax.jit(fast)(WEIGHT), fast(WEIGHT), 1e-6)

@@ -132,3 +132,36 @@ def test_values_that_are_not_finite_stay_so() -> None:
     # FP16 ends at 65504: an overflow is Inf, as a loss scale must see
     large = dj.autocast(lambda weight, x: x @ weight, "fp16")(jnp.eye(2), jnp.array([[1e6, 0.0]]))
     assert not np.isfinite(large[0, 0])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [jax.nn.soft_sign, jnp.arctan, jnp.arcsinh, jnp.tanh, jax.nn.sigmoid, lambda h: 3 * h / (h * h + 300)],
+    ids=["soft_sign", "arctan", "arcsinh", "tanh", "sigmoid", "quotient"],
+)
+def test_derivatives_are_computed_in_fp32(function) -> None:
+    # of 300, FP16 has no square: 1 / (1 + x^2) was 0; of tanh(6) it has no 1 - tanh(6)^2
+    x = jnp.array([3.0, -6.0, 11.0, 300.0])
+
+    def loss(x):
+        # a sum over one, so that numbers that are not finite spread to no others
+        return (dj.autocast(lambda weight, x: function(x[:, None] @ weight), "fp16")(jnp.ones((1, 1)), x)).sum()
+
+    found = jax.grad(lambda x: 1024 * loss(x))(x) / 1024
+    assert np.allclose(found, jax.grad(lambda x: function(x).sum())(x), rtol=2e-3, atol=2**-34)
+
+
+@pytest.mark.parametrize("function", [lambda h: jnp.sin(30.3 * h), special.ndtr], ids=["sin", "ndtr"])
+def test_what_amplifies_rounding_is_given_fp32(function) -> None:
+    x = jnp.linspace(-3, 3, 64).astype(jnp.bfloat16)[:, None]
+    found = dj.autocast(lambda weight, x: function(x @ weight), "bf16")(jnp.ones((1, 1)), x)
+    assert np.allclose(found, function(x.astype(jnp.float32)), rtol=2**-8)
+
+
+def test_sums_of_one_s_own_stay_fp32() -> None:
+    def forward(weight, x):
+        hidden = x @ weight
+        return lax.reduce(hidden, 0.0, lambda a, b: a + b, (0,)) / 2048 * hidden[0]
+
+    x = jnp.full((2048, 1), 64.0)
+    assert dj.autocast(forward, "fp16")(jnp.ones((1, 1)), x)[0] == 64 * 64

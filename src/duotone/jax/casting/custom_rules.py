@@ -84,8 +84,9 @@ class _Passes:
     def backward(self, *args: Any) -> Any:
         """Return the gradients of the arguments, given what was saved and the gradients of the results."""
         compute = self._site.compute
-        zeros = [internals.is_symbolic_zero(each) for each in args]
-        pairs = [pair for pair in zip(args, self._traced(), strict=True) if not internals.is_symbolic_zero(pair[0])]
+        # what it is given as it is: zeros without an array, and flags whose values its code may ask for
+        as_given = [internals.is_symbolic_zero(each) or _is_flag(each) for each in args]
+        pairs = [pair for *pair, is_kept in zip(args, self._traced(), as_given, strict=True) if not is_kept]
         as_traced = [_cast(array, traced.dtype) if is_float(traced, compute) else array for array, traced in pairs]
         # what it returns, zeros without an array among it
         structure: list[Any] = []
@@ -93,7 +94,7 @@ class _Passes:
 
         def gradients(*arrays: Any) -> list[Any]:
             given = iter(arrays)
-            whole = [each if is_zero else next(given) for each, is_zero in zip(args, zeros, strict=True)]
+            whole = [_kept(each) if is_kept else next(given) for each, is_kept in zip(args, as_given, strict=True)]
             structure[:], rest[:] = internals.gradients_of(self._params["bwd"].call_wrapped(*whole))
             return [each for each in structure if not internals.is_zero(each)]
 
@@ -155,6 +156,16 @@ class _Planned:
     def as_results(self, arrays: Sequence[Any]) -> list[Any]:
         """Return results of the function in the dtypes that its results have."""
         return [_cast(array, dtype) for array, dtype in zip(arrays, self._dtypes, strict=True)]
+
+
+def _is_flag(value: Any) -> bool:
+    """Return whether a saved value is known and no float: a mode that the forward pass has saved for Python code."""
+    return internals.is_concrete(value) and not jnp.issubdtype(value.dtype, jnp.inexact) and not value.ndim
+
+
+def _kept(value: Any) -> Any:
+    # JAX, too, gives a flag back as the bool that it was
+    return value if internals.is_symbolic_zero(value) or value.dtype != bool else bool(value)
 
 
 def _as_it_comes(array: Any, traced: Any, compute: Any) -> Value:

@@ -139,6 +139,13 @@ def pointwise(site: Site) -> Step:
     return site.in_compute("pointwise")
 
 
+def curved(site: Site) -> Step:
+    """Do the same, computed in FP32, and so is the derivative: it has squares, which overflow in FP16."""
+    is_half = site.has(Kind.HALF) and not site.has(Kind.HELD) and not site.is_raised
+    step = site.rounded("pointwise") if is_half else pointwise(site)
+    return replace(step, wants_float32=step.wants_float32 or site.equation.name in primitives.STEEP)
+
+
 def number(site: Site) -> Step:
     """Do the same; beside a number that would become 0 or Inf in 16 bits the result is FP32, and so is 1 / x."""
     if site.equation.params.get("out_dtype") is not None:
@@ -146,7 +153,8 @@ def number(site: Site) -> Step:
     is_reciprocal = site.equation.name == "div" and site.given[0].number is not None
     if _has_lost(site) or (is_reciprocal and site.has(Kind.HALF)):
         return site.in_float32(wants=site.has(Kind.HALF))
-    return pointwise(site)
+    is_quotient = site.equation.name == "div" and site.given[1].number is None
+    return curved(site) if is_quotient else pointwise(site)
 
 
 def _has_lost(site: Site) -> bool:
@@ -215,6 +223,7 @@ _BY_NAME: Mapping[str, Handler] = MappingProxyType(
         **dict.fromkeys(primitives.FAMILIES["bound"].split(), bound),
         **dict.fromkeys(primitives.FAMILIES["scaled_product"].split(), as_traced),
         **dict.fromkeys(primitives.POINTWISE, pointwise),
+        **dict.fromkeys(primitives.CURVED, curved),
         "neg": sums.summing(pointwise),
         "select_n": sums.summing(widest),
         **dict.fromkeys(("scatter-add", "scatter-sub"), sums.summing(float32_inside)),

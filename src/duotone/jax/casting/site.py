@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 
+from duotone.jax import primitives
 from duotone.jax.casting import numbers
 from duotone.jax.casting.program import Equation, Program
 from duotone.jax.casting.steps import Plan, Runner, Step
@@ -145,10 +146,11 @@ class Site:
         )
 
     def as_traced(self, runner: Runner | None = None) -> Step:
-        """Return the step that runs on the dtypes that were traced; FP32 results are as open as the operands."""
+        """Return the step that runs on the dtypes that were traced; FP32 results are as open as operands; sums held."""
         targets: list[Any] = [getattr(traced, "dtype", None) for traced in self.types]
         values = self.float_values
-        is_open = bool(values) and all(value.kind is not Kind.HELD for value in values)
+        is_sum = self.equation.name in primitives.SUMMED
+        is_open = bool(values) and not is_sum and all(value.kind is not Kind.HELD for value in values)
         found = [
             HALF if getattr(traced, "dtype", None) == self.compute else OPEN if is_open else HELD
             for traced in self.types_out
