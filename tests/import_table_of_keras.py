@@ -53,6 +53,7 @@ OF_KERAS = {
     "duotone.keras.report": (
         "duotone.errors",
         "duotone.keras.call_site",
+        "duotone.keras.checking",
         "duotone.keras.internals",
         "duotone.keras.optim.loss_scale_optimizer",
         "duotone.keras.policies",

@@ -5,6 +5,7 @@ import duotone.keras as dk
 The backend is Keras' own: nothing here imports TensorFlow, JAX or torch that Keras has not.
 """
 
+from duotone.keras.checking import check
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
 from duotone.keras.optim.masters import Masters
 from duotone.keras.policies.policy import policy
@@ -13,4 +14,14 @@ from duotone.keras.weights.master_weights import master_weights
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
 
-__all__ = ["LossScale", "LossScaleOptimizer", "Masters", "Policy", "Rule", "ScaleReport", "master_weights", "policy"]
+__all__ = [
+    "LossScale",
+    "LossScaleOptimizer",
+    "Masters",
+    "Policy",
+    "Rule",
+    "ScaleReport",
+    "check",
+    "master_weights",
+    "policy",
+]

@@ -27,6 +27,7 @@ __all__ = [
     "layout_of",
     "nested_optimizers",
     "ops",
+    "own_variables",
     "path_of",
     "scopes",
     "set_policy",
@@ -276,3 +277,9 @@ def nested_optimizers(optimizer: Any) -> Iterator[Any]:
     for each in inner:
         if each is not None:
             yield from nested_optimizers(each)
+
+
+def own_variables(layer: Any) -> list[Any]:
+    """Return the floating-point variables of a layer itself; `variables` has those of the layers inside too."""
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    return [variable for variable in own if keras.backend.is_float_dtype(variable.dtype)]

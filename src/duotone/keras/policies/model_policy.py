@@ -20,6 +20,7 @@ import keras
 from duotone.errors import PolicyError
 from duotone.keras import internals
 from duotone.keras.policies import roles
+from duotone.keras.policies.built_model import apply_policy
 from duotone.keras.policies.places import Places, check_rules_hold
 from duotone.keras.policies.safety import is_loaded_with_one_policy, safe_roles
 from duotone.policy import Policy
@@ -126,6 +127,19 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
         found = cls(config["policy"])
         active = keras.config.dtype_policy()
         return active if isinstance(active, ModelPolicy) and active == found else found
+
+    def apply(self, model: keras.Model) -> None:
+        """Give the layers of a built model what they compute in by this policy; their variables stay as they are.
+
+        Raises:
+            PolicyError: a variable would need another dtype, or a rule holds for no layer. Nothing is changed then.
+
+        >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(2, name="head")])
+        >>> ModelPolicy("bf16-mixed; head: float32").apply(model)
+        >>> [layer.compute_dtype for layer in model.layers]
+        ['bfloat16', 'float32']
+        """
+        apply_policy(self, model)
 
     def of_layer(self, layer: Any, places: Places, paths: list[str]) -> tuple[keras.DTypePolicy, set[int]]:
         """Return Keras' policy for a layer that may be known by several dotted paths, and the rules that hold for it.

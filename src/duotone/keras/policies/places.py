@@ -4,12 +4,13 @@ Keras' paths have slashes and begin with the model's name, if its layers are bui
 pattern has dots, and may leave the model's name out: `block.norm`.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 
 from duotone.errors import PolicyError, nearest_names
+from duotone.keras import internals
 from duotone.policy import Policy
 
 
@@ -44,6 +45,21 @@ class Places:
     def around(self, path: str) -> tuple[str, ...]:
         """Return the names of the classes of the layer around the one at a dotted path."""
         return self.classes.get(path.rpartition(".")[0], ())
+
+
+def layers_inside(model: Any) -> Iterator[tuple[str, Any, Sequence[str]]]:
+    """Yield each layer inside a model with its path and the classes of the layer that it is in."""
+    seen = {id(model)}
+    waiting: list[tuple[str, Any]] = [("", model)]
+    while waiting:
+        path, outer = waiting.pop(0)
+        for layer in internals.sublayers(outer):
+            if id(layer) in seen or isinstance(layer, keras.layers.InputLayer):
+                continue
+            seen.add(id(layer))
+            own = f"{path}/{layer.name}".lstrip("/")
+            yield own, layer, class_names(outer)
+            waiting.append((own, layer))
 
 
 def class_names(layer: Any) -> tuple[str, ...]:

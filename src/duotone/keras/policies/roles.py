@@ -21,7 +21,7 @@ from duotone.errors import PolicyError
 from duotone.policy import Policy, Rule
 
 # dtypes of variables and of arithmetic to the name of Keras' policy
-_NAMES = {
+NAMES = {
     ("float32", "float32"): "float32",
     ("bfloat16", "bfloat16"): "bfloat16",
     ("float16", "float16"): "float16",
@@ -78,7 +78,7 @@ def keras_name(policy: Policy) -> str:
     >>> keras_name(Policy.parse("fp16-mixed"))
     'mixed_float16'
     """
-    return _NAMES[policy.param, policy.compute]
+    return NAMES[policy.param, policy.compute]
 
 
 def combined(policy: Policy, changes: Mapping[str, Any], path: str) -> keras.DTypePolicy:

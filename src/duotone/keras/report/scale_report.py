@@ -7,6 +7,7 @@ import keras
 
 from duotone.errors import LossScaleError
 from duotone.keras.call_site import warn
+from duotone.keras.checking import check
 from duotone.keras.internals import calling_list
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
 from duotone.keras.report.collapse import PATIENCE, raise_if_collapsed
@@ -75,7 +76,7 @@ class ScaleReport(keras.callbacks.Callback):
         self.every = every
         self.patience = patience
         self._trained: Any = None
-        self._was_said = False
+        self._was_said = self._was_checked = False
         self._hold = EpochHold(())
         self._fields: dict[str, float] = {}
         self._at_epoch_start = Reading({})
@@ -89,6 +90,10 @@ class ScaleReport(keras.callbacks.Callback):
         self._trained = self.model
         if not isinstance(self._trained.optimizer, LossScaleOptimizer):
             self._say_once(self._trained.optimizer)
+        if not self._was_checked:
+            self._was_checked = True
+            for finding in check(self._trained):
+                warn(finding)
         callbacks = calling_list()
         if callbacks is not None:
             # the list asks them in turn just now; those that were asked go on one place
