@@ -41,6 +41,7 @@ OF_KERAS = {
         "duotone.errors",
         "duotone.formats",
         "duotone.keras.backends",
+        "duotone.keras.call_site",
         "duotone.keras.internals",
         "duotone.keras.loss_scale",
         "duotone.keras.optim",

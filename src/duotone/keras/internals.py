@@ -14,6 +14,7 @@ from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
 
 __all__ = [
+    "KEY",
     "StoragelessVariable",
     "asking_layer",
     "beside",
@@ -40,6 +41,9 @@ __all__ = [
     "values_in_fit",
     "would_leak_tracers",
 ]
+
+# by what Keras' optimizers on TensorFlow know variables
+KEY = "_unique_id"
 
 # Keras declares no types, and those that pyright infers from the body of an operation are wrong
 ops: Any = keras.ops
@@ -89,8 +93,7 @@ class StoragelessVariable(keras.Variable):
         )
         self._path = like.path
         if keras.backend.backend() == "tensorflow":
-            # by which TensorFlow's optimizers know variables
-            self._unique_id = f"{like.value._unique_id}_{dtype}"
+            setattr(self, KEY, f"{getattr(like.value, KEY)}_{dtype}")
 
     def _initialize_with_initializer(self, initializer: Any) -> None:
         pass

@@ -13,13 +13,20 @@ from .masters_cases import OPTIMIZERS, gradients, model_in, numpy, same
 from .stepping import WAYS, step_of
 
 BACKEND = keras.backend.backend()
+QUICK = ("sgd-nesterov", "adam-global-clipnorm", "adamw-accumulation", "adamw-average", "nadam", "lion", "muon")
 
 
 def masters_of(optimizer):
     return [master.read() for master in optimizer.masters]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+def quick_and_slow(names):
+    """Return names to parametrize by; beyond torch each has many small programs to compile."""
+    marks = [pytest.mark.slow] if BACKEND != "torch" else []
+    return [name if name in QUICK else pytest.param(name, marks=marks) for name in names]
+
+
+@pytest.mark.parametrize("name", quick_and_slow(OPTIMIZERS))
 def test_masters_move_as_fp32_weights_do_bit_for_bit(name):
     model, twin = model_in("bfloat16"), model_in("float32")
     ours, theirs = dk.Masters(OPTIMIZERS[name]()), OPTIMIZERS[name]()

@@ -16,10 +16,12 @@ import keras
 
 from duotone.errors import OptimizerError
 from duotone.keras import internals
+from duotone.keras.call_site import warn
 from duotone.keras.internals import ops
 from duotone.keras.optim.slices import on_values
 from duotone.keras.optim.stand_ins import Master
 from duotone.keras.optim.tails import Tails
+from duotone.keras.weights.codec import LARGEST_OF_FLOAT16
 
 
 @keras.saving.register_keras_serializable("duotone")
@@ -29,7 +31,8 @@ class Masters(keras.optimizers.Optimizer):
     A variable starts from its 16-bit value, which is what its initialiser or a file gave it. What others write into a
     variable later, `set_weights` or `load_weights`, is noticed at the next step, which takes it as it is.
 
-    In FP16 a master that its weight cannot reach stays at the largest that it can, 65519.996, rather than at Inf.
+    In FP16 a master that its weight cannot reach stays at the largest that it can, 65519.996, rather than at Inf;
+    `at_limit()` names such variables, and the end of `fit` warns of them.
 
     Args:
         inner_optimizer: any Keras optimizer that is not built yet, or its name, but for `LossScaleOptimizer`, which
@@ -65,6 +68,12 @@ class Masters(keras.optimizers.Optimizer):
                 "16 bits; give Masters a new one"
             )
         tails = Tails(self, variables)
+        if variables and not tails.masters:
+            dtypes = sorted({keras.backend.standardize_dtype(variable.dtype) for variable in variables})
+            warn(
+                f"Masters has nothing to do: the {len(variables)} trainable variables are {' and '.join(dtypes)}, and "
+                "only those in bfloat16 or float16 get masters; give layers such a dtype, or leave Masters out",
+            )
         self._tails = tails
         internals.stand_in_exclusions(self.inner_optimizer, tails.stand_in, variables)
         self.inner_optimizer.build([tails.stand_in(variable) for variable in variables])
@@ -120,15 +129,55 @@ class Masters(keras.optimizers.Optimizer):
         """Return the loss as the inner optimizer scales it, whose `loss_scale_factor` may say so."""
         return self.inner_optimizer.scale_loss(loss)
 
+    def exclude_from_weight_decay(self, var_list: Any = None, var_names: Any = None) -> None:
+        """Leave variables out of the inner optimizer's weight decay, as Keras says it."""
+        if self.built and var_list is not None:
+            var_list = [self._tails.stand_in(variable) for variable in var_list]
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Let the inner optimizer set final values, such as averages of masters."""
         with self._tails.step():
             self.inner_optimizer.finalize_variable_values([self._tails.stand_in(each) for each in var_list])
+        at_limit = self.at_limit()
+        if at_limit:
+            warn(
+                f"FP16 weights have reached {LARGEST_OF_FLOAT16:g}, the largest number that they can hold, and masters "
+                f"stop there: {', '.join(at_limit)}; give their layers a policy in bfloat16 or float32, or lower the "
+                "learning rate",
+            )
+
+    def at_limit(self) -> list[str]:
+        """Return the paths of the FP16 variables with a master that FP16 could not follow; it waits for the device."""
+        return [
+            master.path
+            for master in self.masters
+            if keras.backend.standardize_dtype(master.weight.dtype) == "float16"
+            and bool(ops.convert_to_numpy(ops.any(ops.abs(master.read()) == LARGEST_OF_FLOAT16)))
+        ]
+
+    @property
+    def optimizers(self) -> Sequence[Any]:
+        """The optimizers inside, as `keras.optimizers.MultiOptimizer` names them: those that keep averages."""
+        return getattr(self.inner_optimizer, "optimizers", [self.inner_optimizer])
 
     def save_own_variables(self, store: Any) -> None:
         """Save tails and checksums; the inner optimizer saves its own."""
         for index, variable in enumerate(super().variables):
             store[str(index)] = variable.numpy()
+
+    def load_own_variables(self, store: Any) -> None:
+        """Load tails and checksums; the inner optimizer loads its own."""
+        own = super().variables
+        if len(store.keys()) != len(own):
+            warn(
+                f"a file holds {len(store.keys())} variables of Masters, but there are {len(own)}, so none is loaded "
+                "and masters begin as the weights are; build the optimizer before you load, on the variables that it "
+                "was saved with",
+            )
+            return
+        for index, variable in enumerate(own):
+            variable.assign(store[str(index)])
 
     def get_config(self) -> dict[str, Any]:
         """Return the name and the inner optimizer, serialized."""

@@ -124,10 +124,38 @@ class MasterInPlace(Master):
 class MasterOfTensorFlow(Master):
     """A master that TensorFlow's optimizers take for a `tf.Variable`: `value` is what has `assign_sub` and the like."""
 
+    _device: str | None = None
+    _mirrored: Any = None
+
     @property
     def value(self) -> Any:
-        """This very variable, which becomes a tensor where one is wanted."""
-        return self
+        """This very variable, which becomes a tensor where one is wanted, or what a strategy knows how to update."""
+        import tensorflow as tf
+
+        if not isinstance(self.weight.value, tf.distribute.DistributedValues):
+            return self
+        if self._mirrored is None:
+            self._mirrored = MirroredMaster(self)
+        return self._mirrored
+
+    def on_each_device(self) -> list["MasterOfTensorFlow"]:
+        """Return a master for every replica of the weight."""
+        masters = []
+        for replica in self.weight.value.values:
+            master = type(self)(self.weight, self.tail, self._index, self._keeper)
+            master._device, master._mirrored = replica.device, self.value
+            masters.append(master)
+        return masters
+
+    @property
+    def device(self) -> str:
+        """Where the master is computed."""
+        return self.weight.value.device if self._device is None else self._device
+
+    @property
+    def handle(self) -> Any:
+        """The weight's, beside which TensorFlow puts what the optimizer makes for the master."""
+        return self.weight.value.handle
 
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
         return ops.cast(self.read(), dtype.name) if dtype is not None else self.read()
@@ -170,6 +198,35 @@ class MasterOfTensorFlow(Master):
         import tensorflow as tf
 
         self.write(getattr(tf, name)(self.read(), slices.indices[:, None], slices.values))
+
+
+class MirroredMaster:
+    """A master to a `tf.distribute.Strategy`, which takes it for the weight's own variable on all devices.
+
+    Strategies update what is an instance of a class of theirs, `values` of it one by one. What reads and writes is the
+    master, on the device on which it is asked to.
+    """
+
+    def __init__(self, master: MasterOfTensorFlow) -> None:
+        self._master = master
+        self._values: tuple[MasterOfTensorFlow, ...] | None = None
+
+    # isinstance() asks for it
+    __class__: Any = property(lambda self: type(self._master.weight.value))
+
+    @property
+    def values(self) -> tuple[MasterOfTensorFlow, ...]:
+        """The masters on each device."""
+        if self._values is None:
+            self._values = tuple(self._master.on_each_device())
+        return self._values
+
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Tensor:
+        return self._master.__tf_tensor__(dtype, name)
+
+    def __getattr__(self, name: str) -> Any:
+        of_master = {"dtype", "shape", "name", "assign", "assign_add", "assign_sub", "numpy", "read", internals.KEY}
+        return getattr(self._master if name in of_master else self._master.weight.value, name)
 
 
 def master_class() -> type[Master]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from duotone.errors import OptimizerError
 from duotone.keras import internals
 from duotone.keras.internals import ops
 from duotone.keras.optim.stand_ins import Master, master_class
@@ -18,12 +19,9 @@ from duotone.keras.weights.codec import SPLIT_DTYPES, TAIL_DTYPE
 
 
 def is_split(variable: Any) -> bool:
-    """Return whether a variable gets a master: a trainable one in 16 bits that its gradient does not overwrite."""
-    return (
-        keras.backend.standardize_dtype(variable.dtype) in SPLIT_DTYPES
-        and getattr(variable, "trainable", True)
-        and not getattr(variable, "overwrite_with_gradient", False)
-    )
+    """Return whether a variable gets a master: one in 16 bits that its gradient does not overwrite."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return dtype in SPLIT_DTYPES and not getattr(variable, "overwrite_with_gradient", False)
 
 
 class Tails:
@@ -32,6 +30,9 @@ class Tails:
     Args:
         optimizer: the one that the variables are to be part of.
         variables: all trainable ones.
+
+    Raises:
+        OptimizerError: one in 16 bits is not Keras'.
 
     Attributes:
         masters: of the 16-bit variables, in their order.
@@ -42,6 +43,12 @@ class Tails:
         self._optimizer = optimizer
         self.is_in_step = False
         weights = [each for each in variables if is_split(each)]
+        for weight in weights:
+            if not isinstance(weight, keras.Variable):
+                raise OptimizerError(
+                    f"Masters takes variables of Keras, not the {type(weight).__name__} {weight.name}; make it a "
+                    "keras.Variable"
+                )
         tails = []
         for weight in weights:
             with internals.beside(optimizer, weight):
