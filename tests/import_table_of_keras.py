@@ -60,6 +60,7 @@ OF_KERAS = {
         "duotone.keras.policies",
         "duotone.keras.report",
         "duotone.loss_scale",
+        "duotone.policy",
         "duotone.wording",
     ),
 }

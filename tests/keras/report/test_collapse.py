@@ -1,5 +1,6 @@
 """How a run ends that only skips: on every backend the weights of the last good step are there, and it is said why."""
 
+import re
 from typing import Any
 
 import keras
@@ -11,7 +12,7 @@ from duotone.errors import LossScaleCollapse, NonFiniteLoss
 from duotone.keras.report.collapse import collapse_error
 from duotone.loss_scale import LossScale
 
-from ..runs import bits, build, data, fit
+from ..runs import bits, build, data, fit, scaled
 
 
 def test_gradients_that_overflow_ever_again_end_the_run() -> None:
@@ -22,6 +23,11 @@ def test_gradients_that_overflow_ever_again_end_the_run() -> None:
     assert text.startswith("5 steps in a row were skipped, the last at loss scale ")
     assert "2 of 4 gradients are not finite (" in text
     assert 'the backward pass met the first in layer "first", or between it and layer "second"' in text
+    # and what it says to write can be read, and is about that layer
+    (policy,) = re.findall(r'dk\.policy\("(.*?)"\)', text)
+    with dk.policy(policy):
+        layers = build().layers
+    assert [layer.dtype_policy.name for layer in layers if layer.name == "first"] == ["float32"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -52,6 +58,12 @@ def test_a_loss_that_was_no_number_once_is_forgotten_in_the_next_epoch() -> None
     fit(model, "n...", dk.ScaleReport(every=1, patience=5))
     with pytest.raises(LossScaleCollapse):
         fit(model, "xxxxxx", dk.ScaleReport(every=1, patience=5))
+
+
+def test_two_overflows_at_the_floor_are_enough() -> None:
+    model = build(scaled(LossScale(init_scale=4.0, min_scale=2.0)))
+    with pytest.raises(LossScaleCollapse, match=r"3 steps in a row were skipped, the last at loss scale 2, its floor"):
+        fit(model, "xxxxxx", dk.ScaleReport(every=1))
 
 
 def test_patience_none_ends_no_run() -> None:

@@ -8,6 +8,7 @@ from duotone.errors import LossScaleCollapse, NonFiniteLoss
 from duotone.keras.optim.loss_scale_optimizer import StepReport
 from duotone.keras.report.reading import readable
 from duotone.loss_scale import LossScale
+from duotone.policy import Policy
 from duotone.wording import collapse as words
 from duotone.wording.words import first_few
 
@@ -34,14 +35,17 @@ def raise_if_collapsed(model: Any, step: StepReport, *, patience: int, loss: flo
             raise non_finite_loss_error(step.skipped_in_a_row)
     # two in a row: a search for the scale begins there, and one batch alone may be at fault
     elif step.overflows_at_floor > 1 or step.skipped_in_a_row >= patience:
+        optimizer = model.optimizer
         with readable(model):
-            names = model.optimizer.non_finite()
-        paths = [variable.path for variable in model.trainable_variables]
-        raise collapse_error(names, paths, step.skipped_in_a_row, step.loss_scale, model.optimizer.settings)
+            # a model that nobody named has another name in the next process
+            names = [path.removeprefix(f"{model.name}/") for path in optimizer.non_finite()]
+        paths = [variable.path.removeprefix(f"{model.name}/") for variable in model.trainable_variables]
+        policy = str(optimizer.policy) if isinstance(optimizer.policy, Policy) else "fp16"
+        raise collapse_error(names, paths, step.skipped_in_a_row, step.loss_scale, optimizer.settings, policy)
 
 
 def collapse_error(
-    names: Sequence[str], paths: Sequence[str], skipped: int, scale: float, settings: LossScale
+    names: Sequence[str], paths: Sequence[str], skipped: int, scale: float, settings: LossScale, policy: str = "fp16"
 ) -> LossScaleCollapse:
     """Return the error of a run whose every step is skipped.
 
@@ -55,6 +59,7 @@ def collapse_error(
         skipped: steps skipped in a row.
         scale: the loss scale of the last of them.
         settings: of the loss scale.
+        policy: the model's, as text.
 
     >>> paths = ["up/kernel", "up/bias", "down/kernel"]
     >>> print(collapse_error(paths[:1], paths, 3, 1.0, LossScale()))
@@ -73,7 +78,7 @@ def collapse_error(
         )
         advice = (
             f'the backward pass met the first in layer "{layer}", {or_after}: keep that in FP32, '
-            f'dk.policy("fp16; {layer}: float32")'
+            f'dk.policy("{policy}; {layer}: float32")'
         )
     return words.overflow_error(
         skipped=skipped,
