@@ -19,7 +19,7 @@ KERAS_BACKENDS := tensorflow jax torch
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax bench-jax-compiled docs evidence clean
+.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax bench-jax-compiled bench-keras docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -95,6 +95,10 @@ bench-jax:  ## a GPT in JAX against Flax, jmp and Optax, about ten minutes on tw
 bench-jax-compiled: .venv-jax-newest/.installed  ## what XLA makes of duotone.jax for a GPU and a TPU, without either; five minutes
 	.venv-jax-newest/bin/python -m pip install --quiet --disable-pip-version-check "jax[cuda12-local]" "jax[tpu]"
 	.venv-jax-newest/bin/python benchmarks/jax_compiled.py --evidence
+
+bench-keras:  ## what goes wrong in Keras' mixed precision, beside Duotone's results, on three backends; about five minutes
+	$(MAKE) VENV=.venv-keras CONSTRAINTS=constraints-keras.txt .venv-keras/.installed-test-keras
+	.venv-keras/bin/python benchmarks/keras_faults.py
 
 docs: $(VENV)/.installed-docs  ## build the pages into build/docs; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --builder html docs build/docs

@@ -1,9 +1,13 @@
 """How the pages are built: Sphinx, Markdown by MyST, the notebook as it was run, the API from docstrings."""
 
+import os
 import re
 from importlib.util import find_spec
 
 import duotone
+
+# the extra brings JAX along; docstrings are the same on every backend
+os.environ.setdefault("KERAS_BACKEND", "jax")
 
 project = "Duotone"
 author = "the Duotone authors"
@@ -39,13 +43,16 @@ def _indent_blocks(app, what, name, obj, options, lines):
             lines[number] = f"    {line}"
 
 
-def _without_jax(app, docname, source):
-    """Leave out the docstrings of duotone.jax where there is no JAX, and so nothing to import."""
-    if find_spec("jax") is None:
-        source[0] = re.sub(r"^\.\. auto\w+:: duotone\.jax\..*\n", "", source[0], flags=re.MULTILINE)
+def _without_absent(app, docname, source):
+    """Leave out the docstrings of duotone.jax and duotone.keras where their framework is not there to be imported."""
+    for name in ("jax", "keras"):
+        if find_spec(name) is None:
+            # with its options, which are indented
+            lines = rf"^\.\. auto\w+:: duotone\.{name}\..*\n(?:   .*\n)*"
+            source[0] = re.sub(lines, "", source[0], flags=re.MULTILINE)
 
 
 def setup(app):
     """Have Sphinx call what stands above."""
-    app.connect("source-read", _without_jax)
+    app.connect("source-read", _without_absent)
     app.connect("autodoc-process-docstring", _indent_blocks)

@@ -1,4 +1,4 @@
-"""The examples of tasks run; those in JAX have their tests in `tests/jax`."""
+"""The examples of tasks run; those in JAX and Keras have their tests in `tests/jax` and `tests/keras`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from duotone.train import Trainer, resolve_settings
 from duotone.train.task import load_task_file
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if not path.stem.startswith("jax_"))
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if not path.stem.startswith(("jax_", "keras_")))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
