@@ -50,7 +50,20 @@ def read(policy: str | Policy) -> Policy:
             raise _refusal(found, f"rounding=stochastic{where}", "keep masters, as presets without -true do")
         if str(roles.get("compute")).startswith("float8"):
             raise _refusal(found, f"compute={roles['compute']}{where}", "write compute=bfloat16 or compute=float16")
+    for rule in found.rules:
+        _check_borders(found, rule)
     return found
+
+
+def _check_borders(policy: Policy, rule: Rule) -> None:
+    roles = dict(rule.roles)
+    for role in ("inputs", "residual", "output"):
+        # FP32 leaves a FP32 scope by itself
+        if role in roles and not (
+            role == "output" and roles[role] == roles.get("compute", policy.compute) == "float32"
+        ):
+            reason = "a named scope has no inputs and outputs of its own; leave it out, or cast in the code"
+            raise _refusal(policy, f'{role}={roles[role]} in rule "{rule}"', reason)
 
 
 def param_of(policy: Policy, path: str, classes: ClassNames = _NO_CLASSES) -> str:
@@ -66,7 +79,7 @@ def check_arithmetic(policy: Policy) -> None:
     """Raise unless `autocast` can carry out the rules of a policy.
 
     Raises:
-        PolicyError: a rule asks for arithmetic by a class, for another 16-bit format, or for borders of a scope.
+        PolicyError: a rule asks for arithmetic by a class, or for another 16-bit format.
     """
     for rule in policy.rules:
         roles = dict(rule.roles)
@@ -78,11 +91,6 @@ def check_arithmetic(policy: Policy) -> None:
         if compute not in ("float32", policy.compute):
             reason = f"a function computes in one 16-bit format; write compute={policy.compute} or compute=float32"
             raise _refusal(policy, what, reason)
-        for role in ("inputs", "residual", "output"):
-            # FP32 leaves a FP32 scope by itself
-            if role in roles and not (role == "output" and roles[role] == compute == "float32"):
-                reason = "a named scope has no inputs and outputs of its own; leave it out, or cast in the code"
-                raise _refusal(policy, f'{role}={roles[role]} in rule "{rule}"', reason)
 
 
 def computes_float32(policy: Policy, scopes: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import duotone.jax as dj
+from duotone.errors import AutocastError, PolicyError
 
 from .equations import operand_dtypes
 from .residuals import residual_dtypes
@@ -99,3 +100,16 @@ def test_weights_in_16_bits_are_saved_in_16_bits() -> None:
 
     weights = [jnp.ones((8, 64), jnp.bfloat16), jnp.ones((64, 3), jnp.bfloat16)]
     assert residual_dtypes(dj.autocast(f, "bf16"), weights, X) == {"bfloat16"}
+
+
+def test_autocast_with_the_policy_alone_is_a_decorator() -> None:
+    @dj.autocast("bf16,output=bfloat16", argnums=(0, 1))
+    def product(weight, other):
+        return weight @ other
+
+    assert product(jnp.eye(2), jnp.eye(2)).dtype == jnp.bfloat16
+    assert product.__name__ == "product"
+    with pytest.raises(AutocastError, match=r'takes a policy, too: autocast\(loss_fn, "bf16"\)'):
+        dj.autocast(product)
+    with pytest.raises(PolicyError, match="is neither a preset"):
+        dj.autocast("bf17")

@@ -133,4 +133,9 @@ def test_parts_of_a_state_that_are_like_parameters_are_found() -> None:
     found = optax.tree.map_params(tx, lambda _: "parameter", tx.init(parameters()))
     assert found.tails["dense"]["kernel"] == "parameter"
     assert found.inner[0].trace["LayerNorm_0"]["scale"] == "parameter"
+    # a tree of placements; parameters in FP32 have no tail
+    places = {"dense": {"kernel": "rows"}, "LayerNorm_0": {"scale": "all"}}
+    state = tx.init(parameters())
+    found = optax.tree.map_params(tx, lambda _, place: place, state, places, is_leaf=lambda leaf: leaf is None)
+    assert found.inner[0].trace == found.tails == places
     assert isinstance(found.loss_scale.scale, jax.Array)

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import duotone.jax as dj
+from duotone.errors import OptimizerError
 from duotone.jax.optim.state import MastersState
 
 POLICIES = ("bf16", "fp16")
@@ -112,3 +113,21 @@ def test_the_state_is_a_pytree_of_arrays_with_key_paths() -> None:
     assert isinstance(jax.tree.map(lambda leaf: leaf, state), MastersState)
     types = {(leaf.dtype.name, leaf.weak_type) for leaf in jax.tree.leaves(jax.jit(lambda s: s)(state.loss_scale))}
     assert types == {("float32", False), ("int32", False)}
+
+
+def test_float64_of_numpy_is_fp32_where_jax_has_no_fp64() -> None:
+    params = {"w": np.linspace(0, 1, 6).reshape(2, 3), "LayerNorm_0": {"scale": np.ones(3)}}
+    tx = dj.masters(optax.sgd(0.5), "bf16")
+    state, narrow = tx.init(params), dj.cast(params, "bf16")
+    assert narrow["w"].dtype == jnp.bfloat16
+    assert narrow["LayerNorm_0"]["scale"].dtype == jnp.float32
+    masters = dj.master_weights(narrow, state)
+    assert (masters["w"] == params["w"].astype(np.float32)).all()
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, masters), state, narrow)
+    assert optax.apply_updates(narrow, updates)["w"].dtype == jnp.bfloat16
+
+
+def test_of_two_states_one_is_asked_for() -> None:
+    state = dj.masters(optax.sgd(0.5), "bf16").init({"w": jnp.ones(2)})
+    with pytest.raises(OptimizerError, match=r"2 states .* in this dict; .* such as state\['generator'\]"):
+        dj.report({"generator": state, "discriminator": state})

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,21 @@ Result = TypeVar("Result")
 _HALVES = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
 
 
+@overload
 def autocast(
     fun: Callable[Arguments, Result],
     policy: str | Policy,
     *,
     argnums: int | Sequence[int] = 0,
     save: Save = "compute",
-) -> Callable[Arguments, Result]:
+) -> Callable[Arguments, Result]: ...
+@overload
+def autocast(
+    fun: str | Policy, *, argnums: int | Sequence[int] = 0, save: Save = "compute"
+) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]: ...
+def autocast(
+    fun: Any, policy: str | Policy | None = None, *, argnums: int | Sequence[int] = 0, save: Save = "compute"
+) -> Any:
     """Return `fun` with its arithmetic in the policy's 16-bit format, and FP32 where rules keep it.
 
     The function is traced as it stands, with FP32 in place of 16-bit weights, and what was traced runs under the rules:
@@ -40,6 +48,8 @@ def autocast(
 
     A weight, in an argument of `argnums`, is rounded where it meets 16 bits. Its gradient has its own dtype, and is
     added up in FP32. Other arguments are data, which stay as they come: FP32 beside 16 bits gives FP32.
+
+    With the policy alone it is a decorator: `@dj.autocast("bf16")`.
 
     Results that are FP32 in `fun` leave in the policy's `output`, all others as they are in `fun`.
 
@@ -64,6 +74,13 @@ def autocast(
     >>> grads.dtype
     dtype('float32')
     """
+    if policy is None:
+        if not isinstance(fun, str | Policy):
+            raise AutocastError(
+                'autocast takes a policy, too: autocast(loss_fn, "bf16"), or, in front of a function, @autocast("bf16")'
+            )
+        policies.check_arithmetic(policies.read(fun))
+        return functools.partial(autocast, policy=fun, argnums=argnums, save=save)
     if not callable(fun):
         raise AutocastError(f"autocast takes a function, not {fun!r:.60}; give the function that computes your loss")
     read = policies.read(policy)

@@ -77,5 +77,5 @@ def _tail(weight: Weight, leaf: Any) -> jax.Array | None:
     if is_split(leaf):
         return jnp.zeros_like(leaf, TAIL_DTYPE)
     if weight.dtype is not None and weight.dtype in SPLIT_DTYPES:
-        return encode(leaf, weight.dtype)[1]
+        return encode(jnp.asarray(leaf), weight.dtype)[1]
     return None

@@ -4,6 +4,7 @@ A pytree of arrays alone, so that it can be donated, sharded, scanned over and s
 not an array is part of its structure: the settings of the loss scale and the policy's text.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -97,9 +98,16 @@ def state_in(state: Any) -> MastersState:
     if not found:
         raise no_state_error(state)
     if len(found) > 1:
+        # of several optimizers, which are asked one by one, or of the groups of one
+        of_one = isinstance(state, Mapping) and [key for key, part in state.items() if len(states_in(part)) == 1]
+        hint = (
+            f"give that of one optimizer, such as state[{of_one[0]!r}]"
+            if of_one
+            else "give one of them, or put one masters around the whole optimizer: masters(optax.multi_transform(...), "
+            "policy)"
+        )
         raise OptimizerError(
-            f"there are {len(found)} states of duotone.jax.masters in this {type(state).__name__}; give one of them, "
-            "or put one masters around the whole optimizer: masters(optax.multi_transform(...), policy)"
+            f"there are {len(found)} states of duotone.jax.masters in this {type(state).__name__}; {hint}"
         )
     return found[0]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from duotone.errors import PolicyError
@@ -70,7 +71,8 @@ def _dtype(leaf: Leaf, policy: Policy, rules: list[Rule], classes: Mapping[str, 
 
 
 def _is_weight(leaf: Leaf) -> bool:
-    if not is_floating(leaf.value) or leaf.value.dtype not in _CASTABLE:
+    # FP64 of NumPy is FP32 where JAX has no FP64
+    if not is_floating(leaf.value) or jax.dtypes.canonicalize_dtype(leaf.value.dtype) not in _CASTABLE:
         return False
     if leaf.variable is not None and not is_nnx_param(leaf.variable):
         return False
