@@ -1,5 +1,6 @@
 """Ways to run one step of an optimizer: eagerly, in a program of the backend, and compiled."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,3 +54,11 @@ def tensors(grads: Sequence[Any]) -> list[Any]:
 def state_of(optimizer: Any) -> list[Any]:
     """Return copies of all that an optimizer keeps, in NumPy."""
     return [ops.convert_to_numpy(variable).copy() for variable in optimizer.variables]
+
+
+@functools.cache
+def two_replicas() -> Any:
+    """Return TensorFlow's strategy for two CPUs, the same one for all tests of a process: it numbers collectives."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])

@@ -45,9 +45,9 @@ def tails(model):
 @pytest.mark.parametrize(
     ("form", "scaled"),
     [
-        ("weights", False),
-        ("keras", True),
-        pytest.param("keras", False, marks=pytest.mark.slow),
+        ("keras", False),
+        pytest.param("keras", True, marks=pytest.mark.slow),
+        pytest.param("weights", False, marks=pytest.mark.slow),
         pytest.param("weights", True, marks=pytest.mark.slow),
     ],
 )

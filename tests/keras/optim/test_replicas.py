@@ -8,17 +8,15 @@ import pytest
 
 import duotone.keras as dk
 
-from .stepping import state_of
+from .stepping import state_of, two_replicas
 from .test_scaled_fit import X, fit, model_of
 
 pytestmark = pytest.mark.backends("tensorflow")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def strategy() -> Any:
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    return two_replicas()
 
 
 def test_two_replicas_train_as_one_and_clip_by_the_norm_of_the_sum(strategy: Any) -> None:
