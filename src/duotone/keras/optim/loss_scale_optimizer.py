@@ -52,7 +52,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     >>> import duotone.keras as dk
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, dtype="mixed_float16")])
     >>> model.compile(dk.LossScaleOptimizer(keras.optimizers.Adam(1e-3)), "mse")
-    >>> history = model.fit(keras.ops.ones((8, 4)), keras.ops.ones((8, 3)), verbose=0)
+    >>> history = model.fit(keras.ops.zeros((8, 4)), keras.ops.ones((8, 3)), verbose=0)
     >>> model.optimizer.report().loss_scale, model.optimizer.non_finite()
     (65536.0, [])
     """
