@@ -52,6 +52,8 @@ def test_products_are_in_the_format_that_was_asked_for(build, policy):
     assert {(layer.variable_dtype, layer.compute_dtype) for layer in found} == {FORMATS[policy]}
 
 
+# JAX compiles for seconds; test_a_model_learns_as_in_fp32 is for all
+@pytest.mark.backends("tensorflow", "torch")
 def test_an_mlp_learns_in_fp16():
     model, loss = keras_digits.train(keras_digits.digits(keras_digits.mlp), "fp16", 40, 0)
     # one in ten is 2.3
