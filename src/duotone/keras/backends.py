@@ -53,3 +53,10 @@ def is_traced(value: Any) -> bool:
 
         return tf.is_symbolic_tensor(value)
     return False
+
+
+def takes_branches() -> bool:
+    """Return whether a branch costs nothing in JAX's programs: on a CPU, where no host waits for a device."""
+    from jax import default_backend
+
+    return default_backend() == "cpu"

@@ -10,6 +10,7 @@ from keras import ops
 
 import duotone.keras as dk
 from duotone.errors import DuotoneWarning, OptimizerError
+from duotone.keras.optim import scaled_step
 
 from .stepping import BACKEND, WAYS, state_of, step_of
 
@@ -148,7 +149,6 @@ def test_a_model_of_keras_own_goes_on_here(tmp_path: Path) -> None:
     fit(again)
 
 
-@pytest.mark.backends("jax", "torch")
 def test_masters_inside_see_true_gradients_and_hold_still_on_a_skip() -> None:
     bad = X.copy()
     bad[8:16] *= 1e5
@@ -213,3 +213,37 @@ def test_devices_that_share_a_batch_decide_as_one() -> None:
     assert model.optimizer.dynamic_scale.numpy() == expected.optimizer.dynamic_scale.numpy()
     for one, other in zip(model.get_weights(), expected.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.backends("jax")
+def test_a_branch_and_a_choice_skip_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators values are chosen; a branch is for CPUs."""
+    bad = X.copy()
+    bad[8:16] *= 1e5
+    states = []
+    for is_cpu in (True, False):
+        monkeypatch.setattr(scaled_step, "takes_branches", lambda is_cpu=is_cpu: is_cpu)
+        model = model_of(dk.LossScaleOptimizer(keras.optimizers.Adam(0.01)))
+        fit(model, bad)
+        assert model.optimizer.report().skipped == 1
+        states.append([*model.get_weights(), *state_of(model.optimizer)])
+    for one, other in zip(*states, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.backends("jax")
+def test_a_step_on_a_cpu_copies_neither_weights_nor_moments() -> None:
+    """Of all operands of a conditional XLA makes copies, if its first branch is the one that keeps them."""
+    import jax
+
+    model = model_of(dk.LossScaleOptimizer(keras.optimizers.Adam(0.01)), jit_compile=True)
+    model.optimizer.build(model.trainable_variables)
+    model._symbolic_build(data_batch=(X, Y))
+    groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+    state = tuple([variable.value for variable in group] for group in (*groups, model.metrics_variables))
+    text = jax.jit(model.train_step, donate_argnums=0).lower(state, (X, Y)).compile().as_text()
+    assert " conditional(" in text
+    copies = [line for line in text.splitlines() if " copy(" in line and "transpose" not in line]
+    copies = [line for line in copies if "= f32[4,8]" in line or "= f32[8,3]" in line]
+    # of each gradient, which comes out of its product transposed; not of weights and moments
+    assert len(copies) <= 2

@@ -89,7 +89,7 @@ def autocast(
     weights = _argnums(argnums)
 
     @functools.wraps(fun)
-    def under_policy(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def under_policy(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Any:
         missing = [number for number in weights if not -len(args) <= number < len(args)]
         if missing:
             raise AutocastError(

@@ -1,8 +1,9 @@
 """One step with a loss scale: the inner optimizer's update or nothing at all, then the scale, then the record.
 
 Three ways, because the backends have three. Where numbers can be read (torch always, the others outside of a program),
-the host decides, and a skipped step costs nothing. In a program of TensorFlow a conditional decides. In one of JAX the
-inner optimizer always runs, and each new value is chosen, which XLA makes one with the update.
+the host decides, and a skipped step costs nothing. In a program of TensorFlow a conditional decides, and so it does in
+one of JAX for a CPU. In one of JAX for an accelerator the inner optimizer always runs, and each new value is chosen,
+for there the host would have to wait to take a branch.
 """
 
 import operator
@@ -12,6 +13,7 @@ from typing import Any
 import keras
 
 from duotone.keras import internals
+from duotone.keras.backends import takes_branches
 from duotone.keras.internals import ops
 from duotone.keras.loss_scale import LEAVES, after_step, numbers, tensors
 from duotone.keras.optim.gradients import Gradients
@@ -76,15 +78,23 @@ def finish(optimizer: Any, gradients: Gradients, variables: Sequence[Any], loss_
 
 
 def _choose(optimizer: Any, gradients: Gradients, variables: Sequence[Any], overflow: Any) -> None:
-    """Run the inner optimizer beside the variables, and choose each new value or the old."""
+    """Give each variable its new value or the old, in a program of JAX."""
     held = [*internals.trained_variables(optimizer), *optimizer.inner_optimizer.variables]
     before = [variable.value for variable in held]
-    with keras.StatelessScope(list(zip(held, before, strict=True)), initialize_variables=False) as scope:
-        optimizer.inner_optimizer.apply(gradients.true, variables)
-    for variable, old in zip(held, before, strict=True):
-        new = scope.get_current_value(variable)
-        if new is not old:
-            variable.assign(ops.where(overflow, old, new))
+
+    def updated() -> list[Any]:
+        with keras.StatelessScope(list(zip(held, before, strict=True)), initialize_variables=False) as scope:
+            optimizer.inner_optimizer.apply(gradients.true, variables)
+        return [scope.get_current_value(variable) for variable in held]
+
+    if takes_branches():
+        # not cond(overflow, skip, update): then XLA copies every operand first, and a step takes twice as long
+        after = ops.cond(ops.logical_not(overflow), updated, lambda: before)
+    else:
+        pairs = zip(before, updated(), strict=True)
+        after = [new if new is old else ops.where(overflow, old, new) for old, new in pairs]
+    for variable, new in zip(held, after, strict=True):
+        variable.assign(new)
 
 
 def _of_all(optimizer: Any, gradients: Gradients, variables: Sequence[Any]) -> Any:

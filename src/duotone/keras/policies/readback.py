@@ -37,7 +37,8 @@ def _with_rules(policy: ModelPolicy, model: keras.Model) -> ModelPolicy:
         preset = _preset_of(layer)
         if roles.PRESETS[policy.of_layer(layer, places, paths)[0].name] != preset:
             pattern = "".join("?" if char in ";:" or char.isspace() else char for char in path or model.name)
-            rule = Rule(pattern.replace("/", "."), tuple(read(f"fp32; x: {preset}")[1][0][1].items()))
+            (_, given), *_ = read(f"fp32; x: {preset}")[1]
+            rule = Rule(pattern.replace("/", "."), tuple(given.items()))  # type: ignore[arg-type]
             scale = "dynamic" if "fp16" in preset and not policy.policy.needs_loss_scale else policy.policy.loss_scale
             policy = ModelPolicy(replace(policy.policy, rules=(*policy.policy.rules, rule), loss_scale=scale))
     return policy
