@@ -236,3 +236,14 @@ def test_nothing_to_do_is_said():
     model = model_in("float32")
     with pytest.warns(DuotoneWarning, match="the 4 trainable variables are float32"):
         dk.Masters(ko.SGD(0.1)).build(model.weights)
+
+
+def test_an_error_in_a_step_of_fit_is_the_one_that_is_raised():
+    class Broken(keras.Sequential):
+        def train_step(self, *arguments):
+            raise RuntimeError("of the step")
+
+    model = Broken([keras.Input((4,)), keras.layers.Dense(2, dtype="bfloat16")])
+    model.compile(dk.LossScaleOptimizer(dk.Masters(keras.optimizers.SGD(0.1)), "bf16"), "mse")
+    with pytest.raises(RuntimeError, match="of the step"):
+        model.fit(np.ones((4, 4), "float32"), np.ones((4, 2), "float32"), verbose=0)

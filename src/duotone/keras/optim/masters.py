@@ -137,6 +137,9 @@ class Masters(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[keras.Variable]) -> None:
         """Let the inner optimizer set final values, such as averages of masters."""
+        if any(internals.is_released(master.tail) for master in self.masters):
+            # a step of `fit` on JAX has raised, and that error is the one to see
+            return
         with self._tails.step():
             self.inner_optimizer.finalize_variable_values([self._tails.stand_in(each) for each in var_list])
         at_limit = self.at_limit()
