@@ -220,3 +220,12 @@ def test_a_saved_model_predicts_the_same(tmp_path: Path) -> None:
     loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
     inputs = data("..")[0]
     np.testing.assert_array_equal(loaded.predict(inputs, verbose=0), model.predict(inputs, verbose=0))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a SavedModel is TensorFlow's")
+def test_a_compiled_model_can_be_exported(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, dtype="bfloat16")])
+    model.compile(dk.LossScaleOptimizer(dk.Masters(keras.optimizers.Adam(1e-3)), "bf16"), "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.export(tmp_path / "exported", verbose=False)
+    assert (tmp_path / "exported" / "saved_model.pb").exists()

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.utils.tracking import DotNotTrackScope
 
 __all__ = [
     "KEY",
@@ -120,6 +121,11 @@ def forget_own_variables(optimizer: Any) -> None:
     """Take out of an optimizer's variables the count of steps and the learning rate that Keras gives to every one."""
     optimizer._untrack_variable(optimizer._iterations)
     optimizer._untrack_variable(optimizer._learning_rate)
+    # TensorFlow exports no object with a list that something was deleted from, so a new one takes its place
+    with DotNotTrackScope():
+        optimizer._variables = list(optimizer._variables)
+    stores = optimizer._tracker.config
+    stores["variables"] = (stores["variables"][0], optimizer._variables)
 
 
 def stand_in_exclusions(optimizer: Any, stand_in_of: Callable[[Any], Any], variables: Iterable[Any]) -> None:
