@@ -46,15 +46,21 @@ def test_fp16_with_an_overflow_at_every_position(steps: int) -> None:
         start = parameters()
         carry = (dj.cast(start, "fp16"), tx.init(start), start, inner.init(start))
         (params, state, wide, inner_state), _ = jax.lax.scan(step, carry, (jnp.arange(steps), inputs))
-        same = jax.tree.map(lambda one, other: jnp.abs(one - other).max(), dj.master_weights(params, state), wide)
-        return same, state.loss_scale.skipped, state.inner[0].count, inner_state[0].count
+        # from 2 on two neighbours in FP32 lie 2.4e-7 apart
+        apart = jax.tree.map(
+            lambda one, other: (jnp.abs(one - other) / jnp.maximum(jnp.abs(other), 1)).max(),
+            dj.master_weights(params, state),
+            wide,
+        )
+        return apart, state.loss_scale.skipped, state.inner[0].count, inner_state[0].count
 
     difference, skipped, count, count_in_float32 = jax.jit(jax.vmap(run))(jnp.arange(steps))
     # the first scale may overflow too
     assert int(skipped.min()) >= 1
     assert (count == steps - skipped).all()
     assert (count == count_in_float32).all()
-    assert max(float(leaf.max()) for leaf in jax.tree.leaves(difference)) <= 1e-7
+    # XLA on CPUs contracts multiply-adds in one program and not in the other: one unit in the last place
+    assert max(float(leaf.max()) for leaf in jax.tree.leaves(difference)) <= 2.0**-23
 
 
 def test_a_rate_at_which_plain_bf16_stands_still_trains_as_float32() -> None:
