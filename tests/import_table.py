@@ -9,6 +9,7 @@ CORE = ("duotone.durable_files", "duotone.errors", "duotone.policy")
 ALLOWED = {
     "duotone": ("duotone.formats", "duotone.loss_scale", "duotone.policy"),
     "duotone.errors": (),
+    "duotone.call_site": ("duotone.errors",),
     "duotone.durable_files": (),
     "duotone.ranks": ("duotone.errors",),
     "duotone.formats": ("duotone.errors",),
@@ -26,11 +27,11 @@ ALLOWED = {
     "duotone.wording.collapse": ("duotone.errors",),
     **OF_JAX,
     **OF_KERAS,
-    "duotone.torch.internals": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.internals"),
-    "duotone.torch.kernels": ("duotone.errors", "duotone.torch.call_site", "duotone.torch.kernels"),
+    "duotone.torch.internals": ("duotone.errors", "duotone.call_site", "duotone.torch.internals"),
+    "duotone.torch.kernels": ("duotone.errors", "duotone.call_site", "duotone.torch.kernels"),
     "duotone.torch.parameters": (
         "duotone.errors",
-        "duotone.torch.call_site",
+        "duotone.call_site",
         "duotone.torch.kernels",
         "duotone.torch.parameters",
     ),
@@ -68,14 +69,13 @@ ALLOWED = {
         "duotone.torch.kernels",
         "duotone.torch.parameters",
     ),
-    "duotone.torch.call_site": ("duotone.errors",),
     "duotone.torch.near_misses": ("duotone.errors",),
     "duotone.torch.nested": (),
     "duotone.torch.casting": (
         "duotone.errors",
         "duotone.operations",
         "duotone.policy",
-        "duotone.torch.call_site",
+        "duotone.call_site",
         "duotone.torch.casting",
         "duotone.torch.kernels",
         "duotone.torch.nested",
@@ -88,7 +88,7 @@ ALLOWED = {
         "duotone.torch.casting.widened",
     ),
     "duotone.torch.casting.float32_inside.dirichlet": ("duotone.errors",),
-    "duotone.torch.casting.half_on_cpu": ("duotone.torch.call_site", "duotone.torch.casting.widened"),
+    "duotone.torch.casting.half_on_cpu": ("duotone.call_site", "duotone.torch.casting.widened"),
     "duotone.torch.casting.products": ("duotone.torch.casting.widened",),
     "duotone.torch.casting.shared_cast": (),
     "duotone.torch.casting.handlers": (
@@ -113,7 +113,7 @@ ALLOWED = {
     ),
     "duotone.torch.casting.recomputation": (
         "duotone.errors",
-        "duotone.torch.call_site",
+        "duotone.call_site",
         "duotone.torch.casting.tracing",
     ),
     "duotone.torch.casting.tracing": (),
@@ -140,7 +140,7 @@ ALLOWED = {
     ),
     "duotone.torch.optim": (
         "duotone.errors",
-        "duotone.torch.call_site",
+        "duotone.call_site",
         "duotone.torch.kernels",
         "duotone.torch.nested",
         "duotone.torch.optim",
@@ -159,7 +159,7 @@ ALLOWED = {
     "duotone.torch.scaling.loop_check": (
         "duotone.errors",
         "duotone.loss_scale",
-        "duotone.torch.call_site",
+        "duotone.call_site",
         "duotone.torch.parameters.storage",
         "duotone.torch.readback",
     ),
@@ -181,7 +181,7 @@ ALLOWED = {
     "duotone.torch.scaling.monitor": (
         "duotone.errors",
         "duotone.loss_scale",
-        "duotone.torch.call_site",
+        "duotone.call_site",
         "duotone.torch.distributed.agreement",
         "duotone.torch.scaling.diagnosis",
         "duotone.torch.scaling.outcome",

@@ -36,7 +36,7 @@ OF_JAX = {
         "duotone.policy",
     ),
     "duotone.jax.loss_marks": (),
-    "duotone.jax.loss_scale": ("duotone.errors", "duotone.loss_scale"),
+    "duotone.jax.loss_scale": ("duotone.call_site", "duotone.errors", "duotone.loss_scale"),
     "duotone.jax.scaling": (
         "duotone.errors",
         "duotone.jax.internals",

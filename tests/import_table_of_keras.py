@@ -3,6 +3,7 @@
 OF_KERAS = {
     # a framework of its own beside torch's and JAX's: the neutral core and itself
     "duotone.keras": (
+        "duotone.call_site",
         "duotone.errors",
         "duotone.formats",
         "duotone.keras",
@@ -12,7 +13,6 @@ OF_KERAS = {
         "duotone.wording",
     ),
     "duotone.keras.internals": ("duotone.errors",),
-    "duotone.keras.call_site": ("duotone.errors",),
     "duotone.keras.backends": ("duotone.errors", "duotone.keras.internals"),
     "duotone.keras.loss_scale": (
         "duotone.errors",
@@ -41,7 +41,7 @@ OF_KERAS = {
         "duotone.errors",
         "duotone.formats",
         "duotone.keras.backends",
-        "duotone.keras.call_site",
+        "duotone.call_site",
         "duotone.keras.internals",
         "duotone.keras.loss_scale",
         "duotone.keras.optim",
@@ -53,7 +53,7 @@ OF_KERAS = {
     # a callback sees the optimizer as a user does
     "duotone.keras.report": (
         "duotone.errors",
-        "duotone.keras.call_site",
+        "duotone.call_site",
         "duotone.keras.checking",
         "duotone.keras.internals",
         "duotone.keras.optim.loss_scale_optimizer",

@@ -13,6 +13,8 @@ import pytest
 import duotone.torch
 from duotone.cli.main import main
 
+from .code_blocks import code_blocks
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
@@ -21,11 +23,7 @@ NOTEBOOK = ROOT / "docs" / "first-steps.ipynb"
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """Return every block of a language as where it stands, its page and line, and its text."""
-    return [
-        (f"{page.name}:{text.count(chr(10), 0, match.start()) + 2}", match[1])
-        for page, text in TEXTS.items()
-        for match in re.finditer(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    ]
+    return [block for page, text in TEXTS.items() for block in code_blocks(page.name, text, language)]
 
 
 # tests/jax and tests/keras run those of the pages on JAX and Keras

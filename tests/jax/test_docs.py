@@ -7,12 +7,11 @@ import pytest
 
 import duotone.jax as dj
 
+from ..code_blocks import code_blocks
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "jax.md").read_text(encoding="utf-8")
-EXAMPLES = {
-    f"jax.md:{PAGE.count(chr(10), 0, match.start()) + 2}": match[1]
-    for match in re.finditer(r"```python\n(.*?)```", PAGE, re.DOTALL)
-}
+EXAMPLES = dict(code_blocks("jax.md", PAGE, "python"))
 
 
 def _param(where: str) -> object:

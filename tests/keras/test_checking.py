@@ -9,7 +9,7 @@ from keras import layers, ops
 from tests.keras.policies.models import INPUTS, Net, attention, functional, sequential
 
 import duotone.keras as dk
-from duotone.errors import DuotoneWarning
+from duotone.errors import DuotoneWarning, PolicyError
 
 SCALED = "LossScaleOptimizer"
 
@@ -184,3 +184,9 @@ def test_a_scale_report_says_it_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report.set_model(model)
+
+
+def test_what_is_no_model_is_refused():
+    for given in (3, None, keras.layers.Dense(1)):
+        with pytest.raises(PolicyError, match="check takes a model of Keras, not"):
+            dk.check(given)

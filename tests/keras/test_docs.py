@@ -9,12 +9,11 @@ import pytest
 
 import duotone.keras as dk
 
+from ..code_blocks import code_blocks
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "keras.md").read_text(encoding="utf-8")
-EXAMPLES = {
-    f"keras.md:{PAGE.count(chr(10), 0, match.start()) + 2}": match[1]
-    for match in re.finditer(r"```python\n(.*?)```", PAGE, re.DOTALL)
-}
+EXAMPLES = dict(code_blocks("keras.md", PAGE, "python"))
 
 
 def _param(where: str) -> object:

@@ -5,13 +5,12 @@ The transition itself is `duotone.loss_scale.update`, the same for every framewo
 rest.
 """
 
-import warnings
 from dataclasses import fields
 
 import jax
 import jax.numpy as jnp
 
-from duotone.errors import DuotoneWarning
+from duotone.call_site import warn
 from duotone.loss_scale import LossScale, LossScaleState, init_state, update
 
 _LEAVES = [field.name for field in fields(LossScaleState)]
@@ -62,10 +61,9 @@ def warn_if_no_loss_was_scaled() -> None:
     """
     if not _done:
         _done.add("warned")
-        warnings.warn(
+        warn(
             "this optimizer has a loss scale, and no loss was scaled so far: without that, small gradients become 0 in "
             "float16; take gradients with duotone.jax.value_and_grad(loss_fn)(state, params, ...) in the place of "
             "jax.value_and_grad(loss_fn)(params, ...)",
-            DuotoneWarning,
-            stacklevel=4,
+            between=("optax", "flax", "equinox"),
         )

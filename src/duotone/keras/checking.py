@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from duotone.errors import PolicyError
 from duotone.formats import get_format
 from duotone.keras import internals
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
@@ -44,6 +45,9 @@ def check(model: keras.Model, optimizer: Any = None) -> list[str]:
         model: of Keras, built or not; what is not built is not seen.
         optimizer: that it is trained by; None for the one that it was compiled with.
 
+    Raises:
+        PolicyError: `model` is no model of Keras.
+
     >>> import keras
     >>> import duotone.keras as dk
     >>> with dk.policy("fp16-mixed"):
@@ -54,6 +58,8 @@ def check(model: keras.Model, optimizer: Any = None) -> list[str]:
     >>> dk.check(model, dk.LossScaleOptimizer("adam", "fp16-mixed"))
     []
     """
+    if not isinstance(model, keras.Model):
+        raise PolicyError(f"check takes a model of Keras, not {model!r:.60}; give the model that is to be trained")
     trained_by = optimizer if optimizer is not None else getattr(model, "optimizer", None)
     layers = list(layers_inside(model))
     findings = [*_unsafe_layers(layers), *_unsafe_operations(model), *_global_settings(layers), *_losses(model)]

@@ -12,9 +12,8 @@ import pytest
 import duotone.jax as dj
 from duotone.errors import OptimizerError
 
-INNER = optax.sgd(0.25, momentum=0.5)
-# what is True is frozen
-MASK = {"dense": True, "LayerNorm_0": False}
+from .two_leaves import INNER, MASK, gradients, parameters
+
 LABELS = {"dense": "a", "LayerNorm_0": "b"}
 ARGUMENTS = {
     "b1": 0.9,
@@ -34,20 +33,6 @@ ARGUMENTS = {
     "threshold": 0.25,
     "weight_decay": 0.125,
 }
-
-
-def parameters() -> dict:
-    keys = jax.random.split(jax.random.key(0), 2)
-    return {
-        "dense": {"kernel": jax.random.normal(keys[0], (3, 4))},
-        "LayerNorm_0": {"scale": 1 + jax.random.normal(keys[1], (4,)) / 8},
-    }
-
-
-def gradients(seed: int) -> dict:
-    return jax.tree.map(
-        lambda leaf: jax.random.normal(jax.random.fold_in(jax.random.key(seed), leaf.ndim), leaf.shape), parameters()
-    )
 
 
 def train(tx: Any, policy: str | None = "bf16", steps: int = 2) -> Any:

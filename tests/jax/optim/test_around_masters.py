@@ -9,22 +9,7 @@ import pytest
 import duotone.jax as dj
 from duotone.errors import OptimizerError
 
-INNER = optax.sgd(0.25, momentum=0.5)
-MASK = {"dense": True, "LayerNorm_0": False}
-
-
-def parameters() -> dict:
-    keys = jax.random.split(jax.random.key(0), 2)
-    return {
-        "dense": {"kernel": jax.random.normal(keys[0], (3, 4))},
-        "LayerNorm_0": {"scale": 1 + jax.random.normal(keys[1], (4,)) / 8},
-    }
-
-
-def gradients(seed: int) -> dict:
-    return jax.tree.map(
-        lambda leaf: jax.random.normal(jax.random.fold_in(jax.random.key(seed), leaf.ndim), leaf.shape), parameters()
-    )
+from .two_leaves import INNER, MASK, gradients, parameters
 
 
 def train(tx: optax.GradientTransformation, steps: int = 3, policy: str | None = "bf16") -> tuple[dict, object]:

@@ -160,6 +160,23 @@ def test_such_a_rule_for_a_model_that_is_not_built_is_found_by_its_first_call():
         model(INPUTS)
 
 
+def test_such_a_rule_is_found_by_fit_whose_first_try_to_build_a_model_may_fail_in_silence():
+    with dk.policy("bf16; haed: float32"):
+        model = Net()
+    model.compile("sgd", "mse", run_eagerly=True)
+    for _ in range(2):
+        with pytest.raises(PolicyError, match="did you mean head"):
+            model.fit(INPUTS, INPUTS[:, :3], verbose=0)
+
+
+def test_a_rule_has_to_hold_in_each_block_of_one_policy():
+    policy = dk.policy("bf16; head: float32")
+    with policy:
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    with pytest.raises(PolicyError, match="did you mean"), policy:
+        keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="haed")])
+
+
 def test_a_block_that_makes_no_layer_has_no_rule_that_holds():
     with pytest.raises(PolicyError, match="no layer was built"), dk.policy("bf16; head: float32"):
         pass

@@ -76,3 +76,8 @@ def test_in_a_callback_on_jax_it_asks_for_the_values_first():
 
     model.fit(np.ones((4, 4)), np.ones((4, 3)), verbose=0, callbacks=[Reader()])
     assert said
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(OptimizerError, match="master_weights takes a model of Keras, not 3"):
+        dk.master_weights(3)

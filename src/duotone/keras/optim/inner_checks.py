@@ -1,12 +1,12 @@
 """What `LossScaleOptimizer` refuses or warns of: settings of Keras' own, two loss scales, 16-bit variables alone."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
-from duotone.errors import DuotoneWarning, LossScaleError, OptimizerError
+from duotone.call_site import warn
+from duotone.errors import LossScaleError, OptimizerError
 from duotone.keras import internals
 from duotone.keras.optim.masters import Masters
 from duotone.loss_scale import LossScale
@@ -44,12 +44,10 @@ def check_inner(optimizer: Any) -> None:
                 "LossScaleOptimizer(keras.optimizers.Adam(1e-3), policy)"
             )
         if each.loss_scale_factor is not None:
-            warnings.warn(
+            warn(
                 f"loss_scale_factor={each.loss_scale_factor:g} of {each.name} is not used, for the loss is scaled "
                 "around it; leave it out, or for a static scale write "
                 f'LossScaleOptimizer(optimizer, "fp16-mixed,loss_scale={each.loss_scale_factor:g}")',
-                DuotoneWarning,
-                stacklevel=4,
             )
             each.loss_scale_factor = None
 
@@ -61,11 +59,9 @@ def check_masters(policy: LossScale | Policy, inner: Any, variables: Sequence[An
         return
     first = f"{getattr(narrow[0], 'path', narrow[0].name)} is {keras.backend.standardize_dtype(narrow[0].dtype)}"
     if isinstance(policy, LossScale):
-        warnings.warn(
+        warn(
             f"{len(narrow)} of {len(variables)} variables are kept in 16 bits ({first}), and small updates to them are "
             "lost; put masters around the optimizer, LossScaleOptimizer(Masters(optimizer), ...)",
-            DuotoneWarning,
-            stacklevel=4,
         )
     elif policy.master is not None:
         raise OptimizerError(

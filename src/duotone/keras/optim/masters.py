@@ -14,9 +14,9 @@ from typing import Any
 
 import keras
 
+from duotone.call_site import warn
 from duotone.errors import OptimizerError
 from duotone.keras import internals
-from duotone.keras.call_site import warn
 from duotone.keras.internals import ops
 from duotone.keras.optim.slices import on_values
 from duotone.keras.optim.stand_ins import Master

@@ -46,7 +46,8 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
         # layers that have their own policy by now, with their paths, and those around them that are not built yet
         self._settled: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         self._open: WeakSet[Any] = WeakSet()
-        self._is_unchecked = False
+        # whether the rules wait to be checked, and whether that has failed
+        self._is_unchecked = self._has_failed = False
         self._before = threading.local()
 
     @property
@@ -75,6 +76,9 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
     def __enter__(self) -> ModelPolicy:
         """Make this the global policy of this thread until the end of the block."""
         stack = self._before.__dict__.setdefault("stack", [])
+        if not stack and not self._is_unchecked:
+            # each block's rules have to hold in it
+            self._held.clear()
         stack.append(keras.config.dtype_policy())
         keras.config.set_dtype_policy(self)
         return self
@@ -184,8 +188,14 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
         found, held = self._decide(layer, path)
         if is_placed and layer.built:
             self._settle(layer, path, found, held)
-            if scopes and scopes[0][1] is layer:
-                self._check_rules()
+            if self._has_failed or (scopes and scopes[0][1] is layer):
+                try:
+                    self._check_rules()
+                except PolicyError:
+                    # on torch Keras tries to build a model twice and hides the first error: this layer is to ask again
+                    internals.set_policy(layer, self)
+                    self._has_failed = True
+                    raise
         return found
 
     def _decide(self, layer: Any, path: str) -> tuple[keras.DTypePolicy, set[int]]:
@@ -245,5 +255,5 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
         if not self._is_unchecked or len(self._held) == len(self.policy.rules):
             return
         if not internals.unbuilt_layers(self):
-            self._is_unchecked = False
             check_rules_hold(self.policy, self._held, self._places)
+            self._is_unchecked = self._has_failed = False

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
+from duotone.call_site import warn
 from duotone.errors import LossScaleError
-from duotone.keras.call_site import warn
 from duotone.keras.checking import check
 from duotone.keras.internals import calling_list
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer

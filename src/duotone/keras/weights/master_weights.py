@@ -50,6 +50,8 @@ def master_weights(model: keras.Model) -> dict[str, np.ndarray]:
 
 def _masters_of(model: keras.Model) -> dict[int, Any]:
     """Return the masters of a model's optimizer by the identity of their weights."""
+    if not isinstance(model, keras.Model):
+        raise OptimizerError(f"master_weights takes a model of Keras, not {model!r:.60}; give the compiled model")
     optimizer = getattr(model, "optimizer", None)
     while optimizer is not None and not hasattr(optimizer, "masters"):
         optimizer = getattr(optimizer, "inner_optimizer", None)

@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from duotone.call_site import warn
 from duotone.errors import PolicyError
 from duotone.policy import Policy, Rule
-from duotone.torch.call_site import warn
 from duotone.torch.casting.cast_forward import CastForward, cast_forward_of, check_module, input_dtype, torch_dtype
 from duotone.torch.casting.half_on_cpu import say_once_how_half_runs_on_cpu
 from duotone.torch.casting.module_policies import ModulePolicy, resolve, with_implied_rules

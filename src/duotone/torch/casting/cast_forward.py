@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duotone.call_site import warn
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
-from duotone.torch.call_site import warn
 from duotone.torch.casting.region import PRODUCTS, Region
 from duotone.torch.internals.autograd import in_backward, is_jit_tracing
 from duotone.torch.internals.compiler import is_scripting_frame

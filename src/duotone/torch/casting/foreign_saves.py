@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.edits import read_tail
 from duotone.torch.parameters.masters import read_master

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.parameters.storage import Storage
 

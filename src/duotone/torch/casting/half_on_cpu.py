@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.casting.widened import call_widened
 from duotone.torch.internals.dispatch import has_half_products
 

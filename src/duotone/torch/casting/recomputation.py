@@ -20,7 +20,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.casting.tracing import not_by_itself
 from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks
 from duotone.torch.internals.lookup import find, has_all

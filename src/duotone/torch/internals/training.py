@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.internals.lookup import find, find_or_refuse, refusal
 
 # the base of batch and instance norms, other libraries' among them; without it, torch's own alone are known

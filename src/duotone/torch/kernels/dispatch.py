@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from duotone.call_site import warn
 from duotone.errors import BackendError, nearest_names
-from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
 from duotone.torch.kernels.layout import dense, in_one_layout, is_in_one_layout

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.kernels import Edits
 from duotone.torch.kernels.checksums import CELL
 from duotone.torch.parameters.edits import checksums_of, note_versions, recorded, versions_of

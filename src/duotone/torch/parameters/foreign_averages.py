@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.optim.swa_utils import AveragedModel
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.kernels import SPLIT_DTYPES
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.edits import records_of

@@ -19,7 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from duotone.torch.call_site import warn
+from duotone.call_site import warn
 from duotone.torch.internals.autograd import in_transform
 from duotone.torch.internals.training import gathering_of
 from duotone.torch.kernels.checksums import sums_of_cells

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from duotone.call_site import warn
 from duotone.errors import PolicyError
-from duotone.torch.call_site import warn
 from duotone.torch.internals.tensors import exchange
 from duotone.torch.parameters import shards
 from duotone.torch.parameters.masters import beyond_range, read_master, store_master

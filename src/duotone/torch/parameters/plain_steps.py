@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from duotone.call_site import warn
 from duotone.errors import OptimizerError
-from duotone.torch.call_site import warn
 from duotone.torch.kernels import SPLIT_DTYPES, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.edits import steps

@@ -14,8 +14,8 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from duotone.call_site import warn
 from duotone.errors import OptimizerError
-from duotone.torch.call_site import warn
 from duotone.torch.internals.autograd import version_of
 from duotone.torch.kernels.uncompiled import uncompiled
 from duotone.torch.parameters.storage import storage_of

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duotone.call_site import warn
 from duotone.loss_scale import LossScale
-from duotone.torch.call_site import warn
 from duotone.torch.parameters.storage import storage_of
 from duotone.torch.readback import Readback
 

@@ -13,8 +13,8 @@ from weakref import finalize, ref
 
 import torch
 
+from duotone.call_site import warn
 from duotone.loss_scale import LossScale
-from duotone.torch.call_site import warn
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.readback import Readback
 from duotone.torch.scaling.diagnosis import collapse_error, loss_at, non_finite_gradients, non_finite_loss_error
