@@ -252,8 +252,10 @@ class ModelPolicy(keras.dtype_policies.DTypePolicyMap):
 
     def _check_rules(self) -> None:
         """Raise if the block is over, every layer made in it is built, and a rule holds for none."""
-        if not self._is_unchecked or len(self._held) == len(self.policy.rules):
+        if not self._is_unchecked:
             return
-        if not internals.unbuilt_layers(self):
+        if len(self._held) < len(self.policy.rules):
+            if internals.unbuilt_layers(self):
+                return
             check_rules_hold(self.policy, self._held, self._places)
-            self._is_unchecked = self._has_failed = False
+        self._is_unchecked = self._has_failed = False
