@@ -60,6 +60,16 @@ class Ranks:
             AssertionError: it raised on one of them; with the traceback.
         """
         assert world_size <= MAX_RANKS
+        answers = self._ask(world_size, function, arguments)
+        if any(kind == "no group" for kind, _ in answers):
+            # gloo's connections of one machine's processes fail now and then, and all later ones of a process then do
+            self.close()
+            answers = self._ask(world_size, function, arguments)
+        for rank, (kind, answer) in enumerate(answers):
+            assert kind == "value", f"rank {rank}, {kind}:\n{answer}"
+        return [answer for _, answer in answers]
+
+    def _ask(self, world_size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[tuple[str, Any]]:
         if not self._connections:
             self._process = subprocess.Popen([sys.executable, str(_WORKER), self._listener.address, str(MAX_RANKS)])
             self._connections = [self._listener.accept() for _ in range(MAX_RANKS)]
@@ -69,18 +79,15 @@ class Ranks:
         for rank, connection in enumerate(self._connections[:world_size]):
             call = (path, function.__name__, rank, world_size, str(store), arguments)
             connection.send_bytes(pickle.dumps(call))
-        answers = [pickle.loads(connection.recv_bytes()) for connection in self._connections[:world_size]]
-        for rank, (succeeded, answer) in enumerate(answers):
-            assert succeeded, f"rank {rank}:\n{answer}"
-        return [answer for _, answer in answers]
+        return [pickle.loads(connection.recv_bytes()) for connection in self._connections[:world_size]]
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; a later `run` starts others."""
         for connection in self._connections:
             connection.send_bytes(pickle.dumps(None))
+        self._connections.clear()
         if self._process:
             self._process.wait(timeout=30)
-        self._listener.close()
 
 
 @pytest.fixture(scope="session")

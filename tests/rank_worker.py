@@ -26,7 +26,8 @@ def _module(path: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _answer(call: tuple[str, str, int, int, str, tuple[Any, ...]]) -> tuple[bool, Any]:
+def _answer(call: tuple[str, str, int, int, str, tuple[Any, ...]]) -> tuple[str, Any]:
+    """Return "value" and what the function returns, or "error" or, where its ranks never met, "no group" and why."""
     import torch
     import torch.distributed as dist
 
@@ -35,13 +36,16 @@ def _answer(call: tuple[str, str, int, int, str, tuple[Any, ...]]) -> tuple[bool
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=_timeout()
         )
-        torch.manual_seed(0)
+    except BaseException:
+        return "no group", traceback.format_exc()
+    torch.manual_seed(0)
+    try:
         try:
-            return True, getattr(_module(path), name)(*arguments)
+            return "value", getattr(_module(path), name)(*arguments)
         finally:
             dist.destroy_process_group()
     except BaseException:
-        return False, traceback.format_exc()
+        return "error", traceback.format_exc()
 
 
 def _timeout() -> Any:
