@@ -82,10 +82,11 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test  ## measure the step, averages and casting, about six minutes on two cores
+bench: $(VENV)/.installed-test  ## measure the step, averages, casting and its calls, about six minutes on two cores
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/casting.py
+	$(BIN)/python benchmarks/overhead.py
 
 bench-jax:  ## a GPT in JAX against Flax, jmp and Optax, about ten minutes on two cores
 	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
