@@ -164,7 +164,7 @@ ALLOWED = {
         "duotone.torch.readback",
     ),
     "duotone.torch.scaling.device_scale": ("duotone.loss_scale",),
-    "duotone.torch.scaling.unscale": ("duotone.torch.parameters.shards",),
+    "duotone.torch.scaling.unscale": ("duotone.torch.kernels", "duotone.torch.parameters.shards"),
     "duotone.torch.scaling.diagnosis": (
         "duotone.errors",
         "duotone.loss_scale",

@@ -24,11 +24,10 @@ from .op_by_hand import (
     by_hand,
     cast,
     dtypes,
-    narrow,
     run,
     wide,
 )
-from .op_calls import Call, is_random
+from .op_calls import Call
 
 HALVES = pytest.mark.parametrize("dtype", NARROW, ids=["bf16", "fp16"])
 EVERY = pytest.mark.parametrize("name", [name for name, call in CALLS.items() if KINDS[call.name] != "refused"])
@@ -80,21 +79,6 @@ def test_against_the_cast_by_hand(name):
     for dtype in NARROW:
         check(name, dtype, dtype, "cpu")
         check(name, torch.float32, dtype, "cpu")
-
-
-@pytest.mark.gpu
-@EVERY
-def test_on_a_gpu(name):
-    kind = KINDS[CALLS[name].name]
-    for dtype in NARROW:
-        if kind == "float32_inside":
-            call = CALLS[name]
-            with Region(dtype).on("cuda"):
-                got = run(call, *arguments(call, dtype, "cuda"))
-            assert dtypes(got) == {dtype}
-            torch.testing.assert_close(got, narrow(run(call, *wide(arguments(call, dtype, "cuda"))), dtype))
-        elif not is_random(CALLS[name]):
-            check(name, dtype, dtype, "cuda")
 
 
 @HALVES

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import duotone.torch as dt
-from duotone.torch.scaling.unscale import narrow, unscale_
+from duotone.torch.internals.training import check_and_unscale
+from duotone.torch.scaling import unscale
+from duotone.torch.scaling.unscale import check_and_multiply, narrow, unscale_, unscale_and_check_
 
 INVERSES = [1.0, 2.0**-16, 2.0**-32]
 
@@ -87,6 +91,70 @@ def test_a_transposed_gradient(shape):
     parameter = with_gradient(grad)
     unscale_([parameter], torch.tensor(0.25))
     assert torch.equal(parameter.grad, grad.float() / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("inverse", INVERSES)
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_without_torchs_kernel_every_bit_is_the_same(dtype, inverse, found, same_bits):
+    values = [0.0, -0.0, 1.0, -3.0, 2.0**-14, 6e4]
+    for bad in ([], [math.inf], [-math.inf], [math.nan]):
+        grads = [torch.tensor([*values, *bad]).to(dtype), torch.linspace(-3, 3, 6).to(dtype).view(2, 3).t()]
+        others, flags = [grad.clone() for grad in grads], [torch.tensor(found) for _ in range(2)]
+        check_and_multiply(grads, flags[0], torch.tensor(inverse))
+        check_and_unscale(others, flags[1], torch.tensor(inverse))
+        assert all(map(same_bits, grads, others))
+        assert torch.equal(*flags)
+
+
+class Operators(TorchDispatchMode):
+    """Notes which of torch's operators are called on tensors of which dtypes."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operands = args[0] if args and isinstance(args[0], list) else args
+        self.calls.append((func.overloadpacket.__name__, {each.dtype for each in operands if torch.is_tensor(each)}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_bfloat16_gradients_on_a_gpu_do_not_go_to_the_kernel_that_has_no_bfloat16(monkeypatch):
+    # https://github.com/pytorch/pytorch/issues/127176
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    read = []
+
+    def grad_stats(grads, inverse_scale):
+        read.extend(grad.dtype for grad in grads)
+        return inverse_scale.double(), inverse_scale > 1
+
+    monkeypatch.setattr(unscale, "grad_stats", grad_stats)
+    with FakeTensorMode(), Operators() as operators:
+        parameters = [with_gradient(torch.empty(3, dtype=dtype, device="cuda")) for dtype in dtypes]
+        one = torch.ones((), device="cuda")
+        (flag,) = unscale_and_check_(parameters, one, torch.zeros((), device="cuda")).values()
+    assert (flag.dtype, flag.device.type) == (torch.float32, "cuda")
+    assert read == [torch.bfloat16]
+    checked = [seen for name, seen in operators.calls if name == "_amp_foreach_non_finite_check_and_unscale_"]
+    assert checked == [{torch.float16}, {torch.float32}]
+    assert ("_foreach_mul_", {torch.bfloat16}) in operators.calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "bf16-mixed"])
+def test_a_grad_scaler_takes_a_cast_model_on_a_gpu(policy):
+    model = dt.cast(nn.Linear(8, 8).cuda(), policy)
+    optimizer, scaler = dt.AdamW(model.parameters()), dt.GradScaler("cuda", init_scale=2.0**4)
+    before = model.weight.detach().clone()
+    for factor in (1.0, math.inf):
+        scaler.scale(model(torch.ones(2, 8, device="cuda")).float().sum() * factor).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**3
+    assert not torch.equal(model.weight, before)
 
 
 OPTIMIZERS = {

@@ -25,7 +25,7 @@ from duotone.torch.casting.recomputation import follow_checkpoint, innermost_hoo
 from duotone.torch.casting.tracing import not_by_itself
 from duotone.torch.casting.widened import operands
 from duotone.torch.internals.autograd import set_grad_enabled, top_saved_hooks, transforms_are_active
-from duotone.torch.internals.dispatch import SEES_MODES, mode_at, mode_count, without_autocast
+from duotone.torch.internals.dispatch import SEES_MODES, has_default_device, mode_at, mode_count, without_autocast
 
 # modules that call one function, which is a product
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -82,9 +82,10 @@ class Region:
     def is_only_mode(self) -> bool:
         """Return whether a region with this `compute` is entered, and neither another mode nor one of torch.func's."""
         # inside of vmap, torch takes a convolution apart before autocast has cast anything
-        if torch.compiler.is_compiling() or mode_count() != 1 or transforms_are_active():
+        # that of a default device, which is the outermost, does nothing to these modules
+        if torch.compiler.is_compiling() or mode_count() != 1 + has_default_device() or transforms_are_active():
             return False
-        mode = mode_at(0)
+        mode = mode_at(mode_count() - 1)
         return type(mode) is RegionMode and mode.compute is self.compute and not mode.is_users
 
     def runs_without_mode(self, module: nn.Module) -> bool:

@@ -36,6 +36,15 @@ def function_modes() -> list[TorchFunctionMode]:
     return [mode for mode in modes if not isinstance(mode, _DeviceContext)]
 
 
+def has_default_device() -> bool:
+    """Return whether the mode of a default device is entered, which then is the outermost.
+
+    >>> has_default_device()
+    False
+    """
+    return mode_count() > 0 and isinstance(mode_at(0), _DeviceContext)
+
+
 @contextmanager
 def _autocast_off() -> Iterator[None]:
     with ExitStack() as stack:

@@ -12,6 +12,7 @@ from torch import Tensor
 from duotone.torch.internals.dispatch import multiply_all
 from duotone.torch.internals.tensors import sparse_values
 from duotone.torch.internals.training import check_and_unscale
+from duotone.torch.kernels import grad_stats
 from duotone.torch.parameters.shards import local
 
 
@@ -58,7 +59,9 @@ def narrow(widened: list[Tensor]) -> None:
 def unscale_and_check_(
     params: Iterable[Tensor], inverse_scale: Tensor, found_inf: Tensor
 ) -> dict[torch.device, Tensor]:
-    """Multiply gradients of any kind by 1 / loss_scale, in place and in their own dtype, with torch's kernel for it.
+    """Multiply gradients of any kind by 1 / loss_scale, in place and in their own dtype.
+
+    With torch's kernel for it, where it has one.
 
     Args:
         params: some may have no gradient; sparse gradients are taken too.
@@ -81,11 +84,30 @@ def unscale_and_check_(
             part = torch.view_as_real(part) if part.is_complex() else part
             parts.setdefault((part.device, part.dtype), []).append(part)
     flags: dict[torch.device, Tensor] = {}
-    for (device, _), grads in parts.items():
+    for (device, dtype), grads in parts.items():
         if device not in flags:
             flags[device] = found_inf.to(device, copy=True)
-        check_and_unscale(grads, flags[device], inverse_scale.to(device))
+        # torch's kernel takes BF16 on CPUs alone: https://github.com/pytorch/pytorch/issues/127176
+        has_kernel = dtype != torch.bfloat16 or device.type == "cpu"
+        (check_and_unscale if has_kernel else check_and_multiply)(grads, flags[device], inverse_scale.to(device))
     return flags
+
+
+def check_and_multiply(grads: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Do what torch's kernel does, in a pass that reads gradients and one that multiplies them.
+
+    Args:
+        grads: in FP32, BF16 or FP16, all on one device; multiplied by `inverse_scale` in place.
+        found_inf: FP32, 0-d; made 1 if an Inf or a NaN is among them.
+        inverse_scale: FP32, 0-d.
+
+    >>> grads, found_inf = [torch.tensor([8.0, torch.inf]).bfloat16()], torch.zeros(())
+    >>> check_and_multiply(grads, found_inf, torch.tensor(0.5))
+    >>> grads, found_inf
+    ([tensor([4., inf], dtype=torch.bfloat16)], tensor(1.))
+    """
+    found_inf.masked_fill_(grad_stats(grads, inverse_scale)[1], 1.0)
+    multiply_all(grads, inverse_scale)
 
 
 def _values_of(param: Tensor) -> Tensor:

@@ -187,6 +187,39 @@ def test_rows_of_bags_in_a_large_table_are_rounded_after_they_are_summed():
     assert weight.grad[2].item() == 127
 
 
+@pytest.mark.parametrize(("dtype", "of_weights"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
+def test_elsewhere_the_gradient_of_weights_of_samples_is_taken_where_there_is_a_kernel(dtype, of_weights):
+    # CUDA has none for BF16; nothing is computed here
+    seen: list[torch.dtype] = []
+
+    class Gradients(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._embedding_bag_per_sample_weights_backward.default:
+                seen.extend(operand.dtype for operand in args[:2])
+            return func(*args, **(kwargs or {}))
+
+    table = torch.empty(8, 4, dtype=dtype, device="meta", requires_grad=True)
+    weights = torch.empty(1, 3, dtype=dtype, device="meta", requires_grad=True)
+    bags = torch.empty(1, 3, dtype=torch.int64, device="meta")
+    with Gradients():
+        inside(F.embedding_bag, bags, table, mode="sum", per_sample_weights=weights).sum().backward()
+    assert seen == [of_weights] * 2
+    assert weights.grad.dtype == table.grad.dtype == dtype
+
+
+@pytest.mark.gpu
+def test_weights_of_samples_on_a_gpu():
+    (table, weights), bags = (torch.randn(8, 4), torch.rand(1, 3)), torch.tensor([[0, 1, 1]])
+
+    def call(table: Tensor, weights: Tensor) -> Tensor:
+        bags_there = bags.to(table.device)
+        return inside(F.embedding_bag, bags_there, table, mode="sum", per_sample_weights=weights).float()
+
+    expected = gradients(call, [table.bfloat16().float(), weights.bfloat16().float()])
+    got = gradients(call, [table.bfloat16().cuda(), weights.bfloat16().cuda()])
+    torch.testing.assert_close([each.float().cpu() for each in got], expected, rtol=0.01, atol=0.01)
+
+
 def test_places_in_int32():
     model = dt.cast(torch.nn.Embedding(1000, 4), "bf16")
     model(torch.tensor([1, 2, 2], dtype=torch.int32)).sum().backward()

@@ -197,8 +197,11 @@ def _sum_in_float32(
     """Return the sums of bags in FP32, or in the table's dtype where they stay with torch."""
     row = _padding_row(weight, padding_idx)
     one_dtype = per_sample_weights is None or per_sample_weights.dtype == weight.dtype
+    # CUDA has no kernel for the gradient of BF16 weights of samples (torch 2.14, EmbeddingBag.cu)
+    learns = per_sample_weights is not None and per_sample_weights.requires_grad and torch.is_grad_enabled()
+    has_kernels = one_dtype and not (learns and weight.dtype == torch.bfloat16)
     # other devices' kernels sum in FP32 themselves, but for the gradient of largest values
-    by_itself = not weight.is_cpu and mode != "max" and one_dtype
+    by_itself = not weight.is_cpu and mode != "max" and has_kernels
     # frequencies of largest values are refused by torch
     refused = mode == "max" and scale_grad_by_freq
     if weight.dtype not in _NARROW or max_norm is not None or sparse or by_itself or refused or row is None:
