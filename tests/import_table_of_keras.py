@@ -21,9 +21,11 @@ OF_KERAS = {
         "duotone.policy",
     ),
     "duotone.keras.weights": (
+        "duotone.call_site",
         "duotone.errors",
         "duotone.keras.backends",
         "duotone.keras.internals",
+        "duotone.keras.policies.places",
         "duotone.keras.weights",
         "duotone.split_codec",
     ),
@@ -49,6 +51,7 @@ OF_KERAS = {
         "duotone.keras.weights",
         "duotone.loss_scale",
         "duotone.policy",
+        "duotone.wording",
     ),
     # a callback sees the optimizer as a user does
     "duotone.keras.report": (
@@ -57,6 +60,7 @@ OF_KERAS = {
         "duotone.keras.checking",
         "duotone.keras.internals",
         "duotone.keras.optim.loss_scale_optimizer",
+        "duotone.keras.optim.narrow_variables",
         "duotone.keras.policies",
         "duotone.keras.report",
         "duotone.loss_scale",

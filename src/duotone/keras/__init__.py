@@ -10,6 +10,7 @@ from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
 from duotone.keras.optim.masters import Masters
 from duotone.keras.policies.policy import policy
 from duotone.keras.report.scale_report import ScaleReport
+from duotone.keras.weights.load_master_weights import load_master_weights
 from duotone.keras.weights.master_weights import master_weights
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy, Rule
@@ -22,6 +23,7 @@ __all__ = [
     "Rule",
     "ScaleReport",
     "check",
+    "load_master_weights",
     "master_weights",
     "policy",
 ]

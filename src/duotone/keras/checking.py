@@ -10,10 +10,10 @@ from typing import Any
 import keras
 
 from duotone.errors import PolicyError
-from duotone.formats import get_format
 from duotone.keras import internals
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
 from duotone.keras.optim.masters import Masters
+from duotone.keras.optim.narrow_variables import check_variables
 from duotone.keras.policies.places import layers_inside
 from duotone.keras.policies.safety import family_of, safe_roles
 from duotone.operations import FAMILIES
@@ -61,39 +61,16 @@ def check(model: keras.Model, optimizer: Any = None) -> list[str]:
     if not isinstance(model, keras.Model):
         raise PolicyError(f"check takes a model of Keras, not {model!r:.60}; give the model that is to be trained")
     trained_by = optimizer if optimizer is not None else getattr(model, "optimizer", None)
-    layers = list(layers_inside(model))
-    findings = [*_unsafe_layers(layers), *_unsafe_operations(model), *_global_settings(layers), *_losses(model)]
+    findings = unsafe_model(model)
     if trained_by is not None:
-        findings += _scaling(layers, trained_by)
-        findings += check_variables(trained_by, model.trainable_variables)
+        findings += [*unsafe_scaling(model, trained_by), *check_variables(trained_by, model.trainable_variables)]
     return findings
 
 
-def check_variables(optimizer: Any, variables: Iterable[Any]) -> list[str]:
-    """Return what is unsafe in training these variables by an optimizer of Keras', as `check` does.
-
-    >>> layer = keras.layers.Dense(1, dtype="bfloat16", name="head")
-    >>> layer.build((None, 1))
-    >>> check_variables(keras.optimizers.SGD(), layer.trainable_variables)[0][:64]
-    'head/kernel and head/bias are in BF16 without FP32 masters, so S'
-    """
-    by_dtype = _by_dtype((_path(variable), variable.dtype) for variable in variables)
-    inner = _inner_optimizers(optimizer)
-    if not by_dtype or any(isinstance(each, Masters) for each in inner):
-        return []
-    name = type(inner[-1]).__name__
-    findings = [
-        f"{_are(paths)} in {label(dtype)} without FP32 masters, so {name} loses updates smaller than about 1/"
-        f"{round(2 / get_format(dtype).epsilon)} of a weight; write dk.Masters({name}(...))."
-        for dtype, paths in by_dtype.items()
-    ]
-    moments = _by_dtype((_path(each), each.dtype) for each in inner[-1].variables)
-    findings += [
-        f"{name} keeps its state in {label(dtype)} ({first_few(paths)}); around FP32 masters it is FP32: write "
-        f"dk.Masters({name}(...))."
-        for dtype, paths in moments.items()
-    ]
-    return findings
+def unsafe_model(model: keras.Model) -> list[str]:
+    """Return what is unsafe in a model's layers, operations and losses, and in Keras' global settings for it."""
+    layers = list(layers_inside(model))
+    return [*_unsafe_layers(layers), *_unsafe_operations(model), *_global_settings(layers), *_losses(model)]
 
 
 def _unsafe_layers(layers: Iterable[tuple[str, Any, Sequence[str]]]) -> Iterator[str]:
@@ -160,8 +137,9 @@ def _losses(model: Any) -> Iterator[str]:
             yield f'{each.name} adds up in {label(each.dtype)}; make it with dtype="float32".'
 
 
-def _scaling(layers: Iterable[tuple[str, Any, Sequence[str]]], optimizer: Any) -> Iterator[str]:
-    """Yield findings about the scale of the loss."""
+def unsafe_scaling(model: keras.Model, optimizer: Any) -> Iterator[str]:
+    """Yield what is unsafe in how an optimizer scales the loss of a model."""
+    layers = list(layers_inside(model))
     narrow = [
         path
         for path, layer, _ in layers
@@ -174,7 +152,8 @@ def _scaling(layers: Iterable[tuple[str, Any, Sequence[str]]], optimizer: Any) -
     if scales and not isinstance(scales[0], LossScaleOptimizer):
         yield (
             "Keras' LossScaleOptimizer has no floor and no ceiling: its scale can reach Inf, and 0, after which a step "
-            f'makes every weight NaN; write dk.LossScaleOptimizer({name}(...), "fp16-mixed").'
+            "makes every weight NaN, and nobody counts what it skips; "
+            f'write dk.LossScaleOptimizer({name}(...), "fp16-mixed").'
         )
     if scales and static and static != scales:
         yield (
@@ -199,25 +178,6 @@ def _inner_optimizers(optimizer: Any) -> list[Any]:
     while hasattr(found[-1], "inner_optimizer"):
         found.append(found[-1].inner_optimizer)
     return found
-
-
-def _path(variable: Any) -> str:
-    return getattr(variable, "path", None) or variable.name
-
-
-def _by_dtype(named: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Return names by their 16-bit dtype; others are left out."""
-    found: dict[str, list[str]] = {}
-    for name, dtype in named:
-        if dtype in SIXTEEN_BITS:
-            found.setdefault(dtype, []).append(name)
-    return found
-
-
-def _are(paths: Sequence[str]) -> str:
-    if len(paths) == 2:
-        return f"{paths[0]} and {paths[1]} are"
-    return f"{first_few(paths)} {'is' if len(paths) == 1 else 'are'}"
 
 
 def _compute(paths: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.backend.common.stateless_scope import get_stateless_scope, in_stateless_scope
+from keras.src.saving import saving_lib
 from keras.src.utils.tracking import DotNotTrackScope
 
 __all__ = [
@@ -19,12 +20,14 @@ __all__ = [
     "StoragelessVariable",
     "asking_layer",
     "beside",
+    "build_for_loading",
     "calling_list",
     "forget_own_variables",
     "in_stateless_scope",
     "index_of",
     "is_released",
     "is_same_program",
+    "is_wrapped_by_keras",
     "key_of",
     "layout_of",
     "nested_optimizers",
@@ -39,7 +42,9 @@ __all__ = [
     "unbuilt_layers",
     "update_each",
     "updates_in_replicas",
+    "values_in_file",
     "values_in_fit",
+    "variables_of",
     "would_leak_tracers",
 ]
 
@@ -203,6 +208,37 @@ def asking_layer(policy: Any, depth: int) -> Any:
     return layer if isinstance(layer, keras.layers.Layer) and layer._dtype_policy is policy else None
 
 
+def is_wrapped_by_keras(optimizer: Any) -> bool:
+    """Return whether the constructor of Keras' own LossScaleOptimizer sets an attribute of an optimizer just now.
+
+    It tells an optimizer that it goes around it by setting `loss_scale_factor` to None, and by nothing else.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_locals.get("self") is optimizer:
+        frame = frame.f_back
+    return frame is not None and type(frame.f_locals.get("self")) is keras.optimizers.LossScaleOptimizer
+
+
+def build_for_loading(optimizer: Any) -> None:
+    """Build an optimizer for the model whose file is being read, if that has its weights and it is not built.
+
+    Keras reads files by asking each object for what it has, and tells none of them of which model it is a part;
+    optimizers are built in the first step of `fit`, behind `load_weights`.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and not optimizer.built:
+        model = frame.f_locals.get("saveable")
+        if isinstance(model, keras.Model) and getattr(model, "optimizer", None) is optimizer and model.built:
+            with _scope_of(model):
+                optimizer.build(model.trainable_variables)
+        frame = frame.f_back
+
+
+def _scope_of(model: Any) -> AbstractContextManager[Any]:
+    """Return the scope of a model's `tf.distribute.Strategy`, in which its optimizer makes variables."""
+    return model.distribute_strategy.scope() if hasattr(model, "distribute_strategy") else nullcontext()
+
+
 def set_policy(layer: Any, policy: Any) -> None:
     """Give a layer another dtype policy; where it has a `DTypePolicyMap`, the public attribute writes into that map."""
     layer._dtype_policy = policy
@@ -288,7 +324,34 @@ def nested_optimizers(optimizer: Any) -> Iterator[Any]:
             yield from nested_optimizers(each)
 
 
+def variables_of(layer: Any) -> list[Any]:
+    """Return the variables of a layer itself; `variables` has those of the layers inside too."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
 def own_variables(layer: Any) -> list[Any]:
-    """Return the floating-point variables of a layer itself; `variables` has those of the layers inside too."""
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
-    return [variable for variable in own if keras.backend.is_float_dtype(variable.dtype)]
+    """Return the floating-point variables of a layer itself."""
+    return [variable for variable in variables_of(layer) if keras.backend.is_float_dtype(variable.dtype)]
+
+
+def values_in_file(model: Any, path: str, variables: Sequence[Any]) -> list[Any]:
+    """Return what a file of weights holds for variables of a model, in FP32 for those in 16 bits; None for nothing.
+
+    Keras reads such files by assigning to variables alone, which first casts to what a variable keeps its dtype in.
+    So its own reader runs with FP32 there, in a scope that keeps what is assigned away from the variables, and it is
+    told by the only name that takes all its files to leave the optimizer out.
+    """
+    narrow = [each for each in variables if each._dtype in ("bfloat16", "float16")]
+    before = [each._dtype for each in narrow]
+    try:
+        for each in narrow:
+            each._dtype = "float32"
+        with keras.StatelessScope(initialize_variables=False) as scope:
+            if path.endswith((".keras", "weights.h5", "weights.json")):
+                saving_lib.load_weights_only(model, path, objects_to_skip=[getattr(model, "optimizer", None)])
+            else:
+                model.load_weights(path)
+        return [scope.get_current_value(each) for each in variables]
+    finally:
+        for each, dtype in zip(narrow, before, strict=True):
+            each._dtype = dtype

@@ -164,3 +164,19 @@ def test_an_inner_optimizer_that_is_built_is_refused():
         dk.Masters(inner).build(model.trainable_variables)
     with pytest.raises(OptimizerError, match="knows no variables yet"):
         dk.Masters("sgd").apply([ops.ones(1)])
+
+
+def test_keras_own_loss_scale_does_not_go_around():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    with pytest.raises(
+        OptimizerError, match=r"Keras' own LossScaleOptimizer does not go around Masters.*Masters\(SGD\("
+    ):
+        model.compile(dk.Masters("sgd"), "mse")
+    model.compile(dk.Masters("sgd"), "mse", auto_scale_loss=False)
+    assert type(model.optimizer) is dk.Masters
+    model.compile(dk.LossScaleOptimizer(dk.Masters("sgd")), "mse")
+    optimizer = dk.Masters(ko.SGD(loss_scale_factor=8.0))
+    assert optimizer.loss_scale_factor == 8.0
+    optimizer.loss_scale_factor = None
+    assert optimizer.inner_optimizer.loss_scale_factor is None

@@ -1,5 +1,6 @@
 """`LossScaleOptimizer` in `fit`: as FP32 training where nothing overflows; compiled, in several steps, saved."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,19 @@ def test_masters_inside_see_true_gradients_and_hold_still_on_a_skip() -> None:
     ):
         bare.optimizer.build(bare.trainable_variables)
     bare = model_of(dk.LossScaleOptimizer("sgd", dk.LossScale()), "float16")
-    with pytest.warns(DuotoneWarning, match="put masters around the optimizer"):
+    with pytest.warns(DuotoneWarning, match="without FP32 masters, so SGD loses updates smaller than about 1/2048"):
         bare.optimizer.build(bare.trainable_variables)
+    on_purpose = model_of(dk.LossScaleOptimizer("sgd", "fp16-true,rounding=nearest"), "float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DuotoneWarning)
+        on_purpose.optimizer.build(on_purpose.trainable_variables)
+
+
+def test_16_bit_variables_are_said_once() -> None:
+    model = model_of(dk.LossScaleOptimizer("sgd", dk.LossScale()), "float16")
+    with pytest.warns(DuotoneWarning) as said:
+        model.fit(X[:8], Y[:8], verbose=0, callbacks=[dk.ScaleReport()])
+    assert len([each for each in said if "without FP32 masters" in str(each.message)]) == 1
 
 
 def test_embeddings() -> None:

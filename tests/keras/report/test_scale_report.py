@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,23 @@ def test_every_callback_is_asked_once_although_one_moved(monkeypatch: pytest.Mon
     assert asked == list("abcd")
 
 
-def test_the_progress_bar_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(build(), "..", dk.ScaleReport(), verbose=2)
-    shown = capsys.readouterr().out
-    assert all(f"{field}: " in shown for field in FIELDS)
+def bar_lines(capsys: pytest.CaptureFixture[str], *callbacks: Any, pattern: str = "xx..", **settings: Any) -> list[str]:
+    """Return every state of the progress bar of a run, without what a terminal does not show."""
+    fit(build(), pattern, *callbacks, verbose=1, **settings)
+    shown = re.sub("\x1b\\[[0-9]*m|\b", "", capsys.readouterr().out)
+    return [line.rstrip() for line in re.split("[\r\n]+", shown) if "step" in line]
+
+
+def test_the_progress_bar_is_no_wider_and_its_last_line_has_whole_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = bar_lines(capsys, dk.ScaleReport(every=1), epochs=2)
+    ends = [line for line in lines if "loss_scale" in line]
+    assert [re.sub(r".*- loss: \S+ - ", "", line) for line in ends] == [
+        "loss_scale: 4 - skipped: 2",
+        "loss_scale: 2 - skipped: 4",
+    ]
+    assert all(re.search(r"step - loss: \S+$", line) for line in lines if line not in ends)
+    # an epoch without a skip says nothing of them
+    assert "skipped" not in "".join(bar_lines(capsys, dk.ScaleReport(), pattern="..", epochs=1))
 
 
 def test_tensorboard_writes_them(tmp_path: Path) -> None:
@@ -189,10 +203,21 @@ def test_an_optimizer_without_a_loss_scale_is_named_once() -> None:
 
 def test_keras_own_scaler_tells_its_scale_alone() -> None:
     model = build(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=1024.0))
-    with pytest.warns(DuotoneWarning, match="tells its scale alone"):
+    with pytest.warns(DuotoneWarning) as said:
         history = fit(model, "..", dk.ScaleReport())
     assert history["loss_scale"] == [1024.0]
     assert set(history) == {"loss", "loss_scale"}
+    (sentence,) = [str(each.message) for each in said if "LossScaleOptimizer" in str(each.message)]
+    assert "has no floor and no ceiling" in sentence
+    assert "nobody counts what it skips" in sentence
+
+
+def test_an_optimizer_that_should_scale_and_does_not_is_named_once() -> None:
+    keras.config.set_dtype_policy("mixed_float16")
+    model = build(keras.optimizers.SGD(0.01), auto_scale_loss=False)
+    with pytest.warns(DuotoneWarning) as said:
+        fit(model, "..", dk.ScaleReport())
+    assert len([each for each in said if "SGD" in str(each.message)]) == 1
 
 
 def test_the_same_callback_serves_one_fit_after_another() -> None:

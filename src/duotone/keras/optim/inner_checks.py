@@ -9,10 +9,10 @@ from duotone.call_site import warn
 from duotone.errors import LossScaleError, OptimizerError
 from duotone.keras import internals
 from duotone.keras.optim.masters import Masters
+from duotone.keras.optim.narrow_variables import check_variables
 from duotone.loss_scale import LossScale
 from duotone.policy import Policy
-
-_NARROW = ("float16", "bfloat16")
+from duotone.wording.words import SIXTEEN_BITS
 
 
 def refuse_settings_of_keras(arguments: dict[str, Any]) -> None:
@@ -43,6 +43,9 @@ def check_inner(optimizer: Any) -> None:
                 f"the inner optimizer is, or holds, a {type(each).__name__}; one loss scale is enough: write "
                 "LossScaleOptimizer(keras.optimizers.Adam(1e-3), policy)"
             )
+        if isinstance(each, Masters):
+            # its factor is its inner optimizer's
+            continue
         if each.loss_scale_factor is not None:
             warn(
                 f"loss_scale_factor={each.loss_scale_factor:g} of {each.name} is not used, for the loss is scaled "
@@ -52,18 +55,28 @@ def check_inner(optimizer: Any) -> None:
             each.loss_scale_factor = None
 
 
-def check_masters(policy: LossScale | Policy, inner: Any, variables: Sequence[Any]) -> None:
-    """Raise, or warn where no policy says what is meant, if 16-bit variables would be updated in 16 bits."""
-    narrow = [variable for variable in variables if keras.backend.standardize_dtype(variable.dtype) in _NARROW]
+def check_masters(policy: LossScale | Policy, optimizer: Any, variables: Sequence[Any]) -> None:
+    """Raise, or warn where no policy says what is meant, if 16-bit variables would be updated in 16 bits.
+
+    Args:
+        policy: of `optimizer`.
+        optimizer: a `LossScaleOptimizer`, whose inner optimizer is built.
+        variables: all that are trained.
+    """
+    if isinstance(policy, Policy) and policy.param in SIXTEEN_BITS and policy.master is None:
+        # rounding=nearest says that it is on purpose
+        return
+    for finding in check_variables(optimizer, variables):
+        warn(finding)
+
+
+def refuse_narrow(policy: LossScale | Policy, inner: Any, variables: Sequence[Any]) -> None:
+    """Raise if the policy has masters, and variables in 16 bits would have none."""
+    narrow = [variable for variable in variables if keras.backend.standardize_dtype(variable.dtype) in SIXTEEN_BITS]
     if not narrow or any(isinstance(each, Masters) for each in internals.nested_optimizers(inner)):
         return
-    first = f"{getattr(narrow[0], 'path', narrow[0].name)} is {keras.backend.standardize_dtype(narrow[0].dtype)}"
-    if isinstance(policy, LossScale):
-        warn(
-            f"{len(narrow)} of {len(variables)} variables are kept in 16 bits ({first}), and small updates to them are "
-            "lost; put masters around the optimizer, LossScaleOptimizer(Masters(optimizer), ...)",
-        )
-    elif policy.master is not None:
+    if isinstance(policy, Policy) and policy.master is not None:
+        first = f"{getattr(narrow[0], 'path', narrow[0].name)} is {keras.backend.standardize_dtype(narrow[0].dtype)}"
         raise OptimizerError(
             f"{len(narrow)} of {len(variables)} variables are kept in 16 bits ({first}), and small updates to them "
             f'would be lost, but policy "{policy.name}" has masters; write LossScaleOptimizer(Masters(optimizer), '

@@ -20,7 +20,7 @@ from duotone.keras.backends import is_traced
 from duotone.keras.internals import ops
 from duotone.keras.loss_scale import create_state, read_settings
 from duotone.keras.optim.gradients import measured, true_gradients
-from duotone.keras.optim.inner_checks import check_inner, check_masters, refuse_settings_of_keras
+from duotone.keras.optim.inner_checks import check_inner, check_masters, refuse_narrow, refuse_settings_of_keras
 from duotone.keras.optim.loss_note import LossNote
 from duotone.keras.optim.replicas import in_replicas, step_on_replicas
 from duotone.keras.optim.scaled_step import step_in_program, step_on_host
@@ -80,13 +80,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if self.built:
             return
         variables = list(var_list)
-        check_masters(self.policy, self.inner_optimizer, variables)
+        refuse_narrow(self.policy, self.inner_optimizer, variables)
         self.scale_state = create_state(self.settings, self.add_variable)
         self.dynamic_scale = self.scale_state.scale
         self.record = create_record(self.settings, len(variables), self.add_variable)
         self.paths = tuple(getattr(variable, "path", variable.name) for variable in variables)
         self.inner_optimizer.build(variables)
         keras.optimizers.Optimizer.build(self, variables)
+        check_masters(self.policy, self, variables)
 
     @property
     def step_counter(self) -> Any:
@@ -219,7 +220,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         save_state(self._own_variables(), store)
 
     def load_own_variables(self, store: Any) -> None:
-        """Read the values of the scale from such a store, or from one that Keras' own LossScaleOptimizer wrote."""
+        """Read the values of the scale from such a store, or from one that Keras' own LossScaleOptimizer wrote.
+
+        An optimizer that is not built yet is built for the model that is loaded.
+        """
+        if not store.keys():
+            # saved before the first step, or without an optimizer
+            return
+        internals.build_for_loading(self)
         if not load_state(self, self._own_variables(), store):
             # says how many variables there are, and how many there should be
             super().load_own_variables(store)

@@ -125,6 +125,30 @@ class Masters(keras.optimizers.Optimizer):
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
 
+    @property
+    def loss_scale_factor(self) -> Any:
+        """The inner optimizer's static loss scale, or None."""
+        # on TensorFlow Keras sets an attribute only if it has another value
+        self._refuse_scale_of_keras()
+        return self.inner_optimizer.loss_scale_factor if hasattr(self, "inner_optimizer") else None
+
+    @loss_scale_factor.setter
+    def loss_scale_factor(self, loss_scale_factor: Any) -> None:
+        self._refuse_scale_of_keras()
+        # Keras' constructor sets it before there is one
+        if hasattr(self, "inner_optimizer"):
+            self.inner_optimizer.loss_scale_factor = loss_scale_factor
+
+    def _refuse_scale_of_keras(self) -> None:
+        if internals.is_wrapped_by_keras(self):
+            name = type(self.inner_optimizer).__name__
+            raise OptimizerError(
+                "Keras' own LossScaleOptimizer does not go around Masters: its scale can reach 0 and Inf, and it "
+                "divides gradients in 16 bits. `compile` puts it there where the dtype policy is mixed_float16; write "
+                f'duotone.keras.LossScaleOptimizer(Masters({name}(...)), "fp16"), or for no loss scale '
+                'compile(..., auto_scale_loss=False), or before load_model keras.config.set_dtype_policy("float32")'
+            )
+
     def scale_loss(self, loss: Any) -> Any:
         """Return the loss as the inner optimizer scales it, whose `loss_scale_factor` may say so."""
         return self.inner_optimizer.scale_loss(loss)
@@ -170,7 +194,14 @@ class Masters(keras.optimizers.Optimizer):
             store[str(index)] = variable.numpy()
 
     def load_own_variables(self, store: Any) -> None:
-        """Load tails and checksums; the inner optimizer loads its own."""
+        """Load tails and checksums; the inner optimizer loads its own.
+
+        An optimizer that is not built yet is built for the model that is loaded.
+        """
+        if not store.keys():
+            # saved before the first step, or without an optimizer
+            return
+        internals.build_for_loading(self)
         own = super().variables
         if len(store.keys()) != len(own):
             warn(

@@ -7,9 +7,11 @@ import keras
 
 from duotone.call_site import warn
 from duotone.errors import LossScaleError
-from duotone.keras.checking import check
+from duotone.keras.checking import unsafe_model, unsafe_scaling
 from duotone.keras.internals import calling_list
 from duotone.keras.optim.loss_scale_optimizer import LossScaleOptimizer
+from duotone.keras.optim.narrow_variables import check_variables
+from duotone.keras.report import progress_bar
 from duotone.keras.report.collapse import PATIENCE, raise_if_collapsed
 from duotone.keras.report.reading import Reading, read
 from duotone.keras.report.schedules import EpochHold
@@ -21,13 +23,14 @@ EVERY = 50
 class ScaleReport(keras.callbacks.Callback):
     """Shows a run's loss scale in its logs, holds schedules of epochs that trained nothing, ends a run that only skips.
 
-    The logs of batches and epochs, and so the progress bar, `History`, `CSVLogger`, `TensorBoard` and whatever reads
-    logs, get three fields, wherever in the list of callbacks this one stands (it moves itself to the front of Keras'
-    list):
+    The logs of batches and epochs, and so `History`, `CSVLogger`, `TensorBoard` and whatever reads logs, get three
+    fields, wherever in the list of callbacks this one stands (it moves itself to the front of Keras' list):
 
     - `loss_scale`: what the last loss was multiplied by;
     - `skipped`: steps skipped in all, since the optimizer was made, those before a save included;
     - `grad_norm`: of the last step, of its true gradients, before clipping; Inf or NaN if it was skipped.
+
+    The progress bar has `loss_scale` in the last line of an epoch, and `skipped` if a step of it was.
 
     **What it costs.** Reading a number waits for the device, so the optimizer is read at the end of an epoch, and
     within it after the batches 1, 2, 4, 8 and so on, until `every` lie between two readings. The logs of a batch have
@@ -76,7 +79,7 @@ class ScaleReport(keras.callbacks.Callback):
         self.every = every
         self.patience = patience
         self._trained: Any = None
-        self._was_said = self._was_checked = False
+        self._was_checked = False
         self._hold = EpochHold(())
         self._fields: dict[str, float] = {}
         self._at_epoch_start = Reading({})
@@ -88,17 +91,15 @@ class ScaleReport(keras.callbacks.Callback):
         super().set_model(model)
         # on JAX `self.model` puts all values back into their variables, each time
         self._trained = self.model
-        if not isinstance(self._trained.optimizer, LossScaleOptimizer):
-            self._say_once(self._trained.optimizer)
         if not self._was_checked:
             self._was_checked = True
-            for finding in check(self._trained):
-                warn(finding)
+            self._check(self._trained)
         callbacks = calling_list()
         if callbacks is not None:
             # the list asks them in turn just now; those that were asked go on one place
             callbacks.remove(self)
             callbacks.insert(0, self)
+            progress_bar.put_into(callbacks)
         self._hold = EpochHold(callbacks or ())
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -139,21 +140,22 @@ class ScaleReport(keras.callbacks.Callback):
         self._hold.end_epoch(epoch, before, after, logs)
         self._take(after, self._batches_before + self._last_batch + 1)
 
-    def _say_once(self, optimizer: Any) -> None:
-        if self._was_said:
+    def _check(self, model: Any) -> None:
+        """Warn of what is unsafe in a model and in how it is trained, each once."""
+        optimizer = model.optimizer
+        unsafe = list(unsafe_scaling(model, optimizer))
+        for finding in [*unsafe_model(model), *unsafe]:
+            warn(finding)
+        if isinstance(optimizer, LossScaleOptimizer):
+            # which says itself what becomes of its variables
             return
-        self._was_said = True
-        name = type(optimizer).__name__
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        for finding in check_variables(optimizer, model.trainable_variables):
+            warn(finding)
+        if not unsafe:
             warn(
-                f"this model is trained by Keras' own {name}, which tells its scale alone: skipped steps are not "
-                "counted, no schedule is held, and the scale may fall to 0; take duotone.keras.LossScaleOptimizer in "
-                "its place"
-            )
-        else:
-            warn(
-                f"this model is trained by {name}, which has no loss scale: ScaleReport has nothing to report; compile "
-                "the model with duotone.keras.LossScaleOptimizer(optimizer, policy), or leave ScaleReport out"
+                f"this model is trained by {type(optimizer).__name__}, which has no loss scale: ScaleReport has "
+                "nothing to report; compile the model with duotone.keras.LossScaleOptimizer(optimizer, policy), or "
+                "leave ScaleReport out"
             )
 
     def _read(self) -> Reading:
