@@ -52,8 +52,8 @@ def masters_of(model: keras.Model, optimizer: Any, asked: str) -> dict[int, Any]
     """
     if not isinstance(model, keras.Model):
         raise OptimizerError(f"{asked} takes a model of Keras, not {model!r:.60}; give the compiled model")
-    outer = getattr(model, "optimizer", None) if optimizer is None else optimizer
-    inner = outer
+    outer: Any = getattr(model, "optimizer", None) if optimizer is None else optimizer
+    inner: Any = outer
     while inner is not None and not hasattr(inner, "masters"):
         inner = getattr(inner, "inner_optimizer", None)
     if inner is None:
