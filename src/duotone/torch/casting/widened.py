@@ -167,7 +167,8 @@ class _Call:
         if wide.requires_grad:
             self.needs_grad = True
         if self.hookable:
-            if type(tensor) in _PLAIN and tensor.layout is torch.strided and (tensor.is_cpu or tensor.is_cuda):
+            is_dense = tensor.layout is torch.strided and not tensor.is_nested
+            if type(tensor) in _PLAIN and is_dense and (tensor.is_cpu or tensor.is_cuda):
                 self.by_memory[storage_id(wide.untyped_storage())] = half, wide
             else:
                 self.hookable = False
@@ -193,8 +194,8 @@ class _Call:
     def keep(self, saved: "_Saved", tensor: Tensor) -> None:
         """Fill `saved` with the 16-bit tensor behind `tensor`, or, if there is none, with itself."""
         half = tensor
-        # a sparse tensor has no memory of its own
-        is_dense = tensor.layout is torch.strided
+        # a sparse tensor has no memory of its own, a nested one no strides
+        is_dense = tensor.layout is torch.strided and not tensor.is_nested
         widened = self.by_memory.get(storage_id(tensor.untyped_storage())) if is_dense else None
         # one that has been changed is no longer what was widened; widening a tensor of inference mode, which has no
         # version to check in backward, leaves another version than 0 as well

@@ -87,7 +87,7 @@ def test_replicas_in_threads(same_bits):
 
 @HALVES
 def test_a_backward_pass_in_another_thread(dtype, same_bits):
-    expected = gradients(dtype, dt.autocast("cpu", dtype)(compute))
+    expected = gradients(dt.autocast("cpu", dtype)(compute))
     leaves = [data().requires_grad_(), *weights()]
     with dt.autocast("cpu", dtype):
         loss = loss_of(compute(*leaves))
@@ -100,7 +100,7 @@ def test_a_backward_pass_in_another_thread(dtype, same_bits):
 @HALVES
 def test_a_backward_pass_is_the_same_inside_and_outside_of_the_region(dtype, same_bits):
     # an open region is not to change how gradients are computed: neither their dtypes nor their bits
-    expected = gradients(dtype, dt.autocast("cpu", dtype)(compute))
+    expected = gradients(dt.autocast("cpu", dtype)(compute))
     for other in NARROW:
         leaves = [data().requires_grad_(), *weights()]
         with dt.autocast("cpu", dtype):

@@ -49,7 +49,7 @@ def near(got: Tensor, exact: Tensor, share: float = 0.02) -> bool:
 def test_gradients_are_those_of_autograd(is_outside, dtype):
     found = transformed(lambda f: grad(f, argnums=(0, 1, 2, 3)), loss, dtype, is_outside)(data(), *weights())
     cast = dt.autocast("cpu", dtype)(compute)
-    for got, expected, exact in zip(found, gradients(dtype, cast), exact_gradients(), strict=True):
+    for got, expected, exact in zip(found, gradients(cast), exact_gradients(), strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, expected, rtol=0.02, atol=0.005)
         assert near(got, exact)

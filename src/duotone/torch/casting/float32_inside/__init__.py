@@ -5,6 +5,7 @@ autocast off. The loss, whose result is FP32, is in `cross_entropy`. Left out: o
 inside by itself.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,12 +106,15 @@ FLOAT32_INSIDE_ON_CPU: Mapping[Function, Handler] = {
     F.embedding: as_handler(embedding_in_float32),
     torch.embedding: as_handler(torch_embedding_in_float32),
     torch.embedding_bag: widen_to_data,
-    **dict.fromkeys((F.max_pool1d, F.max_pool2d, F.max_pool3d), max_pool_in_float32),
-    **dict.fromkeys((torch.max_pool1d, torch.max_pool2d, torch.max_pool3d), max_pool_in_float32),
-    F.max_pool1d_with_indices: max_pool_in_float32,
-    F.max_pool2d_with_indices: max_pool_in_float32,
-    F.max_pool3d_with_indices: max_pool_in_float32,
-    torch.max_pool1d_with_indices: max_pool_in_float32,
+    **{
+        function: functools.partial(max_pool_in_float32, rank)
+        for rank, functions in (
+            (1, (F.max_pool1d, F.max_pool1d_with_indices, torch.max_pool1d, torch.max_pool1d_with_indices)),
+            (2, (F.max_pool2d, F.max_pool2d_with_indices, torch.max_pool2d)),
+            (3, (F.max_pool3d, F.max_pool3d_with_indices, torch.max_pool3d)),
+        )
+        for function in functions
+    },
     F.unfold: unfold_in_float32,
     Tensor.unfold: slide_in_float32,
     F.fold: widen_and_round,

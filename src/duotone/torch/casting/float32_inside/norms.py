@@ -80,10 +80,11 @@ def _sums_over_rows(
     weight, bias = (None if each is None else each.float().reshape(-1) for each in (weight, bias))
     rows, grads = (each.reshape(-1, math.prod(ctx.shape)) for each in (x, grad))
     means, rstds = mean.reshape(-1, 1), rstd.reshape(-1, 1)
-    count = max(1, _ELEMENTS // max(1, rows.shape[1])) if is_eager() else len(rows)
+    count = max(1, _ELEMENTS // max(1, rows.shape[1]))
+    # all at once in a program, which is made for any number of rows
+    starts = range(0, max(1, len(rows)), count) if is_eager() else None
     sums: list[Tensor | None] = [None, None]
-    for first in range(0, max(1, len(rows)), max(1, count)):
-        some = slice(first, first + count)
+    for some in [slice(None)] if starts is None else [slice(first, first + count) for first in starts]:
         parts = _BACKWARD(
             grads[some].float(), rows[some].float(), rows.shape[1:], means[some], rstds[some], weight, bias, wanted
         )[1:]

@@ -18,24 +18,23 @@ from duotone.torch.casting.widened import widen_to_data
 _FEW = 9
 
 
-def max_pool_in_float32(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def max_pool_in_float32(rank: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a pool of maxima with a gradient summed in FP32.
 
     Args:
+        rank: of how many dimensions a window is; one number means as long in each of them.
         func: `F.max_pool1d`, `F.max_pool2d`, `F.max_pool3d`, or the operator of that name.
         args: its arguments: the data, the window, the stride, ...
         kwargs: its named arguments.
 
     >>> import torch
     >>> x = torch.ones(1, 1, 3000, dtype=torch.bfloat16).index_fill(2, torch.tensor([1500]), 2).requires_grad_()
-    >>> y = max_pool_in_float32(torch.nn.functional.max_pool1d, (x, 1000, 1), {})
+    >>> y = max_pool_in_float32(1, torch.nn.functional.max_pool1d, (x, 1000, 1), {})
     >>> y.float().sum().backward()
     >>> x.grad[0, 0, 1500].item()
     1000.0
     """
     kernel, stride = _argument(args, kwargs, 1, "kernel_size", 1), _argument(args, kwargs, 2, "stride", None)
-    # a window that is given as one number is that long in every dimension, which stand in the name
-    rank = next((int(letter) for letter in func.__name__ if letter.isdigit()), 1)
     return _call(func, args, kwargs, _terms(kernel, stride or kernel, rank))
 
 
@@ -92,7 +91,11 @@ def _terms(kernel: int | Sequence[int], stride: int | Sequence[int], rank: int) 
     strides = [stride] * rank if isinstance(stride, int) else [*stride]
     # one number in a list stands for every dimension, too
     kernels, strides = (each * rank if len(each) == 1 else each for each in (kernels, strides))
-    return math.prod(-(-kernel // max(1, stride)) for kernel, stride in zip(kernels, strides, strict=False))
+    # torch.compile follows no generator into math.prod
+    terms = 1
+    for length, step in zip(kernels, strides, strict=False):
+        terms *= -(-length // max(1, step))
+    return terms
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str, otherwise: Any) -> Any:
