@@ -86,6 +86,7 @@ ALLOWED = {
     "duotone.torch.casting.float32_inside": (
         "duotone.torch.casting.float32_inside",
         "duotone.torch.casting.widened",
+        "duotone.torch.kernels",
     ),
     "duotone.torch.casting.float32_inside.dirichlet": ("duotone.errors",),
     "duotone.torch.casting.half_on_cpu": ("duotone.call_site", "duotone.torch.casting.widened"),

@@ -6,7 +6,7 @@ for each optimizer.
 """
 
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
-from duotone.torch.kernels.dispatch import Backend, average, check_backend, grad_stats, update
+from duotone.torch.kernels.dispatch import Backend, average, check_backend, grad_stats, has_fused_kernels, update
 from duotone.torch.kernels.layout import is_contiguous
 from duotone.torch.kernels.operands import AverageBatch, AverageOperand, Batch, Edits, Operand, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
@@ -27,6 +27,7 @@ __all__ = [
     "decode",
     "encode",
     "grad_stats",
+    "has_fused_kernels",
     "is_contiguous",
     "uncompiled",
     "update",

@@ -116,6 +116,15 @@ def check_backend(name: str, devices: Iterable[torch.device] = ()) -> None:
             _module(device, name)  # type: ignore[arg-type]
 
 
+def has_fused_kernels(device: torch.device) -> bool:
+    """Return whether the device's own kernels work, which is tried once; where they do not, that is said then.
+
+    >>> has_fused_kernels(torch.device("meta"))
+    False
+    """
+    return device.type in BACKENDS and isinstance(_tried(device.type), ModuleType)
+
+
 def _weights(operands: Sequence[Operand]) -> list[Tensor]:
     cache = operands.cache if isinstance(operands, Batch) else {}
     if "weights" not in cache:

@@ -209,3 +209,25 @@ def test_checkpointed_losses(reentrant, small_chunks, same_bits):
         call(leaf).backward()
         grads.append(leaf.grad)
     assert same_bits(*grads)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (2, 10, 20, 40)], ids=str)
+@pytest.mark.parametrize("holds", [False, True])
+def test_the_gradient_is_written_over_logits_that_nobody_else_can_reach(shape, holds, small_chunks, same_bits):
+    logits, target, weight = problem(shape, torch.bfloat16)
+    leaf, held, seen = logits.float().requires_grad_(), [], []
+
+    def loss() -> Tensor:
+        narrow = leaf.bfloat16()
+        seen.append(narrow.data_ptr())
+        narrow.register_hook(lambda grad: seen.append(grad.data_ptr()))
+        if holds:
+            held.append(narrow)
+        return loss_of(narrow, target, weight)
+
+    loss().backward()
+    assert (seen[0] == seen[1]) is not holds
+    expected = logits.detach().requires_grad_()
+    by_hand(expected, target, weight).backward()
+    assert same_bits(leaf.grad.bfloat16(), expected.grad)
+    assert not holds or same_bits(held[0], logits)

@@ -3,9 +3,10 @@
 A few rows at a time are widened, so that on a CPU they stay in its cache, and go through torch's own log-softmax and
 loss; the rows' losses are then added up by torch's own kernel. On a CPU the loss has the bits of
 `F.cross_entropy(logits.float(), ...)`, and the gradient is that one rounded once. Kept for the backward pass are the
-logits in their 16 bits and the targets; log-probabilities are computed again. Run on widened operands instead are FP32
-and small logits, label smoothing, targets that are probabilities, `torch.compile` (it fuses the widening itself) and
-`torch.func`.
+logits in their 16 bits and the targets; log-probabilities are computed again, and the gradient is written where the
+logits are if nobody else can reach them. On CUDA `fused_cross_entropy` does the same in two kernels. Run on widened
+operands instead are FP32 and small logits, label smoothing, targets that are probabilities, `torch.compile` (it fuses
+the widening itself) and `torch.func`.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from duotone.torch.casting.float32_inside import fused_cross_entropy
 from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager
 from duotone.torch.internals.dispatch import log_softmax_backward
+from duotone.torch.internals.sharing import may_write_over
 
 _NARROW = (torch.bfloat16, torch.float16)
 # logits widened at a time: on a CPU 1 MiB of FP32 for each core, its second-level cache; elsewhere what fills a device
@@ -66,7 +69,7 @@ class _ChunkedCrossEntropy(Function):
         if torch.is_grad_enabled():
             loss = F.cross_entropy(logits.float(), target, weight, None, ctx.ignore_index, None, ctx.reduction)
             return *torch.autograd.grad(loss, logits, grad, create_graph=True), None, None, None, None
-        grad_logits = torch.empty_like(logits)
+        grad_logits = logits.detach() if may_write_over(logits) else torch.empty_like(logits)
         count = grad.new_ones(()) if count is None else count
         code = _REDUCTIONS[ctx.reduction]
         for part, piece in _chunks(logits):
@@ -128,7 +131,9 @@ def cross_entropy_in_float32(
     # (N, C) or (N, C, D); a view, but for logits that lie in memory in another order
     logits = input.flatten(2) if input.dim() > 2 else input if input.dim() == 2 else input.unsqueeze(0)
     classes = target.flatten(1) if target.dim() > 1 else target if target.dim() == 1 else target.unsqueeze(0)
-    loss, _ = apply(_ChunkedCrossEntropy, logits, classes, weight, ignore_index, reduction)
+    is_fused = fused_cross_entropy.takes(logits, classes)
+    function = fused_cross_entropy.FusedCrossEntropy if is_fused else _ChunkedCrossEntropy
+    loss, *_ = apply(function, logits, classes, weight, ignore_index, reduction)
     return loss.view(target.shape) if reduction == "none" else loss
 
 

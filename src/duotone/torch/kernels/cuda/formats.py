@@ -48,6 +48,17 @@ def round_to_nearest(value, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def narrow(value, DTYPE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+    """Round FP32 to a 16-bit type, ties to even, in the one instruction that a GPU has for it."""
+    if IS_INTERPRETED and tl.bfloat16 == DTYPE:
+        # Triton's interpreter truncates
+        narrowed = round_to_nearest(value, "bfloat16").to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrowed = value.to(DTYPE)
+    return narrowed
+
+
+@triton.jit
 def round_stochastically(value, random, FORMAT: tl.constexpr):
     """Round FP32 up in magnitude with the probability of the discarded fraction; `random` is in [0, 2^16)."""
     return _stochastic_float16(value, random) if FORMAT == "float16" else _stochastic_bfloat16(value, random)

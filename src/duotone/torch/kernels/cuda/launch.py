@@ -4,7 +4,6 @@
 # pyright: reportArgumentType=false
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from duotone.torch.kernels.cuda.averages import average_kernel
 from duotone.torch.kernels.cuda.coefficients import BLOCK, FIRST_COEFFICIENT, coefficients_kernel
+from duotone.torch.kernels.cuda.device import on
 from duotone.torch.kernels.cuda.elements import SPANS, tile_of, update_kernel
 from duotone.torch.kernels.cuda.settings import device_settings
 from duotone.torch.kernels.cuda.sums import squares_kernel, sums_kernel, total_kernel
@@ -85,7 +85,7 @@ def update(
     if not operands:
         return
     device = operands[0].weight.device
-    with _on(device):
+    with on(device):
         tables = tables_of(operands)
         table = _update_tables.get((id(tables), device), device, lambda: _update_table(tables, device))
         rows, _rates = device_settings(settings, device)
@@ -118,7 +118,7 @@ def average(batch: AverageBatch, share: Tensor, skipped: Tensor) -> None:
     if not batch.operands:
         return
     device = share.device
-    with _on(device):
+    with on(device):
         tables = average_tables_of(batch)
         table = _update_tables.get((id(tables), device), device, lambda: _update_table(tables, device))
         for formats, aligned, chunks in table.parts:
@@ -166,7 +166,7 @@ def constants_in(formats: Formats) -> dict[str, Any]:
 def sum_of_squares(grads: Sequence[Tensor], inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the squares of each chunk, format by format, then the sums."""
     device = inverse_scale.device
-    with _on(device):
+    with on(device):
         tables = grad_tables_of(grads)
         table = _sum_tables.get((id(tables), device), device, lambda: _sum_table(tables, device))
         sums = torch.empty(table.chunk_count, dtype=torch.float64, device=device)
@@ -216,10 +216,3 @@ def _sum_table(tables: tuple[GradTable, ...], device: torch.device) -> SumTable:
     moved = upload(chunks, device)
     parts = [SumPart(name, wide, part) for (name, wide), part in zip(labels, moved, strict=True)]
     return SumTable(sum(rows.shape[0] for _, rows in tables), tuple(parts), tables)
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Have Triton launch on a device that is not the current one."""
-    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
-    return torch.cuda.device(device)
