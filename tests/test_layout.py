@@ -135,6 +135,7 @@ def test_public_names() -> None:
         "full_precision",
         "fully_shard",
         "keep_float32",
+        "linear_cross_entropy",
         "load_checkpoint",
         "load_master_weights",
         "master_weights",

@@ -17,6 +17,7 @@ from duotone.torch.casting.activation_checkpointing import checkpoint_activation
 from duotone.torch.casting.autocast import autocast
 from duotone.torch.casting.cast import cast, policy_of, uncast
 from duotone.torch.casting.keep_float32 import keep_float32
+from duotone.torch.casting.linear_cross_entropy import linear_cross_entropy
 from duotone.torch.casting.own_kinds import op_rule
 from duotone.torch.checkpoints.contents import load_checkpoint, save_checkpoint
 from duotone.torch.conversion import convert_optimizer, prepare
@@ -55,6 +56,7 @@ __all__ = [
     "full_precision",
     "fully_shard",
     "keep_float32",
+    "linear_cross_entropy",
     "load_checkpoint",
     "load_master_weights",
     "master_weights",

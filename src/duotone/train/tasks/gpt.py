@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import duotone.torch as dt
 from duotone.errors import TaskError
 
 ROTARY_BASE = 10_000.0
@@ -23,7 +24,16 @@ ROTARY_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a `GPT`: all counts, none of them a hyperparameter of training.
+    """The shape of a `GPT`: counts, none of them a hyperparameter of training, and how its loss is computed.
+
+    Attributes:
+        layers: blocks.
+        heads: of each attention.
+        width: channels of the residual stream.
+        context: the most tokens.
+        vocabulary: how many tokens there are.
+        linear_cross_entropy: whether head and loss are one `duotone.torch.linear_cross_entropy`, whose logits are never
+            whole: less memory for a fourth product of the head. It pays where the vocabulary is large.
 
     >>> GPTConfig(layers=2, heads=2, width=64, context=32).head_width
     32
@@ -34,6 +44,7 @@ class GPTConfig:
     width: int
     context: int
     vocabulary: int = 256
+    linear_cross_entropy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "heads", "width", "context", "vocabulary"):
@@ -91,6 +102,8 @@ class GPT(nn.Module):
         x_BTC = self.embedding(tokens_BT)
         for block in self.blocks:
             x_BTC = block(x_BTC, rotation)
+        if targets_BT is not None and self.config.linear_cross_entropy:
+            return dt.linear_cross_entropy(self.norm(x_BTC), self.head.weight, targets_BT)
         logits_BTV = self.head(self.norm(x_BTC))
         return logits_BTV if targets_BT is None else F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 

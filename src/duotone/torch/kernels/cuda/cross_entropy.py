@@ -10,7 +10,7 @@ taken in FP64, in one order. Left out: label smoothing, targets that are probabi
 """
 
 # Triton wraps what is passed to a constexpr by itself
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from typing import Any
 
