@@ -16,15 +16,10 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_no_framework_is_loaded_that_keras_does_not_load() -> None:
-    code = "import sys, {}; print(*{{name.split('.')[0] for name in sys.modules}})"
-    keras_alone, with_duotone = (
-        set(
-            subprocess.run(
-                [sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=True
-            ).stdout.split()
-        )
-        for name in ("keras", "keras, duotone.keras")
-    )
+    names = "print(*{name.partition('.')[0] for name in sys.modules})"
+    code = f"import sys, keras; {names}; import duotone.keras; {names}"
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    keras_alone, with_duotone = (set(line.split()) for line in lines)
     assert keras.backend.backend() in keras_alone
     assert with_duotone & FRAMEWORKS == keras_alone & FRAMEWORKS
     assert not {"numba", "typer", "matplotlib", "rich"} & (with_duotone - keras_alone)

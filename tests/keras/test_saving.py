@@ -194,8 +194,8 @@ def test_the_best_weights_come_back_as_numbers(kind: str) -> None:
     for ours, best in zip(model.get_weights(), seen[int(np.argmax(losses))], strict=True):
         assert ours.tobytes() == best.tobytes()
     # tails that belonged to other weights are not taken for theirs
-    masters = list(dk.master_weights(model).values())
-    for variable, master in zip(model.weights, masters, strict=True):
+    masters = list(dk.master_weights(model).values()) if kind in ("fp16", "bf16", "masters alone") else []
+    for variable, master in zip(model.weights if masters else [], masters, strict=True):
         own = keras.ops.convert_to_numpy(keras.ops.cast(variable, "float32"))
         assert np.abs(master - own).max() <= np.abs(own).max() * 2.0**-8
     assert np.isfinite(fit(model, "..")["loss"][0])

@@ -149,11 +149,13 @@ def unsafe_scaling(model: keras.Model, optimizer: Any) -> Iterator[str]:
     name = type(inner[-1]).__name__
     scales = [each for each in inner if isinstance(each, keras.optimizers.LossScaleOptimizer)]
     static = [each for each in inner if getattr(each, "loss_scale_factor", None) is not None]
+    preset = "fp16" if any(layer.variable_dtype == "float16" for _, layer, _ in layers) else "fp16-mixed"
+    wrapped = f"dk.Masters({name}(...))" if preset == "fp16" else f"{name}(...)"
     if scales and not isinstance(scales[0], LossScaleOptimizer):
         yield (
             "Keras' LossScaleOptimizer has no floor and no ceiling: its scale can reach Inf, and 0, after which a step "
-            "makes every weight NaN, and nobody counts what it skips; "
-            f'write dk.LossScaleOptimizer({name}(...), "fp16-mixed").'
+            "makes every weight NaN, and nobody counts what it skips; write "
+            f'dk.LossScaleOptimizer({wrapped}, "{preset}").'
         )
     if scales and static and static != scales:
         yield (
@@ -161,8 +163,6 @@ def unsafe_scaling(model: keras.Model, optimizer: Any) -> Iterator[str]:
             "divided twice; leave loss_scale_factor out."
         )
     if narrow and not scales and not static:
-        preset = "fp16" if any(layer.variable_dtype == "float16" for _, layer, _ in layers) else "fp16-mixed"
-        wrapped = f"dk.Masters({name}(...))" if preset == "fp16" else f"{name}(...)"
         yield (
             f"{_compute(narrow)} in FP16, but {type(optimizer).__name__} does not scale the loss, so small gradients "
             f'become 0; train with dk.LossScaleOptimizer({wrapped}, "{preset}").'
