@@ -154,7 +154,9 @@ def test_every_public_name_has_a_line_in_the_api():
     assert len(rows) <= 31
 
 
-@pytest.mark.parametrize("name", ["average", "evidence", "step", "casting", "overhead", "jax_casting", "jax_compiled"])
+@pytest.mark.parametrize(
+    "name", ["average", "busy", "evidence", "step", "casting", "overhead", "jax_casting", "jax_compiled"]
+)
 def test_the_tables_are_those_of_the_results(monkeypatch, name):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module(name)

@@ -24,6 +24,7 @@ from duotone.cli.export import export_command
 from duotone.cli.formats import formats_command
 from duotone.cli.one_voice import exit_code_of
 from duotone.cli.ops import ops_command
+from duotone.cli.thread_waiting import wait_briefly
 from duotone.cli.train import TrainCommand, train_command
 from duotone.cli.usage import UsageError, usage_message
 from duotone.errors import DuotoneError
@@ -72,6 +73,8 @@ def _options(
 def main() -> None:
     """Run the command line, and exit; an error of Duotone's, or a warning of anybody's, is one line."""
     warnings.showwarning = _show_warning
+    # before a verb imports torch, which reads it
+    wait_briefly(os.environ)
     _open_streams()
     code = _run()
     try:
