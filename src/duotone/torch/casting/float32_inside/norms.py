@@ -5,9 +5,9 @@ Gradients are rounded once to each operand's dtype, or not at all where its `gra
 sums the gradients of a LayerNorm's weight and bias in 16 bits, rounds the mean and `rstd` of norms whose weights are
 16-bit or absent, and keeps FP32 copies in `rms_norm`. So LayerNorm gets FP32 weights beside 16-bit data, for which its
 kernel's results differ from FP32's rounded once in one element of some thousands, and its sums are taken here;
-RMSNorm's results are those of FP32, rounded once. Other devices' kernels compute in FP32 but take one dtype: there
-weights are cast to that of `x`. vmap's kernels take one dtype, too, and so do forward-mode derivatives: inside of them
-all of it is FP32. GroupNorm, BatchNorm and InstanceNorm are in `channel_norms`.
+RMSNorm's results are those of FP32, rounded once. CUDA's kernels compute in FP32 but take one dtype: `fused_norms` has
+Duotone's own there, and elsewhere weights are cast to that of `x`. vmap's kernels take one dtype, too, and so do
+forward-mode derivatives: inside of them all of it is FP32. The other norms are in `channel_norms`.
 """
 
 import math
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from duotone.torch.casting.float32_inside import fused_norms
 from duotone.torch.casting.float32_inside.autograd_function import apply, is_eager, leaves_gradients_to_torch
 from duotone.torch.casting.float32_inside.row_sums import grad_dtype_of
 from duotone.torch.internals.autograd import is_batched, transforms_are_active
@@ -153,6 +154,8 @@ def layer_norm_in_float32(
     [1000.0, 1000.0, 1000.0, 1000.0]
     """
     dtype = input.dtype
+    if fused_norms.takes(input, normalized_shape, weight, bias):
+        return apply(fused_norms.FusedNorm, input, tuple(normalized_shape), weight, bias, eps, False)[0]
     if dtype not in NARROW or not input.is_cpu or input.is_nested:
         return func(input, normalized_shape, cast_weight(weight, dtype), cast_weight(bias, dtype), eps, *rest, **named)
     if takes_one_dtype(input, weight, bias):
@@ -182,6 +185,9 @@ def rms_norm_in_float32(
     tensor([[1., 1.]], dtype=torch.float16)
     """
     dtype = input.dtype
+    if fused_norms.takes(input, normalized_shape, weight):
+        eps = torch.finfo(torch.float32).eps if eps is None else eps
+        return apply(fused_norms.FusedNorm, input, tuple(normalized_shape), weight, None, eps, True)[0]
     if dtype not in NARROW or not input.is_cpu:
         return func(input, normalized_shape, cast_weight(weight, dtype), eps)
     shape = tuple(normalized_shape)
