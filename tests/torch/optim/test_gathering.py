@@ -78,8 +78,8 @@ def test_a_step_makes_no_calls_for_a_parameter(calls_in, give_gradients):
             made = calls_in(lambda: scaler.step(optimizer, clip_norm=1.0))
         return made
 
-    # 370 with torch 2.13, whose own around a step are a part of them
-    assert calls(2) == calls(30) < 400
+    # 334 with torch 2.13, whose own around a step are a part of them
+    assert calls(2) == calls(30) < 350
 
 
 @pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32", "bf16-true,rounding=stochastic"])

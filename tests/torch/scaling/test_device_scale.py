@@ -21,7 +21,8 @@ def test_on_the_host_it_is_in_numbers():
     scale = initial_scale(SETTINGS)
     assert scale.on_host
     assert scale.to(CPU) is scale
-    assert scale.leaves([torch.tensor(True), torch.tensor(2)]) == [True, 2]
+    assert scale.leaf(torch.tensor(True)) is scale.leaf(True) is True
+    assert scale.inverse() == 0.125
 
 
 def test_on_a_device_it_is_in_tensors(on_device):
@@ -33,7 +34,8 @@ def test_on_a_device_it_is_in_tensors(on_device):
     assert [leaf.dtype for leaf in leaves.values()] == [torch.float32] + [torch.int32] * 5
     assert scale.numbers() == host.numbers() == vars(host.state)
     flag = torch.tensor(True)
-    assert scale.leaves([flag])[0] is flag
+    assert scale.leaf(flag) is flag
+    assert scale.inverse().item() == 0.125
 
 
 @pytest.mark.parametrize("steps", ["..", "oo", "o..o", "..n", "nno", "oo..o.."])

@@ -116,6 +116,44 @@ def test_a_state_moves_between_host_and_device(pretend):
     assert (scaler.skipped.item(), scaler.skipped.dtype) == (4, torch.int32)
 
 
+@pytest.mark.filterwarnings("ignore::duotone.errors.DuotoneWarning")
+@pytest.mark.parametrize("policy", ["fp16-mixed", "fp16-mixed,loss_scale=8"])
+def test_the_state_on_a_device_stays_where_it_is(pretend, policy):
+    # a captured CUDA graph reads and writes the same memory in every replay
+    pretend(True)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer, scaler = dt.SGD([parameter], lr=0.0), dt.LossScaler(policy)
+    addresses, scales, reports, copies = [], [], [], []
+    for factor in (3e38, 3e38, 1.0, 1.0):
+        scaler.backward(parameter.sum() * factor)
+        scales.append(scaler.loss_scale)
+        reports.append(scaler.step(optimizer))
+        optimizer.zero_grad()
+        leaves = vars(scaler._scale.state)
+        addresses.append([leaves[name].data_ptr() for name in ("scale", "growth_tracker", "skipped_in_a_row")])
+        copies.append(copy.copy(scaler))
+    assert all(each == addresses[0] for each in addresses)
+    # what was given out is as it was then
+    expected = [8.0] * 4 if "loss_scale" in policy else [2.0**16, 1.0, 4.0, 16.0]
+    assert [scale.item() for scale in scales] == [report.loss_scale.item() for report in reports] == expected
+    assert [each.loss_scale.item() for each in copies] == [*expected[1:], 8.0 if "loss_scale" in policy else 64.0]
+
+
+def test_a_loss_that_is_taken_backward_after_a_step_has_the_scale_of_then(pretend):
+    grads = []
+    for on_device in (False, True):
+        pretend(on_device)
+        first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        scaler = settled(dt.LossScaler("fp16"))
+        scaler.backward(first.sum() * 3e38)
+        later = scaler.scale(second.sum())
+        scaler.step(dt.SGD([first], lr=0.0))
+        later.backward()
+        grads.append(second.grad.item())
+    # on a device, of the scale that the next step takes out
+    assert grads == [2.0**16, 2.0**15]
+
+
 class NoWaiting(TorchDispatchMode):
     """Raises where the host would read a value of the device."""
 

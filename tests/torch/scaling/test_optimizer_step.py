@@ -18,11 +18,13 @@ def test_the_multiplier_in_every_bit(clip_norm):
             inverse_scale = torch.tensor(inverse)
             # a norm of 0 makes the quotient Inf, and the smaller is 1
             expected = ((clip_norm / sum_of_squares.sqrt()).clamp(max=1.0) * inverse_scale).float()
-            found = grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
-            assert found.dtype == torch.float32
-            assert torch.equal(found.view(torch.int32), expected.view(torch.int32)) or (
-                found.isnan() and expected.isnan()
-            )
+            of_tensors = grad_multiplier(sum_of_squares, inverse_scale, clip_norm)
+            of_numbers = grad_multiplier(sum_of_squares.item(), inverse, clip_norm)
+            for found in (of_tensors, of_numbers):
+                assert found.dtype == torch.float32
+                assert torch.equal(found.view(torch.int32), expected.view(torch.int32)) or (
+                    found.isnan() and expected.isnan()
+                )
 
 
 def part_of(*grads, found_inf_ahead=None):

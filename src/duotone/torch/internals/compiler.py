@@ -19,6 +19,9 @@ _Action: Any = find("torch._C._dynamo.eval_frame:_FrameAction")
 _Strategy: Any = find("torch._C._dynamo.eval_frame:_FrameExecStrategy")
 _set_strategy: Callable[[CodeType, Any], None] = find("torch._C._dynamo.eval_frame:set_code_exec_strategy")
 SKIPS_CODE = has_all("eval_frame")
+# what compiles the frames that run on this thread, None for nothing; without it, something is taken to
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/dynamo/eval_frame.c
+_compiler: Callable[[], Any] = find("torch._C._dynamo.eval_frame:get_eval_frame_callback", lambda: True)
 # the mark of a function whose result is a constant: torch.compiler.assume_constant_result, which loads the compiler
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/decorators.py#L188
 CONSTANT = "_dynamo_marked_constant"
@@ -33,6 +36,16 @@ COMPILED_CALL = "_compiled_call_impl"
 def skip_code(code: CodeType) -> None:
     """Have a function neither compiled by itself nor what it calls; traced from outside, it still is."""
     _set_strategy(code, _Strategy(_Action.SKIP, _Action.SKIP))
+
+
+def compiler_follows() -> bool:
+    """Return whether torch.compile traces what is called now, or would compile it by itself.
+
+    >>> compiler_follows()
+    False
+    """
+    # the first is a constant for who traces, and what follows it is not looked at
+    return torch.compiler.is_dynamo_compiling() or _compiler() is not None
 
 
 def mark_constant(function: Callable[..., Any]) -> None:

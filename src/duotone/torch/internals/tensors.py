@@ -1,6 +1,6 @@
 """Private names of torch's tensors: their memory, what they wrap, and structures that hold them."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,37 @@ _OF_DTENSOR = ("_local_tensor", "_spec")
 # this rank's part of a DTensor; without it, what its `to_local` returns
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/tensor/_api.py
 LOCAL_TENSOR = "_local_tensor"
+
+# tells of thousands of tensors in one call whether they are like others; without it, each is asked for what it is like
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/dynamo/guards.cpp
+_guards: Any = find("torch._C:_dynamo.guards.TensorGuards")
+
+
+def likeness_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Return a function that tells whether other tensors are like these, but for where they lie and their values.
+
+    It takes as many tensors, one argument for each, and compares type, dtype, device, shape, strides, and whether they
+    are sparse or only noted as negated. It may tell tensors apart that are alike for every purpose here, no others.
+
+    >>> holds = likeness_of([torch.zeros(2, 3)])
+    >>> holds(torch.ones(2, 3)), holds(torch.ones(3, 2)), holds(torch.ones(3, 2).t())
+    (True, False, False)
+    """
+    if _guards is not None:
+        return _guards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+    expected = _likes(tensors)
+    return lambda *others: _likes(others) == expected
+
+
+def _likes(tensors: Sequence[Tensor]) -> list[Any]:
+    return [
+        (type(each), each.dtype, each.device, each.layout, each.shape, each.is_neg(), _strides(each))
+        for each in tensors
+    ]
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    return tensor.stride() if tensor.layout is torch.strided else None
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -6,7 +6,16 @@ for each optimizer.
 """
 
 from duotone.torch.kernels.codec import SPLIT_DTYPES, decode, encode
-from duotone.torch.kernels.dispatch import Backend, average, check_backend, grad_stats, has_fused_kernels, update
+from duotone.torch.kernels.dispatch import (
+    Backend,
+    average,
+    check_backend,
+    grad_numbers,
+    grad_stats,
+    has_fused_kernels,
+    update,
+)
+from duotone.torch.kernels.gradients import GradBatch, batch_of
 from duotone.torch.kernels.layout import is_contiguous
 from duotone.torch.kernels.operands import AverageBatch, AverageOperand, Batch, Edits, Operand, Rounding
 from duotone.torch.kernels.uncompiled import uncompiled
@@ -19,13 +28,16 @@ __all__ = [
     "Backend",
     "Batch",
     "Edits",
+    "GradBatch",
     "Operand",
     "Rounding",
     "Update",
     "average",
+    "batch_of",
     "check_backend",
     "decode",
     "encode",
+    "grad_numbers",
     "grad_stats",
     "has_fused_kernels",
     "is_contiguous",

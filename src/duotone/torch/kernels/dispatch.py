@@ -17,6 +17,7 @@ from duotone.call_site import warn
 from duotone.errors import BackendError, nearest_names
 from duotone.torch.internals.autograd import increment_version
 from duotone.torch.kernels import reference
+from duotone.torch.kernels.gradients import batch_of
 from duotone.torch.kernels.layout import dense, in_one_layout, is_in_one_layout
 from duotone.torch.kernels.operands import AverageBatch, Batch, Edits, Operand
 from duotone.torch.kernels.uncompiled import uncompiled
@@ -24,6 +25,7 @@ from duotone.torch.kernels.updates.definition import Update
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
+_HOST = torch.device("cpu")
 
 
 @uncompiled
@@ -36,8 +38,18 @@ def grad_stats(grads: Sequence[Tensor], inverse_scale: Tensor, backend: Backend 
         backend: whose kernel; as in `update`.
     """
     module = _module(inverse_scale.device, backend)
-    is_dense = all(map(Tensor.is_contiguous, grads))
-    return module.grad_stats(grads if is_dense else [dense(grad) for grad in grads], inverse_scale)
+    return module.grad_stats(_dense(grads), inverse_scale)
+
+
+@uncompiled
+def grad_numbers(grads: Sequence[Tensor], inverse_scale: float, backend: Backend = "auto") -> tuple[float, bool]:
+    """Return what `grad_stats` does in Python numbers, for gradients on a CPU."""
+    module = _module(_HOST, backend)
+    if module is not reference:
+        return module.grad_numbers(_dense(grads), inverse_scale)
+    scale = torch.full((), inverse_scale, dtype=torch.float32, device=_HOST)
+    total, found_inf = reference.grad_stats(_dense(grads), scale)
+    return total.item(), found_inf.item()
 
 
 def update(
@@ -68,9 +80,14 @@ def update(
         return
     module = _module(weights[0].device, backend)
     dense_operands, write_back = in_one_layout(operands)
-    module.update(definition, dense_operands, settings, grad_multiplier, found_inf, edits)
-    for copy_back in write_back:
-        copy_back()
+    if module is reference or write_back:
+        # torch would keep what its own operations on a gradient with a graph have read
+        with torch.no_grad():
+            module.update(definition, dense_operands, settings, grad_multiplier, found_inf, edits)
+            for copy_back in write_back:
+                copy_back()
+    else:
+        module.update(definition, dense_operands, settings, grad_multiplier, found_inf, edits)
     # autograd must notice what was written through raw addresses
     increment_version(weights)
 
@@ -123,6 +140,11 @@ def has_fused_kernels(device: torch.device) -> bool:
     False
     """
     return device.type in BACKENDS and isinstance(_tried(device.type), ModuleType)
+
+
+def _dense(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    batch = batch_of(grads)
+    return batch if batch.kind.are_contiguous else [dense(grad) for grad in batch]
 
 
 def _weights(operands: Sequence[Operand]) -> list[Tensor]:

@@ -6,7 +6,7 @@ first (a `_Layout`), and is filled with the gradients' addresses for each step. 
 before that gives the same tables, which may be on a device already; none is ever written to again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from operator import attrgetter
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from duotone.errors import OptimizerError
+from duotone.torch.kernels.gradients import batch_of
 from duotone.torch.kernels.operands import AverageBatch, AverageOperand, Batch, Operand, Rounding
 from duotone.torch.kernels.reference import CHUNK
 from duotone.torch.kernels.slots import MAX_MOMENTS
@@ -56,12 +57,14 @@ class Table(NamedTuple):
             there is no such tensor.
         chunks: int64 of shape `(m, 2)`: a row of `parameters`, and the first of the up to `CHUNK` elements from there.
         lengths: int64 of shape `(m,)`: how many elements a chunk has.
+        owners: int64 of shape `(n,)`: which of the operands a row of `parameters` is of.
     """
 
     formats: Formats
     parameters: np.ndarray
     chunks: np.ndarray
     lengths: np.ndarray
+    owners: np.ndarray
 
 
 class GradTable(NamedTuple):
@@ -106,33 +109,40 @@ class _Layout(Generic[Made]):
 def tables_of(operands: Sequence[Operand]) -> tuple[Table, ...]:
     """Return one table for each combination of formats of operands, which lie dense and in one layout each."""
     if not isinstance(operands, Batch):
-        return _filled(_layout(tuple(map(_row, operands))), _addresses(operand.grad for operand in operands))
+        grads = [operand.grad for operand in operands]
+        return _filled(_layout(tuple(map(_row, operands))), addresses_of(grads).tobytes())
     if "layout" not in operands.cache:
         operands.cache["layout"] = _layout(tuple(map(_row, operands)))
-    return _filled(operands.cache["layout"], _addresses(operands.grads))
+    return _filled(operands.cache["layout"], addresses_of(operands.grads).tobytes())
 
 
 def average_tables_of(batch: AverageBatch) -> tuple[Table, ...]:
     """Return one table for each format of weights; an average stands where an update has its first moment."""
     if "tables" not in batch.cache:
         rows = tuple(map(_average_row, batch.operands))
-        batch.cache["tables"] = _filled(_layout(rows), (0,) * len(rows))
+        batch.cache["tables"] = _filled(_layout(rows), bytes(8 * len(rows)))
     return batch.cache["tables"]
 
 
 def grad_tables_of(grads: Sequence[Tensor]) -> tuple[GradTable, ...]:
     """Return one table for each dtype among dense gradients."""
-    return _filled(_grad_layout(tuple(map(_DTYPE_OF, grads)), tuple(map(Tensor.numel, grads))), _addresses(grads))
+    batch = batch_of(grads)
+    cache = batch.kind.cache
+    if "layout" not in cache:
+        cache["layout"] = _grad_layout(tuple(map(_DTYPE_OF, batch)), tuple(map(Tensor.numel, batch)))
+    return _filled(cache["layout"], addresses_of(batch).tobytes())
 
 
-def _addresses(grads: Iterable[Tensor]) -> tuple[int, ...]:
-    return tuple(map(Tensor.data_ptr, grads))
+def addresses_of(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Return where tensors lie, int64."""
+    return np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
 
 
 # a few optimizers, each with a few sets of addresses that take turns
 @lru_cache(maxsize=32)
-def _filled(layout: _Layout[Made], addresses: tuple[int, ...]) -> tuple[Made, ...]:
-    of_grads = np.array(addresses, dtype=np.int64)
+def _filled(layout: _Layout[Made], addresses: bytes) -> tuple[Made, ...]:
+    # of thousands of numbers, bytes are hashed in a tenth of a tuple's time
+    of_grads = np.frombuffer(addresses, np.int64)
     tables = []
     for rows, owners, made, distances in layout.parts:
         filled = rows.copy()
@@ -187,7 +197,9 @@ def _layout(rows: tuple[tuple[Formats, tuple[int, ...]], ...]) -> _Layout[Table]
         indices = [index for index, (other, _) in enumerate(rows) if other == formats]
         parameters = np.array([rows[index][1] for index in indices], dtype=np.int64)
         owners, starts, lengths = _chunks(parameters[:, NUMEL])
-        made = partial(Table, formats, chunks=np.stack((owners, starts), axis=1), lengths=lengths)
+        made = partial(
+            Table, formats, chunks=np.stack((owners, starts), axis=1), lengths=lengths, owners=np.array(indices)
+        )
         parts.append(_Part(parameters, np.array(indices), made))
     return _Layout(tuple(parts))
 

@@ -58,7 +58,6 @@ class FusedOptimizer(MasterOptimizer):
         self._gathering, self._edits = Gathering(), EditWatch()
 
     @kernels.uncompiled
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], Tensor] | None = None,
@@ -112,6 +111,7 @@ class FusedOptimizer(MasterOptimizer):
     def _settings(self, group: dict[str, Any]) -> Any:
         """Return a group's settings as the update names them."""
 
+    @torch.no_grad()
     def _operands_by_device(self) -> dict[torch.device, list[kernels.Operand]]:
         by_device: dict[torch.device, list[kernels.Operand]] = {}
         index, count = 0, sum(len(group["params"]) for group in self.param_groups)
@@ -325,7 +325,8 @@ def _parts(
 
 def _scalar(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
-        return value.to(device, dtype)
+        # nearly always, and asking costs less than torch's own look
+        return value if value.dtype is dtype and value.device == device else value.to(device, dtype)
     # filled on the device: a copy from the host would wait for it
     return torch.full((), value, dtype=dtype, device=device)
 

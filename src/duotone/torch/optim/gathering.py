@@ -1,27 +1,30 @@
 """An optimizer's operands from one step to the next: gathered again only when a tensor is another one or has moved.
 
 Looking closely at thousands of parameters in Python takes longer than updating them, if they are small. So each step
-asks no more than it must: weights for address, dtype, length and layout, states for their addresses, gradients for
-dtype, shape and layout. Where gradients lie may change at every step: `zero_grad` gives their memory back. Of DTensors
+asks no more than it must: weights and states for their addresses, weights and gradients, all in one call, whether they
+are what they were like. Where gradients lie may change at every step: `zero_grad` gives their memory back. Of DTensors
 all of this is asked of this rank's parts.
 """
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from duotone.torch import kernels
+from duotone.torch.internals.tensors import likeness_of
 from duotone.torch.parameters.shards import gradient_part, is_shard, local, part_number
 from duotone.torch.parameters.storage import storage_changes
 
 Gathered = dict[torch.device, list[kernels.Operand]]
+Groups = Sequence[dict[str, Any]]
+States = dict[Tensor, dict[str, Any]]
 
 _grad_of = attrgetter("grad")
-_dtype_of = attrgetter("dtype")
-_shape_of = attrgetter("shape")
 
 
 class Gathering:
@@ -35,18 +38,13 @@ class Gathering:
     def __init__(self) -> None:
         self.shards: list[Tensor] = []
         self.split: list[Tensor] = []
-        self._looks: list[Any] = []
+        self._look: _Look | None = None
         self._held: dict[torch.device, tuple[list[int], list[kernels.Operand], dict[str, Any]]] = {}
-        # as long as memory is not given back, an address means the same tensor
-        self._memory: list[torch.UntypedStorage] = []
-        # the states by their parameters' ids, and the ids of both: a tensor's hash is a call of a function in Python
-        self._states: dict[int, dict[str, Any]] = {}
-        self._states_look: Any = None
 
     def operands(
         self,
-        groups: Sequence[dict[str, Any]],
-        states: dict[Tensor, dict[str, Any]],
+        groups: Groups,
+        states: States,
         names_of: Callable[[dict[str, Any]], tuple[str, ...]],
         gather: Callable[[], Gathered],
     ) -> dict[torch.device, Sequence[kernels.Operand]]:
@@ -58,32 +56,26 @@ class Gathering:
             names_of: returns the names of those tensors in a group's states that are part of an operand, tails apart.
             gather: makes the operands anew.
         """
-        grads, _, looks = _looks(groups, self._by_id(states), names_of, bool(self.shards))
-        if not looks or looks != self._looks:
+        names = list(map(names_of, groups))
+        grads = None if self._look is None else self._look.gradients(groups, states, names)
+        if grads is None:
             gathered = gather()
-            every = [param for group in groups for param in group["params"]]
-            self.shards = [param for param in every if is_shard(param) and param.grad is not None]
-            self.split = [param for param in every if param.grad is not None and "tail" in states[param]]
+            having = [param for group in groups for param in group["params"] if param.grad is not None]
+            self.shards = [param for param in having if is_shard(param)]
+            self.split = [param for param in having if "tail" in states[param]]
             if not all(kernels.is_contiguous(operand) for operands in gathered.values() for operand in operands):
                 # these are copied at every step, so that their addresses say nothing
-                self._looks, self._held, self._memory = [], {}, []
+                self._look, self._held = None, {}
                 return dict(gathered)
             # gathering has made states and tails that were not there before
-            grads, held, self._looks = _looks(groups, self._by_id(states), names_of, bool(self.shards))
-            self._memory = [tensor.untyped_storage() for tensor in held]
-            self._hold(gathered, len(every))
+            self._look, grads = _look_at(groups, states, names, has_shards=bool(self.shards))
+            self._hold(gathered, sum(len(group["params"]) for group in groups))
         return {
             device: kernels.Batch(
                 operands, grads if len(operands) == len(grads) else [grads[i] for i in positions], cache
             )
             for device, (positions, operands, cache) in self._held.items()
         }
-
-    def _by_id(self, states: dict[Tensor, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        look = list(map(id, states)), list(map(id, states.values()))
-        if look != self._states_look:
-            self._states, self._states_look = {id(param): state for param, state in states.items()}, look
-        return self._states
 
     def _hold(self, gathered: Gathered, count: int) -> None:
         # gradients are not held, for their memory is to be free between two steps
@@ -111,50 +103,113 @@ def numbered(index: int, count: int, param: Tensor) -> int:
     return index + count * (part_number(param) % ((1 << 30) // count))
 
 
-def _looks(
-    groups: Sequence[dict[str, Any]],
-    states: dict[int, dict[str, Any]],
-    names_of: Callable[[dict[str, Any]], tuple[str, ...]],
-    has_shards: bool,
-) -> tuple[list[Tensor], list[Tensor], list[Any]]:
-    """Return gradients, the states' tensors, and what operands depend on, as values to compare.
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What operands depend on, as it was when they were gathered; no gradient is held.
 
-    States are given by the `id` of their parameter. Of DTensors, where it is said that there are any, all is that of
-    this rank's parts. The last is empty if a state is
-    not there yet, or a gradient is sparse.
+    Attributes:
+        changes: `storage_changes()`.
+        names: of the states' tensors that are part of operands, tails apart, group by group.
+        every: the parameters, group by group; random bits depend on their indices.
+        without: the indices of those without a gradient.
+        owners: the parameters that have states, in the order of these.
+        states: theirs.
+        held: functions that return the tensors in a state that are part of an operand, and the states that each is for.
+        addresses: of weights and of those tensors.
+        memory: what lies there: as long as it is not given back, an address means the same tensor.
+        are_alike: whether weights and gradients are what these were like; torch lets a gradient's `data` have another
+            shape than its parameter.
+        has_shards: whether there are DTensors.
     """
-    all_grads: list[Tensor] = []
-    all_held: list[Tensor] = []
-    looks: list[Any] = [storage_changes()]
-    for group in groups:
-        every = group["params"]
-        of_every = list(map(_grad_of, every))
-        params = [param for param, grad in zip(every, of_every, strict=True) if grad is not None]
-        grads = [grad for grad in of_every if grad is not None]
-        own, parts = list(map(states.get, map(id, params))), params
-        if has_shards:
-            grads, parts = list(map(gradient_part, params)), list(map(local, params))
-        all_grads += grads
-        tensors = parts + grads
+
+    changes: int
+    names: list[tuple[str, ...]]
+    every: list[list[Tensor]]
+    without: list[int]
+    owners: list[Tensor]
+    states: list[dict[str, Any]]
+    held: list[tuple[Callable[..., tuple[Tensor, ...]], list[dict[str, Any]]]]
+    addresses: list[int]
+    memory: list[torch.UntypedStorage]
+    are_alike: Callable[..., bool]
+    has_shards: bool
+
+    def gradients(self, groups: Groups, states: States, names: list[tuple[str, ...]]) -> list[Tensor] | None:
+        """Return this step's gradients if operands are as they were but for where these lie; otherwise None."""
+        if (
+            self.changes != storage_changes()
+            or self.names != names
+            or not all(map(_are_same, [group["params"] for group in groups], self.every))
+            or not _are_same(states, self.owners)
+            or not _are_same(states.values(), self.states)
+        ):
+            return None
+        params, grads, without = _with_gradients(self.every)
+        if without != self.without:
+            return None
         try:
-            held = [state["tail"] for state in own if "tail" in state]  # type: ignore[operator, index]
-            for name in names_of(group):
-                held += map(itemgetter(name), own)  # type: ignore[arg-type]
-            if has_shards:
-                held = list(map(local, held))
-            looks += (
-                # random bits depend on a parameter's index
-                list(map(id, every)),
-                list(map(id, params)) if len(params) < len(every) else [],
-                list(map(Tensor.data_ptr, parts + held)),
-                list(map(_dtype_of, tensors)),
-                list(map(Tensor.numel, parts)),
-                # torch lets a gradient's `data` have another shape than its parameter
-                list(map(_shape_of, grads)),
-                list(map(Tensor.is_contiguous, tensors)),
-                list(map(Tensor.is_neg, grads)),
-            )
+            weights, grads, tensors = _parts(params, grads, self.held, has_shards=self.has_shards)
+            # not a generator in between: each of these calls is C's
+            if list(map(Tensor.data_ptr, tensors)) == self.addresses and self.are_alike(*weights, *grads):
+                return grads
         except (KeyError, TypeError, RuntimeError):
-            return all_grads, [], []
-        all_held += held
-    return all_grads, all_held, looks
+            # a tensor is not in its state any more, or is none, or has no memory
+            pass
+        return None
+
+
+def _look_at(
+    groups: Groups, states: States, names: list[tuple[str, ...]], *, has_shards: bool
+) -> tuple[_Look, list[Tensor]]:
+    """Return how operands look that were just gathered, and their gradients."""
+    every = [list(group["params"]) for group in groups]
+    held = []
+    for group, own_names in zip(every, names, strict=True):
+        own = [states[param] for param in group if param.grad is not None]
+        for has_tail in (True, False):
+            chosen = [state for state in own if ("tail" in state) == has_tail]
+            keys = (*own_names, "tail") if has_tail else own_names
+            # of a single name, the function would return no tuple
+            held.append((itemgetter(*keys, *(keys if len(keys) == 1 else ())), chosen))
+    params, grads, without = _with_gradients(every)
+    weights, grads, tensors = _parts(params, grads, held, has_shards=has_shards)
+    look = _Look(
+        changes=storage_changes(),
+        names=names,
+        every=every,
+        without=without,
+        owners=list(states),
+        states=list(states.values()),
+        held=held,
+        addresses=list(map(Tensor.data_ptr, tensors)),
+        memory=[tensor.untyped_storage() for tensor in tensors],
+        are_alike=likeness_of([*weights, *grads]),
+        has_shards=has_shards,
+    )
+    return look, grads
+
+
+def _with_gradients(every: Sequence[list[Tensor]]) -> tuple[list[Tensor], list[Any], list[int]]:
+    """Return the parameters that have a gradient, their gradients, and the indices of the others."""
+    params = every[0] if len(every) == 1 else list(chain.from_iterable(every))
+    grads = list(map(_grad_of, params))
+    without = [index for index, grad in enumerate(grads) if grad is None]
+    if without:
+        params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        grads = [grad for grad in grads if grad is not None]
+    return params, grads, without
+
+
+def _parts(
+    params: list[Tensor], grads: list[Tensor], held: Sequence[tuple[Any, list[dict[str, Any]]]], *, has_shards: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return weights and gradients, and all that is to stay where it is: weights and what is held of their states."""
+    tensors = list(chain.from_iterable([chain.from_iterable(map(get, states)) for get, states in held]))
+    if has_shards:
+        grads, params, tensors = list(map(gradient_part, params)), list(map(local, params)), list(map(local, tensors))
+    return params, grads, params + tensors
+
+
+def _are_same(now: Collection[Any], before: Collection[Any]) -> bool:
+    # `==` compares the values of tensors
+    return len(now) == len(before) and all(map(is_, now, before))

@@ -4,7 +4,6 @@ On the host the state is in Python numbers, which are many times as fast to chan
 in 0-d tensors. `duotone.loss_scale` has the transition for both.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,37 +57,64 @@ class DeviceScale:
         """Return the same scale, for which no search is computed from now on."""
         return DeviceScale(self.settings, replace(self.state, search=0))
 
-    def leaves(self, scalars: Iterable[Tensor]) -> list[Any]:
-        """Return 0-d tensors on the state's device in the form of the state's leaves."""
-        return list(scalars if isinstance(self.state.scale, Tensor) else map(Tensor.item, scalars))
+    def leaf(self, scalar: Any) -> Any:
+        """Return a 0-d tensor on the state's device, or a number on the host, in the form of the state's leaves."""
+        return scalar.item() if isinstance(scalar, Tensor) and self.on_host else scalar
+
+    def inverse(self) -> Any:
+        """Return what takes the scale out, exactly, in the form of a leaf."""
+        scale = self.state.scale
+        return scale.reciprocal() if isinstance(scale, Tensor) else 1.0 / scale
 
     def tensor(self, name: str) -> Tensor:
-        """Return a leaf as a 0-d tensor, FP32 for the scale and int32 for the others, on its device."""
+        """Return a leaf as it is now, 0-d, FP32 for the scale and int32 for the others, on its device."""
         value = getattr(self.state, name)
         if isinstance(value, Tensor):
-            return value
+            return value.clone()
         return torch.full((), value, dtype=_DTYPES.get(name, torch.int32), device="cpu")
 
     def numbers(self) -> dict[str, Any]:
         """Return the leaves by name as Python numbers; waits for the device."""
         return {name: torch.as_tensor(value).item() for name, value in vars(self.state).items()}
 
+    def copy(self) -> "DeviceScale":
+        """Return the same scale in memory of its own."""
+        leaves = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in vars(self.state).items()
+        }
+        return DeviceScale(self.settings, LossScaleState(**leaves))
+
     def after_step(self, found_inf: Any, loss_is_finite: Any) -> "DeviceScale":
-        """Return the scale that has reacted to a step; arguments as `leaves` returns them."""
-        where = torch.where if isinstance(self.state.scale, Tensor) else select
-        state = update(self.settings, self.state, found_inf, loss_is_finite=loss_is_finite, where=where)
-        return DeviceScale(self.settings, state)
+        """Return the scale that has reacted to a step; arguments as `leaf` returns them.
+
+        On a device that is this one, changed in place: a CUDA graph reads and writes the same memory in every replay.
+        """
+        return self._moved_to(self._state_after(found_inf, loss_is_finite))
 
     def after_overflow(self, found_inf: Any, loss_is_finite: Any) -> "DeviceScale":
         """Return the scale that has reacted to an overflow, if there was one: what is finite is no clean step here."""
         where = torch.where if isinstance(self.state.scale, Tensor) else select
-        after = vars(self.after_step(found_inf, loss_is_finite).state)
+        after = vars(self._state_after(found_inf, loss_is_finite))
         before = vars(self.state)
         leaves = {
             name: value if after[name] is value else where(found_inf, after[name], value)
             for name, value in before.items()
         }
-        return DeviceScale(self.settings, LossScaleState(**leaves))
+        return self._moved_to(LossScaleState(**leaves))
+
+    def _state_after(self, found_inf: Any, loss_is_finite: Any) -> LossScaleState:
+        where = torch.where if isinstance(self.state.scale, Tensor) else select
+        return update(self.settings, self.state, found_inf, loss_is_finite=loss_is_finite, where=where)
+
+    def _moved_to(self, state: LossScaleState) -> "DeviceScale":
+        if self.on_host:
+            return DeviceScale(self.settings, state)
+        moved = vars(state)
+        for name, held in vars(self.state).items():
+            if moved[name] is not held:
+                # a loss that was scaled before, and is taken backward after, has this scale: no version tells of it
+                held.data.copy_(moved[name])
+        return self
 
 
 def initial_scale(settings: LossScale) -> DeviceScale:

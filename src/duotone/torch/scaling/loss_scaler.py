@@ -232,21 +232,22 @@ class LossScaler:
         self._begin(step)
         if not self._loop.known.issuperset(map(id, optimizers)):
             self._loop.look_at(optimizers, self.settings)
-        loss_scale = self.loss_scale
+        # as it is now, for it moves in place
+        loss_scale = self._scale.state.scale if self._scale.on_host else self.loss_scale
         # alone, a rank knows its losses
         own = self._losses.any_non_finite(step.device) if step.agreement.is_needed else None
-        non_finite_loss = step.read(loss_scale.reciprocal(), own)
+        non_finite_loss = step.read(self._scale.inverse(), own)
         losses, first = self._losses.count, step.parts[0]
         if losses >= FEWEST:
             self._loop.say_if_sums_are_rounded(losses, first.grads)
         written = getattr(first.grads[0], VERSION, 0) if first.grads else 0
         if written >= losses and self._loop.looks_for_clipping and first.found_inf_ahead is None:
             # more was written into it than the sums of the losses' gradients
-            scaled_norm = first.sum_of_squares.sqrt() * loss_scale
+            scaled_norm = torch.as_tensor(first.sum_of_squares, device=step.device).sqrt() * loss_scale
             self._loop.look_for_clipping(scaled_norm, first.grads, on_host=self._scale.on_host)
         for part in step.parts:
             part.update(clip_norm)
-        self._end(step, non_finite_loss, schedules)
+        self._end(step, loss_scale, non_finite_loss, schedules)
         return step.report(loss_scale)
 
     def drain(self) -> None:
@@ -294,6 +295,7 @@ class LossScaler:
         return {
             **self.__dict__,
             "process_group": None,
+            "_scale": self._scale.copy(),
             "_monitor": StepMonitor(self._patience),
             "_loop": LoopCheck(looks_for_clipping=self._scales),
         }
@@ -338,20 +340,19 @@ class LossScaler:
                 self._scale = self._scale.settled()
             self._monitor.check(self._scale.settings, step.optimizers, step.agreement)
 
-    def _end(self, step: Step, non_finite_loss: Tensor | None, schedules: Sequence[Schedule]) -> None:
+    def _end(self, step: Step, loss_scale: Any, non_finite_loss: Any, schedules: Sequence[Schedule]) -> None:
         """Let the scale react to a step: once, after every optimizer.
 
         Args:
             step: in which all optimizers have updated or skipped.
-            non_finite_loss: whether a loss is Inf or NaN on any rank: bool, 0-d; None if there are no others.
+            loss_scale: what its losses were multiplied by.
+            non_finite_loss: whether a loss is Inf or NaN on any rank, a bool or 0-d; None if there are no others.
             schedules: to advance.
         """
-        loss_scale, on_host = self._scale.state.scale, self._scale.on_host
-        skipped_each = self._scale.leaves([part.found_inf for part in step.parts])
+        on_host = self._scale.on_host
+        skipped_each = [part.skips for part in step.parts]
         first: Any = self._losses.first_non_finite(step.device, on_host=on_host)
-        any_non_finite: Any = first != 0
-        if non_finite_loss is not None:
-            (any_non_finite,) = self._scale.leaves([non_finite_loss])
+        any_non_finite: Any = first != 0 if non_finite_loss is None else non_finite_loss
         # ranks that do not know of each other see the same gradients, but not whose loss it was
         loss_is_finite = any_non_finite == 0 if step.agreement.is_known else True
         self._scale = self._scale.after_step(reduce(or_, skipped_each), loss_is_finite)
@@ -370,7 +371,8 @@ class LossScaler:
             any_found_inf = torch.stack(list(self._found_inf_ahead.values())).any()
             device = any_found_inf.device
             self._scale = self._scale.to(device)
-            found_inf, non_finite = self._scale.leaves([any_found_inf, self._losses.any_non_finite(device)])
+            found_inf = self._scale.leaf(any_found_inf)
+            non_finite = self._scale.leaf(self._losses.any_non_finite(device))
             self._scale = self._scale.after_overflow(found_inf, non_finite == 0 if step.agreement.is_known else True)
         self._forget_losses()
 

@@ -6,7 +6,8 @@ Unscaling and clipping are this one number. Duotone's optimizers take it togethe
 ones take its reciprocal. For any other optimizer the host waits for `found_inf` and multiplies the gradients in place.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 
 import torch
@@ -19,10 +20,9 @@ from duotone.torch.optim.foreign import fused_step, hides_masters, skips_on_devi
 from duotone.torch.parameters.masters import needs_tail
 from duotone.torch.parameters.storage import storage_of
 
-# each is called for every gradient in every step, so no Python function is
 _grad_of = attrgetter("grad")
-_is_sparse = attrgetter("is_sparse")
-_is_cpu = attrgetter("is_cpu")
+_HOST = torch.device("cpu")
+Scalar = float | Tensor
 
 
 class OptimizerStep:
@@ -37,32 +37,41 @@ class OptimizerStep:
         found_inf_ahead: as above.
         params: its parameters that have a gradient.
         grads: their gradients.
-        inverse_scale: what makes the gradients true: FP32, 0-d; 1 if they are.
-        sum_of_squares: of the true gradient on all ranks: FP64, 0-d.
-        found_inf: whether an Inf or a NaN is in them, or was when they were unscaled, on any rank: bool, 0-d.
+        inverse_scale: what makes the gradients true, 1 if they are: a number on the host, else FP32, 0-d.
+        sum_of_squares: of the true gradient on all ranks: a number on the host, else FP64, 0-d.
+        skips: whether an Inf or a NaN is in them, or was when they were unscaled, on any rank: on the host a bool, else
+            as below.
+        found_inf: the same: bool, 0-d.
 
     Raises:
         OptimizerError: a gradient is sparse, or 16-bit weights lie in an optimizer that keeps no masters of them.
     """
 
-    inverse_scale: Tensor
-    sum_of_squares: Tensor
+    inverse_scale: Scalar
+    sum_of_squares: Scalar
+    skips: bool | Tensor
     found_inf: Tensor
 
     def __init__(self, optimizer: torch.optim.Optimizer, found_inf_ahead: Tensor | None = None) -> None:
         self.optimizer = optimizer
         self.found_inf_ahead = found_inf_ahead
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        groups = optimizer.param_groups
+        params = groups[0]["params"] if len(groups) == 1 else [param for group in groups for param in group["params"]]
         grads = list(map(_grad_of, params))
-        self.params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        self.grads: list[Tensor] = [grad for grad in grads if grad is not None]
+        present = [grad for grad in grads if grad is not None]
+        if len(present) < len(grads):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        self.params: list[Tensor] = params
+        self.grads = kernels.batch_of(present)
         if not isinstance(optimizer, MasterOptimizer):
             _check_keeps_updates(optimizer, self.params)
-        if any(map(_is_sparse, self.grads)):
+        if self.grads.kind.are_sparse:
             raise OptimizerError("sparse gradients cannot be unscaled here; use Embedding(sparse=False)")
 
-    def stats_of(self, grads: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sum of squares of some of the gradients, true, FP64, and whether an Inf or a NaN is in them, bool.
+    def stats_of(self, grads: Sequence[Tensor]) -> tuple[Scalar, bool | Tensor]:
+        """Return the sum of squares of some of the gradients, true, and whether an Inf or a NaN is in them.
+
+        They are numbers if `inverse_scale` is one, else 0-d, FP64 and bool.
 
         Args:
             grads: plain tensors.
@@ -70,20 +79,32 @@ class OptimizerStep:
         Raises:
             OptimizerError: a gradient is on another device than `inverse_scale`.
         """
-        # asking a tensor whether it is on a CPU is the quickest
-        if not (self.inverse_scale.is_cpu and all(map(_is_cpu, grads))):
-            _check_one_device(grads, self.inverse_scale.device)
+        inverse_scale = self.inverse_scale
+        batch = kernels.batch_of(grads)
+        device = inverse_scale.device if isinstance(inverse_scale, Tensor) else _HOST
+        if not batch.kind.devices <= {device}:
+            raise _several_devices(batch.kind.devices, device)
+        backend: kernels.Backend = "auto"
         if isinstance(self.optimizer, MasterOptimizer):
-            return kernels.grad_stats(grads, self.inverse_scale, self.optimizer.backend)
-        grads = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
-        # torch's optimizers may have others, FP64 for instance
-        has_kernel = all(grad.dtype in (torch.float32, *kernels.SPLIT_DTYPES) for grad in grads)
-        return kernels.grad_stats(grads, self.inverse_scale, "auto" if has_kernel else "reference")
+            backend = self.optimizer.backend
+        else:
+            # torch's optimizers may have others, FP64 for instance
+            batch = kernels.batch_of([torch.view_as_real(grad) if grad.is_complex() else grad for grad in batch])
+            if not all(grad.dtype in (torch.float32, *kernels.SPLIT_DTYPES) for grad in batch):
+                backend = "reference"
+        if isinstance(inverse_scale, Tensor):
+            return kernels.grad_stats(batch, inverse_scale, backend)
+        return kernels.grad_numbers(batch, inverse_scale, backend)
 
-    def set_stats(self, sum_of_squares: Tensor, found_inf: Tensor) -> None:
+    def set_stats(self, sum_of_squares: Scalar, found_inf: bool | Tensor) -> None:
         """Set what all gradients are like, on all ranks."""
         self.sum_of_squares = sum_of_squares
-        self.found_inf = found_inf if self.found_inf_ahead is None else found_inf | self.found_inf_ahead
+        ahead = self.found_inf_ahead
+        if isinstance(found_inf, Tensor):
+            self.skips = self.found_inf = found_inf if ahead is None else found_inf | ahead
+        else:
+            self.skips = found_inf or (ahead is not None and bool(ahead))
+            self.found_inf = torch.full((), self.skips, dtype=torch.bool, device=_HOST)
 
     def update(self, clip_norm: float | None) -> None:
         """Update the weights; `found_inf` leaves everything as it is.
@@ -103,7 +124,7 @@ class OptimizerStep:
                 raise hidden from error
         elif skips_on_device(self.optimizer):
             fused_step(self.optimizer, multiplier.reciprocal(), self.found_inf)
-        elif not self.found_inf:
+        elif not self.skips:
             self._check_precise(multiplier)
             for grad in self.grads:
                 grad.mul_(multiplier)
@@ -117,30 +138,46 @@ class OptimizerStep:
             )
 
 
-def grad_multiplier(sum_of_squares: Tensor, inverse_scale: Tensor, clip_norm: float | None) -> Tensor:
+def grad_multiplier(sum_of_squares: Scalar, inverse_scale: Scalar, clip_norm: float | None) -> Tensor:
     """Return what scaled gradients are multiplied by to be true and clipped: FP32, 0-d.
 
     The quotient of the norms is taken in FP64 and rounded once. A norm of 0 clips nothing; one of Inf or NaN makes the
     multiplier 0 or NaN, of a step that is skipped.
 
     Args:
-        sum_of_squares: of the true gradient: FP64, 0-d.
-        inverse_scale: 1 / loss_scale: FP32, 0-d.
+        sum_of_squares: of the true gradient: a number for gradients on the host, else FP64, 0-d.
+        inverse_scale: 1 / loss_scale: a number likewise, else FP32, 0-d.
         clip_norm: the largest norm of the true gradient, or None.
 
-    >>> grad_multiplier(torch.tensor(16.0, dtype=torch.float64), torch.tensor(0.5), 1.0)
+    >>> grad_multiplier(16.0, 0.5, 1.0)
     tensor(0.1250)
     """
-    if clip_norm is None:
-        return inverse_scale
-    norm = sum_of_squares.sqrt()
-    if norm.device.type != "cpu":
+    if isinstance(inverse_scale, Tensor):
+        if clip_norm is None:
+            return inverse_scale
         # a norm of 0 makes the quotient Inf, and the smaller is 1
-        return norm.reciprocal_().mul_(clip_norm).clamp_(max=1.0).mul_(inverse_scale).float()
-    # the same in Python's floats, which are FP64 too: one operation of torch takes longer than all of these
-    norm = norm.item()
-    clipped = min(1.0 / norm * clip_norm, 1.0) if norm != 0.0 else 1.0
-    return torch.full((), clipped * inverse_scale.item(), dtype=torch.float32, device="cpu")
+        reciprocal = torch.as_tensor(sum_of_squares).sqrt().reciprocal_()
+        return reciprocal.mul_(clip_norm).clamp_(max=1.0).mul_(inverse_scale).float()
+    # one operation of torch takes longer than all of these
+    if clip_norm is not None:
+        norm = math.sqrt(sum_of_squares)
+        inverse_scale *= min(1.0 / norm * clip_norm, 1.0) if norm != 0.0 else 1.0
+    return as_float32(inverse_scale)
+
+
+def as_float32(value: Scalar) -> Tensor:
+    """Return a number on the host as FP32, 0-d, rounded to nearest, Inf beyond its range; a tensor itself.
+
+    >>> as_float32(0.1), as_float32(1e39)
+    (tensor(0.1000), tensor(inf))
+    """
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.full((), value, dtype=torch.float32, device=_HOST)
+    except RuntimeError:
+        # torch refuses what overflows
+        return torch.full((), value, dtype=torch.float64, device=_HOST).float()
 
 
 def _check_keeps_updates(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
@@ -156,11 +193,10 @@ def _check_keeps_updates(optimizer: torch.optim.Optimizer, params: Sequence[Tens
             )
 
 
-def _check_one_device(grads: Sequence[Tensor], device: torch.device) -> None:
-    others = sorted({str(grad.device) for grad in grads if grad.device != device})
-    if others:
-        # kernels would take addresses there for addresses here
-        raise OptimizerError(
-            f"gradients lie on {device} and on {', '.join(others)}, but one step reads those of one device; "
-            "duotone.torch.GradScaler takes several"
-        )
+def _several_devices(devices: Iterable[torch.device], device: torch.device) -> OptimizerError:
+    # kernels would take addresses there for addresses here
+    others = sorted(str(other) for other in devices if other != device)
+    return OptimizerError(
+        f"gradients lie on {device} and on {', '.join(others)}, but one step reads those of one device; "
+        "duotone.torch.GradScaler takes several"
+    )

@@ -4,6 +4,7 @@ Each optimizer is clipped by its own norm and skips by its own gradients. With D
 the device. The loss scale and its reaction are `LossScaler`'s.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -18,7 +19,7 @@ from duotone.errors import OptimizerError
 from duotone.torch.distributed.agreement import Agreement
 from duotone.torch.optim import MasterOptimizer
 from duotone.torch.parameters.masters import check_in_place
-from duotone.torch.scaling.optimizer_step import OptimizerStep
+from duotone.torch.scaling.optimizer_step import OptimizerStep, as_float32
 from duotone.wording.notebook import block, table
 
 _params_of, _grads_of = attrgetter("params"), attrgetter("grads")
@@ -86,46 +87,54 @@ class Step:
     ) -> None:
         self.optimizers = optimizers
         self.parts = [OptimizerStep(optimizer, found_inf_ahead.get(id(optimizer))) for optimizer in optimizers]
-        params = list(chain.from_iterable(map(_params_of, self.parts))) or self._all_parameters()
+        several = len(self.parts) > 1
+        params = list(chain.from_iterable(map(_params_of, self.parts))) if several else self.parts[0].params
+        params = params or self._all_parameters()
         self.agreement = Agreement(params, process_group)
-        grads = list(chain.from_iterable(map(_grads_of, self.parts)))
+        first = next((part.grads[0] for part in self.parts if part.grads), None)
         # a rank without gradients takes part in the others' step all the same
-        self.has_gradients = bool(grads) or (bool(params) and self.agreement.is_needed)
-        self.device = (grads or params)[0].device if self.has_gradients else torch.device("cpu")
-        if len(self.parts) > 1:
+        self.has_gradients = first is not None or (bool(params) and self.agreement.is_needed)
+        self.device = torch.device("cpu")
+        if self.has_gradients:
+            self.device = (params[0] if first is None else first).device
+        if several:
             self._check_shared()
 
-    def read(self, inverse_scale: Tensor, flag: Tensor | None = None) -> Tensor | None:
+    def read(self, inverse_scale: float | Tensor, flag: Tensor | None = None) -> bool | Tensor | None:
         """Read every gradient once, and agree with the other ranks in one collective.
 
         Args:
-            inverse_scale: 1 / loss_scale: FP32, 0-d.
+            inverse_scale: 1 / loss_scale: a number on the host, else FP32, 0-d.
             flag: bool, 0-d, for the ranks to agree on as well, or None.
 
         Returns:
             Whether the flag is true on any rank; None if there was none.
         """
         for part in self.parts:
-            is_unscaled = part.found_inf_ahead is not None
-            part.inverse_scale = torch.ones_like(inverse_scale) if is_unscaled else inverse_scale
+            part.inverse_scale = inverse_scale
+            if part.found_inf_ahead is not None:
+                part.inverse_scale = torch.ones_like(inverse_scale) if isinstance(inverse_scale, Tensor) else 1.0
         if not self.agreement.is_needed:
             for part in self.parts:
                 part.set_stats(*part.stats_of(part.grads))
             return flag
         stats = [[part.stats_of(share) for share in self.agreement.shares(part.grads)] for part in self.parts]
         # the last share is of copies, whose squares another rank counts
-        sums = torch.stack([torch.stack([total for total, _ in each[:-1]]) for each in stats], dim=1)
-        flags = [torch.stack([found_inf for _, found_inf in each]).any() for each in stats]
+        sums = torch.stack([_stack([total for total, _ in each[:-1]], torch.float64) for each in stats], dim=1)
+        flags = [_stack([found_inf for _, found_inf in each], torch.bool).any() for each in stats]
         sums, flags = self.agreement.combined(sums, torch.stack(flags if flag is None else [*flags, flag]))
-        for part, total, found_inf in zip(self.parts, sums, flags, strict=False):
+        on_host = not isinstance(inverse_scale, Tensor)
+        totals, found = (sums.tolist(), flags.tolist()) if on_host else (sums, flags)
+        for part, total, found_inf in zip(self.parts, totals, found, strict=False):
             part.set_stats(total, found_inf)
-        return None if flag is None else flags[-1]
+        return None if flag is None else found[-1]
 
-    def report(self, loss_scale: Tensor) -> StepReport:
+    def report(self, loss_scale: float | Tensor) -> StepReport:
         """Return what the step did; the scale is the one that the losses were multiplied by."""
         flags = tuple(map(_found_inf_of, self.parts))
-        norm = reduce(add, map(_sum_of_squares_of, self.parts)).sqrt().float()
-        return StepReport(reduce(or_, flags), norm, loss_scale, flags)
+        total: Any = reduce(add, map(_sum_of_squares_of, self.parts))
+        norm = total.sqrt().float() if isinstance(total, Tensor) else as_float32(math.sqrt(total))
+        return StepReport(reduce(or_, flags), norm, as_float32(loss_scale), flags)
 
     def report_without_gradients(self, loss_scale: Tensor) -> StepReport:
         """Return the report of a step in which nothing is done, because there is no gradient.
@@ -160,6 +169,12 @@ class Step:
                     "taken out of its gradient twice; put it into one, or use AdamW, SGD or Lion of duotone.torch, "
                     "without unscale_"
                 )
+
+
+def _stack(values: Sequence[float | Tensor], dtype: torch.dtype) -> Tensor:
+    if isinstance(values[0], Tensor):
+        return torch.stack(values)  # type: ignore[arg-type]
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
 
 def check_arguments(optimizers: Sequence[torch.optim.Optimizer], clip_norm: float | None) -> None:

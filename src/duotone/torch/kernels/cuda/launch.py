@@ -190,7 +190,7 @@ def _total(sums: Tensor, inverse_scale: Tensor) -> tuple[Tensor, Tensor]:
 def _update_table(tables: tuple[Table, ...], device: torch.device) -> UpdateTable:
     """Upload all parameters as one table, and the chunks of those that are stored alike, aligned ones apart."""
     labels, chunks, above = [], [], 0
-    for formats, parameters, pairs, _ in tables:
+    for formats, parameters, pairs, *_ in tables:
         aligned = (parameters[:, GRAD:STEP] % 16 == 0).all(axis=1)[pairs[:, 0]]
         for is_aligned in (True, False):
             chosen = pairs[aligned == is_aligned]
