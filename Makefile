@@ -19,7 +19,7 @@ KERAS_BACKENDS := tensorflow jax torch
 # tests start many processes, each of which would compile every module again
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench bench-jax bench-jax-compiled bench-keras docs evidence clean
+.PHONY: train compare test test-jax test-jax-newest test-keras test-keras-newest test-keras-here test-slow test-gpu test-torch test-models test-oldest test-newest soak soak-ranks check format bench gpu bench-jax bench-jax-compiled bench-keras docs evidence clean
 
 train: $(VENV)/.installed  ## train the default task in BF16 with FP32 masters
 	$(BIN)/duotone train
@@ -87,6 +87,9 @@ bench: $(VENV)/.installed-test  ## measure the step, averages, casting and its c
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/casting.py
 	$(BIN)/python benchmarks/overhead.py
+
+gpu: $(VENV)/.installed-test  ## first light on a GPU: at most six minutes, what is worth most first; GPU="--short" or "--dry"
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 bench-jax:  ## a GPT in JAX against Flax, jmp and Optax, about ten minutes on two cores
 	$(MAKE) VENV=.venv-jax CONSTRAINTS=constraints-jax.txt .venv-jax/.installed-test-jax
