@@ -41,6 +41,7 @@ class RunSettings:
         policy: Dtype of every role: fp32, bf16, fp16, bf16-mixed, fp16-mixed, ...
         device: auto (a GPU if there is one), cpu, cuda, cuda:1, ...
         backend: Kernels of the optimizer; auto takes the device's own. The bits are the same.
+        compile: Compile the model by torch.compile, as one graph; its first step takes longer.
         parallel: How ranks share the model: ddp, a copy on each; fsdp, a part on each; auto, ddp if there are several.
         seed: Seed of the model, the batches and everything else random.
         steps: Optimizer steps in all.
@@ -71,6 +72,7 @@ class RunSettings:
     policy: Policy = _BF16
     device: str = "auto"
     backend: Literal["auto", "reference", "cpu", "cuda"] = "auto"
+    compile: bool = False
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     seed: int = 0
     steps: int = 1000
@@ -194,6 +196,10 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as a setting of type `kind`, read from a text, a whole number or a list where it may be."""
     if kind is Policy:
         return Policy.parse(value)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TaskError(f"{name} is {_quoted(value)}; it must be true or false")
+        return value
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         if value not in choices:

@@ -40,7 +40,8 @@ def compare_command(
     arms: Annotated[
         str | None,
         typer.Option(
-            help="Names, or groups: torch, duotone, peers, ablations, all. (default: fp32,torch-amp-bf16,bf16,fp16)"
+            help="Names, or groups: torch, duotone, compiled, peers, ablations, all. "
+            "(default: fp32,torch-amp-bf16,bf16,fp16)"
         ),
     ] = None,
     arm: Annotated[
@@ -152,7 +153,7 @@ def _plan(options: dict[str, Any]) -> "Plan":
         settings["device"] = options["device"]
     # what can be told without the task is told before anything starts
     resolve_settings(settings)
-    for name in ("policy", "seed", "parallel"):
+    for name in ("policy", "seed", "parallel", "compile"):
         if name in settings:
             raise CompareError(f"{options['config']} sets {name}, which the arms of a comparison decide; leave it out")
     task = options["task"] or settings.pop("task", None) or RunSettings.task

@@ -73,6 +73,8 @@ def _parameter(field: Field[Any], text: str, panel: str | None) -> inspect.Param
         taken, default = tuple[str, str], " ".join(map(str, default))
     elif field.type is Policy:
         default = default.name
+    elif field.type is bool:
+        taken, default = bool, str(default).lower()
     text = f"{text} (default: {default})"
     if field.name == "task":
         option = typer.Argument(help=text, show_default=False, metavar="TASK")
@@ -89,6 +91,8 @@ def _metavar(kind: Any) -> str:
     >>> _metavar(Literal["ddp", "fsdp"]), _metavar(float | None), _metavar(tuple[float, float])
     ('ddp|fsdp', 'float|none', 'float float')
     """
+    if kind is bool:
+        return ""
     names = {int: "int", float: "float", str: "text", Policy: "policy", NoneType: "none"}
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))

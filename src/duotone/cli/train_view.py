@@ -35,6 +35,8 @@ def open_view(trainer: Trainer, console: Console | None = None) -> Iterator[View
     count = sum(param.numel() for param in trainer.model.parameters() if not is_lazy(param))
     console.print(f"[bold]{task.name}[/bold] under [bold]{settings.policy.name}[/bold] on {_place(trainer)}")
     console.print(f"  parameters: {count:,}")
+    if settings.compile:
+        console.print("  compiling: the first step takes longer; that is not counted as training")
     for name, fact in task.facts.items():
         console.print(f"  {name}: {fact}")
     if console.is_terminal:
@@ -61,8 +63,10 @@ class _LineView:
     def __init__(self, trainer: Trainer, console: Console) -> None:
         self._trainer = trainer
         self._console = console
+        self._graphs_told = 0
 
     def show(self, metrics: Metrics) -> None:
+        self._tell_of_graphs()
         parts = [f"step {metrics.step}/{self._trainer.settings.steps}", self._figures(metrics)]
         if metrics.quality is not None:
             parts.append(self._quality(metrics.quality))
@@ -90,6 +94,14 @@ class _LineView:
         self._console.print(_memory_line(summary))
         self._console.print(f"run: {folder}")
 
+    def _tell_of_graphs(self) -> None:
+        """Say how long compiling took, once for each time that something new was compiled."""
+        compilation = self._trainer.compilation
+        if compilation.graphs != self._graphs_told:
+            self._graphs_told = compilation.graphs
+            graphs = "1 graph" if compilation.graphs == 1 else f"{compilation.graphs} graphs"
+            self._console.print(f"compiled {graphs} in {compilation.seconds:.1f} s", soft_wrap=True)
+
     def _figures(self, metrics: Metrics) -> str:
         task = self._trainer.task
         parts = [f"loss {metrics.loss:.4f}", f"{metrics.units_per_second:,.0f} {task.unit}/s"]
@@ -112,6 +124,7 @@ class _BarView(_LineView):
         self._bar = progress.add_task("", total=trainer.settings.steps, completed=trainer.step)
 
     def show(self, metrics: Metrics) -> None:
+        self._tell_of_graphs()
         self._progress.update(self._bar, completed=metrics.step, description=self._figures(metrics))
         if metrics.quality is not None:
             self._console.print(f"step {metrics.step}  {self._quality(metrics.quality)}")

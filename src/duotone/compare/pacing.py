@@ -85,7 +85,7 @@ def round_down(steps: float) -> int:
 
 
 def _steps_in_time(plan: Plan, subject: Subject, trials: Collection[Trial], seconds_gone: float) -> int:
-    overhead = sum(trial.start_seconds + trial.evaluate_seconds for trial in trials)
+    overhead = sum(trial.start_seconds + trial.compile_seconds + trial.evaluate_seconds for trial in trials)
     left = plan.minutes * 60 - seconds_gone - len(plan.seeds) * overhead
     round_seconds = len(plan.seeds) * sum(_step_seconds(trial) for trial in trials)
     return min(subject.task_steps, max(_LEAST_STEPS, round_down(left / round_seconds)))

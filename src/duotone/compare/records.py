@@ -61,6 +61,7 @@ class Trial:
         is_deterministic: whether a second evaluation gave the same figures.
         notes: what was warned of, each once.
         versions: of the libraries that the arm trains with, Duotone and torch apart.
+        compile_seconds: of compiling the model, which is in no step's time.
     """
 
     arm: str
@@ -77,6 +78,7 @@ class Trial:
     is_deterministic: bool = True
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    compile_seconds: float = 0.0
 
     @property
     def bytes_per_parameter(self) -> float:

@@ -2,6 +2,7 @@
 
 from duotone.config_file import read_config
 from duotone.run_settings import RunSettings, resolve_settings, with_warmup
+from duotone.train.compilation import Compilation
 from duotone.train.device import find_device
 from duotone.train.group import Group, open_ranks
 from duotone.train.guarded_task import guarded
@@ -16,6 +17,7 @@ from duotone.train.trainer import Trainer
 
 __all__ = [
     "BUILT_IN",
+    "Compilation",
     "Group",
     "Interruption",
     "Metrics",

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from duotone.errors import DuotoneError, TaskError
+from duotone.torch.internals.compiler import is_compiler_error
 from duotone.train.task import Task, first_line
 
 # where no line of a user's is
@@ -76,6 +77,11 @@ def _blaming(task: Task, name: str) -> Iterator[None]:
         # what follows from the end of another rank is not the task's
         if isinstance(error, dist.DistError) or "gloo" in line:
             raise
+        if is_compiler_error(error):
+            raise TaskError(
+                f"the model of task {task.name!r} cannot be compiled as one graph: {line}; mend that (duotone "
+                "--traceback shows where it is), or train without --compile"
+            ) from error
         where = f" in {place}" if (place := _place(error)) else ""
         kind = f"{type(error).__name__}: {line}" if line else type(error).__name__
         raise TaskError(

@@ -48,6 +48,7 @@ class Summary:
         units_per_second: over those seconds, on all ranks together.
         evaluation: every figure of the task's evaluation at the end.
         memory: bytes by role, on this rank.
+        compile_seconds: spent in compiling by this process, which is in none of the seconds above.
     """
 
     step: int
@@ -56,6 +57,7 @@ class Summary:
     units_per_second: float
     evaluation: Mapping[str, float]
     memory: Memory
+    compile_seconds: float = 0.0
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

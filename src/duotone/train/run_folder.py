@@ -22,7 +22,9 @@ _SETTINGS, _METRICS, _SUMMARY = "settings.yaml", "metrics.jsonl", "summary.json"
 _MOST_METRICS_BYTES, _MOST_SUMMARY_BYTES = 1 << 31, 1 << 24
 _CHECKPOINT = re.compile(r"step-\d+")
 # settings of where a run is carried out and how often it reports; the others decide its result
-_FREE = frozenset({"device", "backend", "parallel", "log_every", "evaluate_every", "checkpoint_every", "keep"})
+_FREE = frozenset(
+    {"device", "backend", "compile", "parallel", "log_every", "evaluate_every", "checkpoint_every", "keep"}
+)
 
 
 class RunFolder:

@@ -21,6 +21,7 @@ from torch import Tensor
 import duotone.torch as dt
 from duotone.errors import CheckpointError, DuotoneWarning, NonFiniteLoss, TaskError
 from duotone.run_settings import RunSettings
+from duotone.train.compilation import Compilation
 from duotone.train.group import Group
 from duotone.train.metrics import Metrics, Summary
 from duotone.train.optimizer import optimizer_of
@@ -37,6 +38,7 @@ class Trainer:
     Attributes:
         step: optimizer steps so far.
         resumed_at: the step that it was resumed at, or None if it began the run.
+        compilation: what compiling the model took so far.
 
     Args:
         task: what to train; its model is cast in place.
@@ -68,6 +70,12 @@ class Trainer:
         mode = self.ranks.mode(settings.parallel)
         self.device = self.ranks.device(settings.device)
         self.model = dt.cast(self.ranks.broadcast(task.model.to(self.device)), settings.policy)
+        if settings.compile and mode == "fsdp":
+            raise TaskError(
+                'compile is true and parallel "fsdp", and a model whose parts are gathered is not compiled as one '
+                "graph; use parallel ddp, or do not compile"
+            )
+        self.compilation = Compilation(self.model if settings.compile else None, self.device)
         self._spread = spread(self.model, mode)
         self.optimizer = optimizer_of(self.model, settings)
         self.scaler = dt.LossScaler(settings.policy)
@@ -203,10 +211,11 @@ class Trainer:
             units_per_second=sum(units) / max(seconds) if max(seconds) else 0.0,
             evaluation=self._evaluate(),
             memory=dt.memory(self.model, self.optimizer),
+            compile_seconds=self.compilation.seconds,
         )
 
     def _train_step(self, batches: Iterator[Batch]) -> tuple[Any, float]:
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), self.compilation.seconds
         for left in reversed(range(self.settings.micro_batches)):
             batch = next(batches)
             loss = self._spread.loss(self.task.loss, on_device(batch, self.device), is_last=left == 0)
@@ -220,7 +229,7 @@ class Trainer:
         lr = float(self.schedule.get_last_lr()[0])
         report = self.scaler.step(self.optimizer, clip_norm=self.settings.clip_norm, scheduler=self.schedule)
         self.step += 1
-        self._seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started - (self.compilation.seconds - compiled)
         return report, lr
 
     def _metrics(self, report: Any, lr: float, evaluates: bool, timed_units: int, timed_seconds: float) -> Metrics:
@@ -249,7 +258,8 @@ class Trainer:
         )
 
     def _evaluate(self) -> dict[str, float]:
-        own = figures_of(self.task, self._spread.evaluate(self.task.evaluate))
+        with self.compilation.evaluating():
+            own = figures_of(self.task, self._spread.evaluate(self.task.evaluate))
         # all ranks use the same data, but rounding may depend on the machine
         return self.ranks.gather(own)[0]
 

@@ -21,7 +21,7 @@ def test_groups_stand_for_their_arms_in_order_and_count_once():
     assert names("torch") == ["fp32", "torch-amp-bf16", "torch-amp-fp16"]
     assert names("bf16, torch, fp32") == ["bf16", "fp32", "torch-amp-bf16", "torch-amp-fp16"]
     assert names("all") == list(CATALOGUE)
-    parts = [name for group in ("torch", "duotone", "peers", "ablations") for name in names(group)]
+    parts = [name for group in ("torch", "duotone", "compiled", "peers", "ablations") for name in names(group)]
     assert parts == names("all,torch")
 
 
@@ -79,7 +79,8 @@ def test_every_arm_is_short_readable_and_built_somewhere(name: str):
     assert len(arm.summary) <= 45
     module, _, function = arm.stepper.partition(":")
     assert callable(getattr(import_module(f"duotone.compare.arms.{module}"), function))
-    assert (arm.policy is not None) == (arm.group in ("duotone", "ablations"))
+    assert (arm.policy is not None) == (arm.stepper == "by_duotone:build")
+    assert arm.compiles == (arm.group == "compiled") == arm.name.endswith("-compiled")
     assert (arm.distribution is not None) == (arm.group == "peers")
     if arm.policy is not None:
         Policy.parse(arm.policy)

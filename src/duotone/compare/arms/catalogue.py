@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from duotone.errors import CompareError, PolicyError, nearest_names
 from duotone.policy import Policy
 
-Group = Literal["torch", "duotone", "peers", "ablations"]
+Group = Literal["torch", "duotone", "compiled", "peers", "ablations"]
 
 DEFAULT_ARMS = "fp32,torch-amp-bf16,bf16,fp16"
 
@@ -24,12 +24,14 @@ class Arm:
 
     Attributes:
         name: what tables call it.
-        group: "torch", "duotone", "peers" (other libraries), or "ablations" (Duotone with one mechanism left out).
+        group: "torch", "duotone", "compiled" (either, by torch.compile), "peers" (other libraries), or "ablations"
+            (Duotone with one mechanism left out).
         summary: in a few words, how it trains.
         stepper: where it is built, `module:function` below `duotone.compare.arms`; the function takes an
             `Assignment` and returns a `Stepper`.
         policy: the policy's text where Duotone trains, else None.
         distribution: what must be installed from PyPI, or None.
+        compiles: whether the model is compiled by torch.compile.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Arm:
     stepper: str
     policy: str | None = None
     distribution: str | None = None
+    compiles: bool = False
 
 
 _BY_DUOTONE = "by_duotone:build"
@@ -52,6 +55,11 @@ _ARMS = (
     Arm("fp16-mixed", "duotone", "FP32 weights, FP16 arithmetic, scaled loss", _BY_DUOTONE, "fp16-mixed"),
     Arm("bf16-state16", "duotone", "bf16 with BF16 moments", _BY_DUOTONE, "bf16,state=bfloat16"),
     Arm("duotone-fp32", "duotone", "FP32 throughout, Duotone's optimizer", _BY_DUOTONE, "fp32"),
+    Arm("fp32-compiled", "compiled", "fp32, compiled", "by_torch:fp32", compiles=True),
+    Arm("torch-amp-bf16-compiled", "compiled", "torch-amp-bf16, compiled", "by_torch:amp_bf16", compiles=True),
+    Arm("torch-amp-fp16-compiled", "compiled", "torch-amp-fp16, compiled", "by_torch:amp_fp16", compiles=True),
+    Arm("bf16-compiled", "compiled", "bf16, compiled", _BY_DUOTONE, "bf16", compiles=True),
+    Arm("fp16-compiled", "compiled", "fp16, compiled", _BY_DUOTONE, "fp16", compiles=True),
     Arm("accelerate-bf16", "peers", "Accelerate, BF16 autocast", "by_accelerate:bf16", None, "accelerate"),
     Arm("accelerate-fp16", "peers", "Accelerate, FP16 autocast", "by_accelerate:fp16", None, "accelerate"),
     Arm("fabric-bf16-mixed", "peers", "Lightning Fabric, BF16 autocast", "by_fabric:bf16_mixed", None, "lightning"),
@@ -76,8 +84,8 @@ def find_arms(text: str) -> tuple[Arm, ...]:
     """Return the arms that a comma-separated list names, in its order.
 
     Args:
-        text: of names of `CATALOGUE`, and of groups: `torch`, `duotone`, `peers`, `ablations`, or `all`. An arm that
-            is in a group and named too counts once.
+        text: of names of `CATALOGUE`, and of groups: `torch`, `duotone`, `compiled`, `peers`, `ablations`, or `all`. An
+            arm that is in a group and named too counts once.
 
     Raises:
         CompareError: a name is unknown or stands there twice, or there is none.

@@ -23,8 +23,8 @@ from duotone.compare.measuring.batches import endless_batches
 from duotone.compare.measuring.clock import StepClock
 from duotone.compare.measuring.turn import Step, Turn
 from duotone.compare.records import Failure
-from duotone.errors import TaskError
-from duotone.train import RunSettings, Task
+from duotone.errors import ArmError, TaskError
+from duotone.train import Compilation, RunSettings, Task
 from duotone.train.task import check_loss, figures_of, on_device
 
 
@@ -36,6 +36,7 @@ class ArmTrainer:
         settings: how.
         device: where.
         stepper: what takes the steps.
+        compilation: what compiling the model took so far, where the arm compiles.
 
     Args:
         arm: whose stepper is built.
@@ -60,6 +61,11 @@ class ArmTrainer:
         self.settings = settings
         self.device = device
         self.stepper: Stepper = build(Assignment(arm, task, settings, device))
+        try:
+            self.compilation = Compilation(self.stepper.model if arm.compiles else None, device)
+        except TaskError as error:
+            # the arm is at fault, and others go on
+            raise ArmError(str(error)) from error
         self._batches = endless_batches(task, settings.seed)
         self._clock = StepClock(device)
 
@@ -74,7 +80,7 @@ class ArmTrainer:
         gc.collect()
         # a collection takes as long as a step, and would be counted as one arm's time
         gc.disable()
-        started = time.perf_counter()
+        started, compiled = time.perf_counter(), self.compilation.seconds
         try:
             for _ in range(steps):
                 steps_done.append(self._step())
@@ -89,7 +95,8 @@ class ArmTrainer:
         except Exception as error:
             # an error on the device is raised when a result is read
             read, failure = (), failure or report_failure(error)
-        return Turn(read, time.perf_counter() - started, failure)
+        compile_seconds = self.compilation.seconds - compiled
+        return Turn(read, time.perf_counter() - started - compile_seconds, failure, compile_seconds)
 
     def evaluate(self) -> dict[str, float]:
         """Return the task's figures of the model as it is.
@@ -97,7 +104,7 @@ class ArmTrainer:
         Raises:
             TaskError: they are no numbers by name, or the figure that stands for quality is not among them.
         """
-        with self.stepper.evaluating():
+        with self.stepper.evaluating(), self.compilation.evaluating():
             return figures_of(self.task, self.task.evaluate(self.stepper.model))
 
     def batch(self) -> Any:

@@ -67,6 +67,7 @@ def try_arm(
         evaluation=evaluation,
         is_deterministic=_same(evaluation, trainer.evaluate()),
         versions=versions(arm),
+        compile_seconds=trainer.compilation.seconds,
     )
     if profile_path is not None:
         _profile(trainer, profile_path)

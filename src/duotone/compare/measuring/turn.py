@@ -30,13 +30,15 @@ class Turn:
 
     Attributes:
         steps: those that were taken to their ends.
-        seconds: of them all.
+        seconds: of them all, without compiling.
         failure: what ended the turn before its last step, or None.
+        compile_seconds: of compiling, within the steps' own times.
     """
 
     steps: tuple[Step, ...]
     seconds: float = 0.0
     failure: Failure | None = None
+    compile_seconds: float = 0.0
 
     @property
     def loss(self) -> float:

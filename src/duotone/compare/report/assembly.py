@@ -186,4 +186,6 @@ def _curve(run: Run) -> Curve:
 def _notes(records: _Records, trial: Trial) -> tuple[str, ...]:
     of_runs = (note for run in records.runs.values() for note in run.notes)
     of_fit = [records.fit.remark] if records.fit is not None and records.fit.remark else []
-    return tuple(dict.fromkeys([*trial.notes, *of_runs, *of_fit]))
+    seconds = trial.compile_seconds
+    compiling = [f"compiling took {words.seconds(seconds)} in the trial, which is in no step's time"] if seconds else []
+    return tuple(dict.fromkeys([*compiling, *trial.notes, *of_runs, *of_fit]))

@@ -9,7 +9,7 @@ from duotone.compare.report.ranking import ranking
 from duotone.compare.report.report import ArmResult
 from duotone.compare.subject import Subject
 
-_ORDER = ("duotone", "torch", "peers", "ablations")
+_ORDER = ("duotone", "torch", "compiled", "peers", "ablations")
 _FAILED = {
     "not installed": "was not run",
     "not possible": "cannot train this task here",

@@ -115,7 +115,8 @@ class CastForward:
         # neither inside of a border nor run again in a backward pass: a part that is called by itself is its own border
         if not self._is_border and (torch.compiler.is_compiling() or not in_backward()):
             inputs, output = self._by_itself
-        if self._is_border and not (self._has_asked_for_ranks or torch.compiler.is_compiling()):
+        # compiling first: a graph that depends on the other is compiled again once the model ran uncompiled
+        if self._is_border and not torch.compiler.is_compiling() and not self._has_asked_for_ranks:
             self._has_asked_for_ranks = _say_if_masters_differ(self._module)
         if self.passes is not None and self.passes.count(self._module) and self.policy.master is not None:
             _say_if_records_are_lost(self._module)

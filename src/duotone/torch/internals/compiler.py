@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from duotone.errors import DuotoneWarning
-from duotone.torch.internals.lookup import find, has_all
+from duotone.torch.internals.lookup import HAS, find, has_all
 
 # leaves code alone that it would compile by itself; without them, that is said as something is compiled
 # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/dynamo/eval_frame.c
@@ -92,6 +92,38 @@ def original_of(module: nn.Module) -> nn.Module:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether a module was compiled, in place or not."""
     return original_of(module) is not module or getattr(module, COMPILED_CALL, None) is not None
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs this process has captured; 0 where torch does not tell."""
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/utils.py
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    return int(counters["stats"]["unique_graphs"]) if "stats" in counters else 0
+
+
+def compile_seconds() -> float:
+    """Return how long this process has compiled; 0 where torch does not tell, and a step's time contains it then."""
+    tell = getattr(sys.modules.get("torch._dynamo.utils"), "calculate_time_spent", None)
+    return float(tell().get("total_wall_time", 0.0)) if tell is not None else 0.0
+
+
+def check_cpp_compiler() -> None:
+    """Raise torch's error unless it finds a C++ compiler; nothing is checked where torch has no function for it."""
+    # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/cpp_builder.py
+    check = find("torch._inductor.cpp_builder:get_cpp_compiler")
+    # not a name that is looked up at import: it loads the compiler
+    HAS.pop("torch._inductor.cpp_builder:get_cpp_compiler")
+    if check is not None:
+        check()
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Return whether an error is torch.compile's own.
+
+    >>> is_compiler_error(ValueError())
+    False
+    """
+    return any(each.__module__.startswith(("torch._dynamo.", "torch._inductor.")) for each in type(error).__mro__)
 
 
 def written_path(path: str) -> str:

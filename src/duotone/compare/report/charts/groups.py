@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from duotone.compare.report.report import ArmResult
 
-GROUPS = {"torch": "PyTorch", "duotone": "Duotone", "peers": "other libraries", "ablations": "ablations"}
+GROUPS = {
+    "torch": "PyTorch",
+    "duotone": "Duotone",
+    "compiled": "compiled",
+    "peers": "other libraries",
+    "ablations": "ablations",
+}
 
 
 def by_group(arms: Sequence[ArmResult]) -> tuple[ArmResult, ...]:
