@@ -33,7 +33,7 @@ def fresh(name: str) -> Task:
     return built_in_task(name)
 
 
-@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+@pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", ["digits:mlp", "digits:convnet"])
 def test_a_built_in_task_is_one_graph(name, policy):
     trainer = trained(fresh(name), compile=True, policy=policy)
@@ -125,10 +125,13 @@ def test_what_cannot_be_compiled_is_said():
         trained(guarded(of_model(Printing(1, 1))), compile=True)
 
 
+def no_compiler() -> str:
+    raise RuntimeError("No working C++ compiler found")
+
+
 def test_without_a_compiler_nothing_begins(monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", "inductor")
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", no_compiler)
     torch.compiler.reset()
     with pytest.raises(TaskError, match=r"needs a C\+\+ compiler, and torch finds none"):
         Trainer(small_task(), RunSettings(compile=True, device="cpu"))

@@ -35,7 +35,7 @@ class Compilation:
         if model is not None:
             check_compiler(device)
             # a part that cannot be compiled is an error; it would run uncompiled in silence
-            model.compile(backend=BACKEND, fullgraph=True)
+            compiler.compile_in_place(model, backend=BACKEND, fullgraph=True)
         self._graphs_before, self._seconds_before = compiler.compiled_graphs(), compiler.compile_seconds()
 
     @property

@@ -94,6 +94,19 @@ def is_compiled(module: nn.Module) -> bool:
     return original_of(module) is not module or getattr(module, COMPILED_CALL, None) is not None
 
 
+def compile_in_place(module: nn.Module, **options: Any) -> None:
+    """Compile a module's calls, as `module.compile` does, also where the module is of a class of torch's own.
+
+    Compiled by itself, the call of an `nn.Sequential` without hooks or a forward of ours is left alone as torch's code.
+    """
+    call = module._call_impl
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    setattr(module, COMPILED_CALL, torch.compile(run, **options))
+
+
 def compiled_graphs() -> int:
     """Return how many graphs this process has captured; 0 where torch does not tell."""
     # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_dynamo/utils.py
