@@ -105,6 +105,7 @@ ALLOWED = {
         "duotone.torch.nested",
     ),
     "duotone.torch.casting.region": (
+        "duotone.torch.casting.float32_inside",
         "duotone.torch.casting.handlers",
         "duotone.torch.casting.numbers",
         "duotone.torch.casting.operation_table",

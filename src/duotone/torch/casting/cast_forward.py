@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from duotone.call_site import warn
 from duotone.errors import DuotoneWarning, PolicyError
 from duotone.policy import Policy
-from duotone.torch.casting.region import PRODUCTS, Region
+from duotone.torch.casting.region import PRODUCTS, Region, normalize
 from duotone.torch.internals.autograd import in_backward, is_jit_tracing
 from duotone.torch.internals.compiler import is_scripting_frame
 from duotone.torch.internals.dispatch import past_modes
@@ -98,6 +98,8 @@ class CastForward:
                 shared = self._region.shared
                 # a mode takes longer to call a function than a small one takes to run
                 with past_modes():
+                    if type(self._module) is nn.LayerNorm:
+                        return normalize(self._module, args[0])
                     if args[0].dtype is torch.float32 and shared is not None and type(self._module) in PRODUCTS:
                         args = (shared(args[0], by_autocast=True),)
                     return self._forward(*args, **kwargs)
@@ -120,8 +122,7 @@ class CastForward:
             self._has_asked_for_ranks = _say_if_masters_differ(self._module)
         if self.passes is not None and self.passes.count(self._module) and self.policy.master is not None:
             _say_if_records_are_lost(self._module)
-        if self._in_stream and not _all_narrow((args, kwargs)):
-            output = None
+        output = None if self._in_stream and not _all_narrow((args, kwargs)) else output
         if inputs is not None:
             args = (cast_floating(args[0], inputs),) if len(args) == 1 else cast_floating(args, inputs)
             kwargs = cast_floating(kwargs, inputs) if kwargs else kwargs

@@ -253,6 +253,8 @@ def _share_first(
 
 def _call_on_each_once(dtype: torch.dtype, func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Call a function with every operand in `dtype`; one that is given twice, as in self-attention, stays one."""
+    if are_ready((*args, *kwargs.values()), dtype):
+        return func(*args, **kwargs)
     return func(*cast_floating(args, dtype), **cast_floating(dict(kwargs), dtype))
 
 

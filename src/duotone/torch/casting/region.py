@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from duotone.torch.casting.float32_inside.norms import layer_norm_in_float32
 from duotone.torch.casting.handlers import Handlers, are_ready, handlers_for
 from duotone.torch.casting.numbers import LARGEST, SMALLEST, divide, widen_beside_number
 from duotone.torch.casting.numbers import cast as cast_constant
@@ -91,10 +92,22 @@ class Region:
     def runs_without_mode(self, module: nn.Module) -> bool:
         """Return whether a module runs the same without the mode, under autocast alone, where `is_only_mode`.
 
-        It is so if it calls one function of torch, and that is a product, or one that is not listed.
+        It is so if it calls one function of torch, and that is a product, or one that is not listed; or if it is a
+        LayerNorm, whose handler `normalize` calls.
         """
+        if type(module) is nn.LayerNorm:
+            is_own = getattr(module.forward, "__func__", None) is nn.LayerNorm.forward
+            return is_own and self.compute != torch.float32
         on_cpu = self.compute == torch.float16 and not self._on_cpu.products
         return type(module) in (_UNLISTED if on_cpu else _UNLISTED + PRODUCTS)
+
+
+def normalize(module: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Return what a LayerNorm makes of a tensor in a region, where no mode is asked."""
+    with without_autocast():
+        return layer_norm_in_float32(
+            torch.layer_norm, x, module.normalized_shape, module.weight, module.bias, module.eps
+        )
 
 
 def mode_context(mode: "RegionMode") -> AbstractContextManager[Any]:

@@ -157,7 +157,10 @@ def layer_norm_in_float32(
     if fused_norms.takes(input, normalized_shape, weight, bias):
         return apply(fused_norms.FusedNorm, input, tuple(normalized_shape), weight, bias, eps, False)[0]
     if dtype not in NARROW or not input.is_cpu or input.is_nested:
-        return func(input, normalized_shape, cast_weight(weight, dtype), cast_weight(bias, dtype), eps, *rest, **named)
+        # nearly all have the dtype already, and a call takes longer than to look
+        weight = weight if weight is None or weight.dtype is dtype else weight.to(dtype)
+        bias = bias if bias is None or bias.dtype is dtype else bias.to(dtype)
+        return func(input, normalized_shape, weight, bias, eps, *rest, **named)
     if takes_one_dtype(input, weight, bias):
         return func(input.float(), normalized_shape, widened(weight), widened(bias), eps, *rest, **named).to(dtype)
     if records(input, weight, bias):
