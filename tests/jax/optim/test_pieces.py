@@ -154,6 +154,19 @@ def test_the_norm_is_one_loop_over_all_arrays_and_an_update_two_for_each(in_piec
     assert [loops(count) for count in (1, 2, 6)] == [3, 5, 13]
 
 
+def test_no_piece_is_updated_twice_where_sections_reach_behind_the_end(in_pieces):
+    """512 elements are 8 pieces, in sections of 3: a ninth would begin where the eighth does."""
+    weights = []
+    for are_on in (False, True):
+        in_pieces(are_on)
+        params = dj.cast({"kernel": jnp.ones((16, 32))}, "bf16")
+        tx = dj.masters(optax.sgd(0.25), "bf16")
+        updates, _ = jax.jit(tx.update)({"kernel": jnp.ones((16, 32), jnp.bfloat16)}, tx.init(params), params)
+        weights.append(np.asarray(optax.apply_updates(params, updates)["kernel"], np.float32))
+    np.testing.assert_array_equal(weights[1], np.full((16, 32), 0.75))
+    np.testing.assert_array_equal(*weights)
+
+
 def test_a_program_for_another_platform_has_no_pieces(in_pieces):
     in_pieces(True)
     tx = dj.masters(optax.adam(1e-3), "bf16")

@@ -215,7 +215,8 @@ class _Loop:
                     ]
                     read = {variable: _cut(array, start, length) for variable, array in self._read.items()}
                     after = self.compute(before, read)
-                    if size % length:
+                    # neither twice what two pieces have in common, nor the last piece again in a turn behind the end
+                    if size % length or count % each:
                         is_new = start + lax.iota(jnp.int32, length) >= first
                         after = [jnp.where(is_new, *both) for both in zip(after, before, strict=True)]
                     return [_bits(array) if narrow else array for array, narrow in zip(after, is_bfloat16, strict=True)]
