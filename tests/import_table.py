@@ -89,6 +89,10 @@ ALLOWED = {
         "duotone.torch.kernels",
     ),
     "duotone.torch.casting.float32_inside.dirichlet": ("duotone.errors",),
+    "duotone.torch.casting.float32_inside.attention": (
+        "duotone.torch.casting.float32_inside",
+        "duotone.torch.kernels",
+    ),
     "duotone.torch.casting.half_on_cpu": ("duotone.call_site", "duotone.torch.casting.widened"),
     "duotone.torch.casting.products": ("duotone.torch.casting.widened",),
     "duotone.torch.casting.shared_cast": (),

@@ -33,6 +33,7 @@ from duotone.torch.casting.float32_inside.accumulation import (
     accumulates,
     add_duplicates_in_float32,
 )
+from duotone.torch.casting.float32_inside.attention import attend_on_cpu
 from duotone.torch.casting.float32_inside.cross_entropy import cross_entropy_in_float32
 from duotone.torch.casting.float32_inside.dirichlet import sample_in_float32
 from duotone.torch.casting.float32_inside.gathers import needs_sum
@@ -161,6 +162,8 @@ def _make_handlers(compute: torch.dtype, device_type: str, residual: str) -> Han
     # made of several operations, each of which is to see autocast switched off
     attend = multiply_in_float32 if emulated else functools.partial(_call_on_each_once, compute)
     put(functools.partial(_attend_with_heads, compute, attend), functions_named("multi_head_attention_forward"))
+    if device_type == "cpu" and compute == torch.bfloat16:
+        attend = functools.partial(attend_on_cpu, attend)
     put(as_handler(functools.partial(_attend, attend)), functions_named("scaled_dot_product_attention"))
     put(as_handler(functools.partial(_linear_cross_entropy, plainly)), functions_named("linear_cross_entropy"))
     _put_operators(made, put)

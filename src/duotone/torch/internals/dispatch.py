@@ -45,6 +45,20 @@ def has_default_device() -> bool:
     return mode_count() > 0 and isinstance(mode_at(0), _DeviceContext)
 
 
+# how many modes see what the dispatcher does; without it, one is taken to do so always, and attention is torch's
+# https://github.com/pytorch/pytorch/blob/v2.13.0/torch/csrc/utils/python_dispatch.cpp
+_dispatch_mode_count: Callable[[], int] = find("torch._C:_len_torch_dispatch_stack", lambda: 1)
+
+
+def has_dispatch_modes() -> bool:
+    """Return whether a `TorchDispatchMode` is entered: one that counts, records, or makes fake tensors.
+
+    >>> has_dispatch_modes()
+    False
+    """
+    return _dispatch_mode_count() > 0
+
+
 @contextmanager
 def _autocast_off() -> Iterator[None]:
     with ExitStack() as stack:

@@ -36,7 +36,7 @@ def _f32_of_bf16(bits):
 
 
 @compiled
-def _nearest_bf16(value):
+def nearest_bf16(value):
     """Return the nearest BF16, ties to even."""
     bits = bits_of_f32(value)
     high = u32(u32(bits + u32(0x7FFF) + u32((bits >> _SIXTEEN) & u32(1))) >> _SIXTEEN)
@@ -50,7 +50,7 @@ def _stochastic_bf16(value, random):
     bits = bits_of_f32(value)
     high = u32(u32(bits + u32(random)) >> _SIXTEEN)
     if u32(bits & _MAGNITUDE) >= _INFINITY:
-        high = u32(_nearest_bf16(value))
+        high = u32(nearest_bf16(value))
     return u16(high)
 
 
@@ -213,7 +213,7 @@ def _encode_f16(master):
 
 @compiled
 def _nearest_bf16_anyway(value, random):
-    return _nearest_bf16(value)
+    return nearest_bf16(value)
 
 
 @compiled

@@ -61,10 +61,17 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:24]
 
 
+def host_features() -> dict[str, bool]:
+    """Return which instructions this CPU has, by LLVM's names."""
+    return dict(llvm.get_host_cpu_features())
+
+
 @cache
 def _target_machine() -> Any:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    # attention has instructions written out
+    llvm.initialize_native_asmparser()
     target = llvm.Target.from_default_triple()
     features = llvm.get_host_cpu_features().flatten()
     return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3, jit=True)
@@ -76,6 +83,8 @@ def _compile(kernel: Callable[[int], None]) -> bytes:
 
     from duotone.torch.kernels.cpu.memory import OPTIONS
 
+    # Numba makes machine code, too, for which LLVM has to be initialized
+    _target_machine()
     dispatcher: Any = njit("void(int64)", **OPTIONS)(kernel)
     (signature,) = dispatcher.signatures
     native = dispatcher.overloads[signature].fndesc.llvm_func_name
