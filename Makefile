@@ -82,11 +82,12 @@ format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test  ## measure the step, averages, casting and its calls, about six minutes on two cores
+bench: $(VENV)/.installed-test  ## measure the step, averages, casting, its calls and attention, about seven minutes on two cores
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/average.py
 	$(BIN)/python benchmarks/casting.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/attention.py
 
 gpu: $(VENV)/.installed-test  ## first light on a GPU: at most six minutes, what is worth most first; GPU="--short" or "--dry"
 	$(BIN)/python benchmarks/gpu.py $(GPU)
