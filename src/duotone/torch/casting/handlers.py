@@ -368,7 +368,7 @@ def _attend_with_heads(
 
 
 def _to_widest(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    floats = list(operands((args, tuple(kwargs.values()))))
+    floats = operands((args, tuple(kwargs.values())))
     # as everywhere in torch, a tensor without dimensions has no say beside one with
     dtypes = {operand.dtype for operand in floats if operand.dim()} or {operand.dtype for operand in floats}
     if all(operand.dtype in dtypes for operand in floats) and len(dtypes) < 2:

@@ -146,7 +146,7 @@ class _KindsMode(TorchFunctionMode):
 
 
 def _run(kind: Kind, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    first = next(operands((args, tuple(kwargs.values()))), None)
+    first = next(iter(operands((args, tuple(kwargs.values())))), None)
     compute = None if first is None else compute_dtype(first.device.type)
     if first is None or compute is None:
         return function(*args, **kwargs)

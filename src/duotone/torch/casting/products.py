@@ -52,7 +52,7 @@ def multiply_as_given(
     >>> multiply_as_given(None, torch.bfloat16, einsum_sums_nothing, torch.einsum, args, {}).dtype
     torch.float32
     """
-    given = list(operands((args, tuple(kwargs.values()))))
+    given = operands((args, tuple(kwargs.values())))
     if any(is_sparse(operand) for operand in given if operand.layout is not torch.strided):
         return call_widened(func, args, kwargs, result=compute)
     if sums_nothing is not None and any(operand.dtype is torch.float32 for operand in given):

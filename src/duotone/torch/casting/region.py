@@ -84,9 +84,13 @@ class Region:
         """Return whether a region with this `compute` is entered, and neither another mode nor one of torch.func's."""
         # inside of vmap, torch takes a convolution apart before autocast has cast anything
         # that of a default device, which is the outermost, does nothing to these modules
-        if torch.compiler.is_compiling() or mode_count() != 1 + has_default_device() or transforms_are_active():
+        count = mode_count()
+        # cheaper than is_compiling: tracers other than the compiler have modes of their own
+        if torch.compiler.is_dynamo_compiling() or (count != 1 and count != 1 + has_default_device()):
             return False
-        mode = mode_at(mode_count() - 1)
+        if transforms_are_active():
+            return False
+        mode = mode_at(count - 1)
         return type(mode) is RegionMode and mode.compute is self.compute and not mode.is_users
 
     def runs_without_mode(self, module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ what a function saves beside its operands, which stays FP32, and torch.compile, 
 take the same numbers without the hooks.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -99,18 +99,21 @@ def widen_to_data(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     >>> widen_to_data(F.grid_sample, (x, torch.zeros(1, 1, 1, 2)), {"align_corners": False}).dtype
     torch.bfloat16
     """
-    data = next(operands((args, tuple(kwargs.values()))), None)
+    data = next(iter(operands((args, tuple(kwargs.values())))), None)
     return call_widened(func, args, kwargs, result=None if data is None else data.dtype)
 
 
-def operands(value: Any) -> Iterator[Tensor]:
-    """Yield the FP32, BF16 and FP16 tensors among arguments, those in tuples and lists included."""
-    if isinstance(value, Tensor):
-        if value.dtype in _FLOATS:
-            yield value
-    elif type(value) in (list, tuple):
-        for each in value:
-            yield from operands(each)
+def operands(arguments: Sequence[Any]) -> list[Tensor]:
+    """Return the FP32, BF16 and FP16 tensors among arguments, those in tuples and lists included."""
+    found: list[Tensor] = []
+    # one call for each tuple or list, and none for each argument: all listed functions come by
+    for each in arguments:
+        if isinstance(each, Tensor):
+            if each.dtype in _FLOATS:
+                found.append(each)
+        elif type(each) in (list, tuple) and each:
+            found += operands(each)
+    return found
 
 
 class _Call:

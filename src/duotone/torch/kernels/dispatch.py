@@ -49,7 +49,7 @@ def grad_numbers(grads: Sequence[Tensor], inverse_scale: float, backend: Backend
         return module.grad_numbers(_dense(grads), inverse_scale)
     scale = torch.full((), inverse_scale, dtype=torch.float32, device=_HOST)
     total, found_inf = reference.grad_stats(_dense(grads), scale)
-    return total.item(), found_inf.item()
+    return float(total), bool(found_inf)
 
 
 def update(

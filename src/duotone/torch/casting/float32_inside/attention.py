@@ -46,11 +46,13 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved = ctx.saved_tensors
+        query, key, value, output, sums = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_eager() or has_dispatch_modes() or grad.dtype is not torch.bfloat16:
-            grads = _differentiable(grad, *saved[:3], ctx.is_causal, ctx.scale)
+            grads = _differentiable(grad, query, key, value, ctx.is_causal, ctx.scale)
         else:
-            grads = _kernels().backward(_with_dense_rows(grad), *saved, ctx.is_causal, ctx.scale)
+            grads = _kernels().backward(
+                _with_dense_rows(grad), query, key, value, output, sums, ctx.is_causal, ctx.scale
+            )
         return *grads, None, None
 
 

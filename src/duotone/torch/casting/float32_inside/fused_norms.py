@@ -77,7 +77,7 @@ class FusedNorm(Function):
         from duotone.torch.kernels.cuda.norms import gradients
 
         x, weight, bias, kept = ctx.saved_tensors
-        of_x, _, of_weight, of_bias, *_ = ctx.needs_input_grad
+        of_x, _, of_weight, of_bias = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled() or grad_dtype_of(x) != x.dtype:
             # as torch differentiates FP32 operands, second derivatives included
             with torch.enable_grad():

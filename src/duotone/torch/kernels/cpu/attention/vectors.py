@@ -7,6 +7,7 @@ memory in pairs of neighbours along the sum, with any strides, and `B` in panels
 names and types for them have changed from version to version. BF16 subnormals count as zero in them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -28,6 +29,11 @@ _EXP2 = (
 _LOWEST = -200.0
 
 
+def _written_out(function: Callable[..., Any]) -> Any:
+    """Return what compiled code calls, without the first argument, which Numba gives."""
+    return intrinsic(function)
+
+
 def multiplier(rows: int, columns: int, adds: bool) -> Any:
     """Return a compiled function that multiplies a tile: `(a, row_bytes, pair_bytes, b, c, c_row_bytes, pairs)`.
 
@@ -38,7 +44,7 @@ def multiplier(rows: int, columns: int, adds: bool) -> Any:
     """
     width = columns // LANES
 
-    @intrinsic
+    @_written_out
     def multiply(
         context: Any, a: Any, row_bytes: Any, pair_bytes: Any, b: Any, c: Any, c_row_bytes: Any, pairs: Any
     ) -> Any:
@@ -84,7 +90,7 @@ def multiplier(rows: int, columns: int, adds: bool) -> Any:
     return multiply
 
 
-@intrinsic
+@_written_out
 def row_max(context: Any, scores: Any, visible: Any, vectors: Any) -> Any:
     """Return the largest of the first `visible` scores, which lie in `vectors` times 16; -Inf for none."""
 
@@ -102,7 +108,7 @@ def row_max(context: Any, scores: Any, visible: Any, vectors: Any) -> Any:
     return types.float32(*[types.int64] * 3), generate
 
 
-@intrinsic
+@_written_out
 def row_exp(context: Any, scores: Any, target: Any, visible: Any, vectors: Any, factor: Any, shift: Any) -> Any:
     """Write `2^(score * factor - shift)` in BF16, 0 from the place `visible` on, and return the sum before rounding."""
 
@@ -121,7 +127,7 @@ def row_exp(context: Any, scores: Any, target: Any, visible: Any, vectors: Any, 
     return types.float32(*[types.int64] * 4, types.float32, types.float32), generate
 
 
-@intrinsic
+@_written_out
 def rows_back(context: Any, places: Any, vectors: Any, numbers: Any) -> Any:
     """Write probabilities and gradients of scores of two rows; see `gradients`.
 
