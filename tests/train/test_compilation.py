@@ -42,7 +42,7 @@ def test_a_built_in_task_is_one_graph(name, policy):
     plain = trained(fresh(name), policy=policy)
     assert plain.compilation.graphs == plain.compilation.seconds == 0
     assert trainer.model.state_dict().keys() == plain.model.state_dict().keys()
-    # FP16 products on a CPU may be carried out in another order
+    # the loss of the GPT in FP16 differs by 4e-7 of it, for a reason that is not known; all others are the same
     tolerance = {"rel": 1e-4} if policy == "fp16" else {"abs": 0.0}
     assert trainer.losses == pytest.approx(plain.losses, **tolerance)
 
